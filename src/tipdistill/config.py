@@ -1,0 +1,66 @@
+"""TIPConfig: TRL's DistillationConfig plus what token selection needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import DistillationConfig
+
+NORMALIZATIONS = ("batch", "micro_batch")
+SCOPES = ("rollout", "batch")
+
+
+@dataclass
+class TIPConfig(DistillationConfig):
+    """Configuration of `TIPTrainer`; every field of `trl.DistillationConfig` keeps its name and meaning.
+
+    Args:
+        selection_rule: name in `tipdistill.RULES`, "complement:<name>", or the dotted path of a callable.
+        retention: share of the completion tokens that is trained on, in (0, 1].
+        selection_scope: "rollout" spends the budget inside each rollout (paper Eq. 8), "batch" over the whole batch.
+        normalization: "batch" scores the whole generation batch once, so that normalisers, budgets and the loss
+            denominator are the same whatever the micro-batch size and the number of processes; "micro_batch"
+            scores inside the loss and saves one student forward.
+        num_generations: rollouts per prompt.
+        teacher_offload: move the teacher's backbone to the CPU between scoring passes ("batch" only).
+        score_logging_steps: every this many steps compute all statistics even where the rule reads fewer (entropy
+            rules never project the teacher's dropped rows otherwise); 0 never does.
+        scoring_tokens: tokens (prompt, completion and padding) per forward of the scoring pass; 0 takes
+            `per_device_train_batch_size` rollouts at a time.
+        drift_factor: warn when the mean divergence of the dropped tokens exceeds this multiple of where it began; 0
+            turns the guard off.
+
+    Raises:
+        ValueError: a field is out of range, or a name is unknown (the nearest names are given).
+    """
+
+    selection_rule: str = field(
+        default="soft_or",
+        metadata={"help": "Selection rule: a name in tipdistill.RULES, 'complement:<name>', or a dotted path."},
+    )
+    retention: float = field(
+        default=0.5, metadata={"help": "Share of the completion tokens that is trained on, in (0, 1]."}
+    )
+    selection_scope: str = field(
+        default="rollout", metadata={"help": "Spend the budget per 'rollout' (paper Eq. 8) or over the 'batch'."}
+    )
+    normalization: str = field(
+        default="batch",
+        metadata={"help": "Score the whole generation 'batch' at once, or inside each 'micro_batch'."},
+    )
+    num_generations: int = field(default=1, metadata={"help": "Rollouts per prompt."})
+    teacher_offload: bool = field(
+        default=False, metadata={"help": "Move the teacher's backbone to the CPU between scoring passes."}
+    )
+    score_logging_steps: int = field(
+        default=10,
+        metadata={"help": "Every this many steps compute all statistics, even those the rule does not read."},
+    )
+    scoring_tokens: int = field(
+        default=0,
+        metadata={"help": "Tokens per forward of the scoring pass; 0: per_device_train_batch_size rollouts."},
+    )
+    drift_factor: float = field(
+        default=3.0,
+        metadata={"help": "Warn when the dropped tokens' divergence exceeds this multiple of its start; 0: never."},
+    )

@@ -1,0 +1,120 @@
+"""What travels between the stages: Head → TokenScores → Selection.
+
+Shape legend, used in every docstring of the project:
+
+    N  tokens (completion tokens of all rollouts, flattened; no padding, no prompt)
+    V  vocabulary (rows of an lm_head)
+    H  hidden width (the student's and the teacher's may differ)
+    B  rollouts in a batch
+    T  completion length in tokens, padded
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+
+@dataclass(frozen=True)
+class Head:
+    """Last hidden states and the lm_head that turns them into logits.
+
+    logits = softcap · tanh(logit_scale · (hidden @ weight.T + bias) / softcap), without the tanh where softcap is None.
+
+    Args:
+        hidden: [N, H] last hidden states, any floating dtype.
+        weight: [V, H] lm_head weight (tied or not).
+        bias: [V] lm_head bias, or None.
+        logit_scale: multiplier of the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
+        softcap: Gemma's `final_logit_softcapping`, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per-token statistics, each float32 [N] or None where it was not asked for.
+
+    Entropies and divergences are in nats, over the whole (shared) vocabulary. Only `divergence` is differentiable.
+
+    Attributes:
+        entropy: H(P_S).
+        entropy_norm: H(P_S) / log V, in [0, 1] (paper Eq. 2).
+        teacher_entropy: H(P_T).
+        reverse_kl: KL(P_S ‖ P_T) (paper Eq. 3).
+        forward_kl: KL(P_T ‖ P_S).
+        divergence: the divergence that is trained on, differentiable in the student.
+        student_logprob: log P_S of the sampled token.
+        teacher_logprob: log P_T of the sampled token.
+        jsd: generalised Jensen-Shannon divergence at the given beta.
+        hellinger: ‖√P_S − √P_T‖₂ / √2, in [0, 1].
+        gradient_norm: ‖P_S ∘ (log P_S/P_T − KL)‖₂, the norm of the reverse-KL gradient at the logits.
+        signal_to_curvature: ‖g‖² / gᵀHg with g = P_S − P_T, H = diag(P_S) − P_S P_Sᵀ (paper Eq. 6).
+    """
+
+    entropy: Tensor | None = None
+    entropy_norm: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    forward_kl: Tensor | None = None
+    divergence: Tensor | None = None
+    student_logprob: Tensor | None = None
+    teacher_logprob: Tensor | None = None
+    jsd: Tensor | None = None
+    hellinger: Tensor | None = None
+    gradient_norm: Tensor | None = None
+    signal_to_curvature: Tensor | None = None
+
+    def present(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) for every statistic that was computed."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                yield field.name, value
+
+    def require(self, name: str) -> Tensor:
+        """Return statistic `name`; ValueError when it was not computed."""
+        value = getattr(self, name, None)
+        if value is None:
+            have = ", ".join(present for present, _ in self.present()) or "none"
+            raise ValueError(
+                f"statistic '{name}' was not computed (computed: {have}). "
+                f"Ask for it: token_scores(..., fields=[..., '{name}'])."
+            )
+        return value
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
+        """Apply `function` to every statistic that was computed (index, detach, move)."""
+        return replace(self, **{name: function(value) for name, value in self.present()})
+
+    def detach(self) -> TokenScores:
+        return self.map(lambda value: value.detach())
+
+    def __len__(self) -> int:
+        for _, value in self.present():
+            return value.shape[0]
+        return 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens are trained on, and with what weight.
+
+    Attributes:
+        mask: bool [N], True for the kept tokens.
+        weight: float32 [N], the token's weight in the loss, ≥ 0 and 0 where the token is dropped.
+        score: float32 [N], what the rule ranked or drew by.
+    """
+
+    mask: Tensor
+    weight: Tensor
+    score: Tensor

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from dataclasses import dataclass, field
 
 from trl import DistillationConfig
+
+from .select import resolve_rule
 
 NORMALIZATIONS = ("batch", "micro_batch")
 SCOPES = ("rollout", "batch")
@@ -64,3 +68,37 @@ class TIPConfig(DistillationConfig):
         default=3.0,
         metadata={"help": "Warn when the dropped tokens' divergence exceeds this multiple of its start; 0: never."},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        resolve_rule(self.selection_rule)
+        # `bool` is an `int`, and `retention: true` in a YAML file would otherwise pass as 1.0.
+        if isinstance(self.retention, bool) or not 0.0 < self.retention <= 1.0:
+            raise ValueError(f"retention must be in (0, 1], got {self.retention}.")
+        _one_of("selection_scope", self.selection_scope, SCOPES)
+        _one_of("normalization", self.normalization, NORMALIZATIONS)
+        for name, least in (("num_generations", 1), ("score_logging_steps", 0), ("scoring_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
+        if not (math.isfinite(self.drift_factor) and (self.drift_factor == 0 or self.drift_factor > 1)):
+            raise ValueError(f"drift_factor must be 0 (off) or > 1, got {self.drift_factor}.")
+        if self.teacher_offload and self.normalization != "batch":
+            raise ValueError(
+                'teacher_offload needs normalization="batch": with "micro_batch" the teacher scores inside the loss, '
+                "so it cannot leave the device before it."
+            )
+        generation_batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if generation_batch % self.num_generations:
+            raise ValueError(
+                f"num_generations ({self.num_generations}) must divide the generation batch: "
+                f"{self.per_device_train_batch_size} rollouts per device × {self.gradient_accumulation_steps} "
+                f"accumulation steps × {self.world_size} processes = {generation_batch}."
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{hint}")

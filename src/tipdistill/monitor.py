@@ -1,0 +1,148 @@
+"""What a training step did with its tokens: sums that add up over micro-batches and ranks, and the drift guard."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .report.taxonomy import quadrants
+from .types import Selection, TokenScores
+
+TALLIED = ("tokens", "kept", "entropy", "reverse_kl", "kept_reverse_kl", "forward_kl", "q1", "q2", "q3", "q4")
+BASELINE_STEPS = 5
+
+
+def tally(scores: TokenScores, selection: Selection | None) -> Tensor:
+    """Sums over tokens, float64 [len(TALLIED)], NaN where a statistic was not computed.
+
+    Sums of disjoint sets of tokens add up, so a step's figures do not depend on how it was split.
+
+    Args:
+        scores: the statistics of N tokens.
+        selection: what was kept of them; None: all.
+
+    Example:
+        >>> scores = TokenScores(entropy=torch.ones(4))
+        >>> dict(zip(TALLIED, tally(scores, None).tolist(), strict=True))["entropy"]
+        4.0
+    """
+    _, some = next(scores.present())
+    missing = some.new_full((), math.nan, dtype=torch.float64)
+
+    def total(name: str, mask: Tensor | None = None) -> Tensor:
+        value = getattr(scores, name)
+        if value is None:
+            return missing
+        return (value if mask is None else value[mask]).sum(dtype=torch.float64)
+
+    kept = None if selection is None else selection.mask
+    sums = [
+        torch.full_like(missing, len(scores)),
+        torch.full_like(missing, len(scores)) if kept is None else kept.sum(dtype=torch.float64),
+        total("entropy"),
+        total("reverse_kl"),
+        total("reverse_kl", kept),
+        total("forward_kl"),
+    ]
+    if len(scores) and scores.entropy is not None and scores.reverse_kl is not None:
+        quadrant = quadrants(scores)
+        sums += [(quadrant == number).sum(dtype=torch.float64) for number in (1, 2, 3, 4)]
+    else:
+        sums += [missing if len(scores) else torch.zeros_like(missing)] * 4
+    return torch.stack(sums)
+
+
+def metrics(sums: Tensor) -> dict[str, float]:
+    """The logged figures of a step from its `tally`; those not computed are left out.
+
+    kept_fraction and kept_divergence_share are shares of the tokens and of the reverse KL; dropped_divergence is the
+    mean reverse KL (nats) of the tokens that were not trained on; the quadrants are shares.
+
+    Example:
+        >>> values = dict.fromkeys(TALLIED, 1.0) | {"tokens": 4.0, "kept": 2.0, "reverse_kl": 2.0}
+        >>> metrics(torch.tensor(list(values.values())))["selection/dropped_divergence"]
+        0.5
+    """
+    total: Mapping[str, float] = dict(zip(TALLIED, sums.tolist(), strict=True))
+    tokens = max(total["tokens"], 1.0)
+    dropped = total["tokens"] - total["kept"]
+    figures = {
+        "selection/kept_fraction": total["kept"] / tokens,
+        "selection/kept_divergence_share": (
+            total["kept_reverse_kl"] / total["reverse_kl"] if total["reverse_kl"] else math.nan
+        ),
+        "selection/dropped_divergence": (
+            max(total["reverse_kl"] - total["kept_reverse_kl"], 0.0) / dropped if dropped else math.nan
+        ),
+        "reverse_kl": total["reverse_kl"] / tokens,
+        "forward_kl": total["forward_kl"] / tokens,
+    } | {f"quadrants/q{number}": total[f"q{number}"] / tokens for number in (1, 2, 3, 4)}
+    return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+
+def peak_memory_gib() -> float:
+    """Peak memory in GiB: allocated on the CUDA device, or the process's resident set where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class TrainingMonitor(TrainerCallback, ExportableState):
+    """What must survive a resume: the tokens trained on so far and the drift guard's baseline.
+
+    The drift guard: a run on few tokens can collapse through the tokens that are never trained, and only their
+    divergence shows it in time. The baseline is the mean dropped divergence of the first `BASELINE_STEPS` observations;
+    above `drift_factor` times it the guard warns, once per excursion.
+
+    Args:
+        drift_factor: multiple of the baseline that triggers the warning; 0 turns the guard off.
+    """
+
+    def __init__(self, drift_factor: float) -> None:
+        self.drift_factor = drift_factor
+        self.trained_tokens = 0
+        self.baseline: list[float] = []
+        self.drifting = False
+
+    def observe(self, dropped_divergence: float) -> str | None:
+        """Take one step's dropped divergence (nats); return a warning when it leaves the range of its start."""
+        if not self.drift_factor:
+            return None
+        if len(self.baseline) < BASELINE_STEPS:
+            self.baseline.append(dropped_divergence)
+            return None
+        start = sum(self.baseline) / len(self.baseline)
+        was_drifting, self.drifting = self.drifting, dropped_divergence > self.drift_factor * start
+        if self.drifting and not was_drifting:
+            return (
+                f"the tokens that selection drops are drifting: their mean divergence is {dropped_divergence:.4g} nats, "
+                f"{dropped_divergence / max(start, 1e-30):.1f} times where it began ({start:.4g}). What is never trained can collapse a "
+                "run: raise `retention`, lower `learning_rate`, or choose a rule that follows the divergence "
+                "(`gradient_norm`, `soft_or_log`). `drift_factor=0` turns this warning off."
+            )
+        return None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "args": {"drift_factor": self.drift_factor},
+            "attributes": {
+                "trained_tokens": self.trained_tokens,
+                "baseline": list(self.baseline),
+                "drifting": self.drifting,
+            },
+        }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0 and isinstance(saved, dict):  # a resumed run continues its own baseline
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)

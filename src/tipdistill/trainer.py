@@ -1,0 +1,652 @@
+"""TIPTrainer: TRL's DistillationTrainer, trained on the selected tokens only.
+
+Generation, PEFT, sharding, logging and checkpoints are TRL's. What is ours, in the order of a step:
+
+    _generate_and_score_completions   rollout (TRL), then score and select the whole generation batch
+    _compute_loss                     student forward, then the divergence of the kept rows alone
+    training_step                     what the step did with its tokens, logged
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
+from trl import DistillationTrainer
+
+from .config import TIPConfig
+from .divergence import token_scores
+from .integrations import _trl
+from .loss import fused_divergence_loss
+from .monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
+from .select import kept_counts, needs_teacher, rule_fields, select
+from .types import Head, Selection, TokenScores
+from .vocabulary import check_same_tokenizer, shared_vocabulary
+
+logger = get_logger(__name__)
+
+_LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
+
+
+class TIPTrainer(DistillationTrainer):
+    """Distil a student on its own rollouts, on the tokens that a selection rule keeps.
+
+    L = (1 / |K|) Σ_{t ∈ K} D(P_S(·|c_t) ‖ P_T(·|c_t)), K the kept tokens of the whole generation batch (paper Eq. 9).
+
+    A drop-in for `trl.DistillationTrainer`: same arguments, and a `TIPConfig` for a `DistillationConfig`. Unlike TRL it
+    takes heads whose vocabularies are padded to different sizes, checks that the tokenizers agree before it loads
+    weights, and resumes exactly in any epoch.
+
+    Args:
+        model: student, a model, a PEFT model, a path or a hub id.
+        teacher_model: teacher, a model, a path or a hub id.
+        args: the configuration.
+        train_dataset: rows with a `prompt` column, plain or conversational.
+        eval_dataset: the same; its loss is the divergence over all tokens, whatever the rule.
+        processing_class: the student's tokenizer; loaded from the student's path where None.
+        teacher_processing_class: the teacher's tokenizer, to compare; loaded from the teacher's path where None.
+        callbacks, optimizers, quantization_config, peft_config, tools: as in TRL.
+
+    Raises:
+        ValueError: no teacher, an empty dataset or one without a prompt column, tokenizers that differ.
+        TypeError: `args` is no TIPConfig.
+
+    Example:
+        >>> trainer = TIPTrainer(  # doctest: +SKIP
+        ...     model="student", teacher_model="teacher", args=TIPConfig("run", retention=0.2), train_dataset=dataset
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    _tag_names = ["trl", "distillation", "tipdistill"]  # noqa: RUF012 - a class attribute of TRL's
+    _name = "TIP"
+    _paper = {  # noqa: RUF012 - a class attribute of TRL's
+        "title": "TIP: Token Importance in On-Policy Distillation",
+        "id": "2604.14084",
+        "citation": (
+            "@article{tip2026,\n    title   = {{TIP: Token Importance in On-Policy Distillation}},\n"
+            "    year    = 2026,\n    eprint  = {arXiv:2604.14084}\n}"
+        ),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: TIPConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any | None = None,
+        peft_config: Any | None = None,
+        tools: list[Callable] | None = None,
+        teacher_processing_class: Any | None = None,
+    ) -> None:
+        if args is None:
+            args = TIPConfig(f"{_name_of(model).split('/')[-1]}-TIP")
+        if not isinstance(args, TIPConfig):
+            raise TypeError(f"args must be a TIPConfig, got {type(args).__name__}.")
+        if teacher_model is None:
+            raise ValueError("a teacher is needed: pass teacher_model, a model, a directory or a hub id.")
+        for name, dataset in (("train_dataset", train_dataset), *_named(eval_dataset)):
+            _check_prompts(name, dataset)
+        processing_class = processing_class or _load_tokenizer(model, args)
+        teacher_processing_class = teacher_processing_class or _load_tokenizer(teacher_model, args, teacher=True)
+        if processing_class is not None and teacher_processing_class is not None:
+            check_same_tokenizer(processing_class, teacher_processing_class)
+
+        _check_fills_a_batch(train_dataset, args)
+        if args.teacher_offload and (args.deepspeed_plugin is not None or args.fsdp_plugin_args is not None):
+            raise ValueError(
+                "teacher_offload moves a whole teacher; FSDP and DeepSpeed shard it already. Use their own CPU offload "
+                "(fsdp_offload_params, offload_param) and leave teacher_offload off."
+            )
+
+        self._monitor = TrainingMonitor(args.drift_factor)
+        super().__init__(
+            model=model,
+            teacher_model=None,  # TRL refuses a teacher whose vocabulary is padded differently, so it is prepared here
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[self._monitor, *(callbacks or [])],
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        if isinstance(teacher_model, str):
+            teacher_model = _load_teacher(teacher_model, args)
+        self._share_vocabulary(teacher_model)
+        teacher_model.requires_grad_(False).eval()
+        if self.is_deepspeed_enabled:
+            self.teacher_model = _trl.prepare_deepspeed(teacher_model, self.accelerator)
+        else:
+            self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+
+        self._rule_fields = rule_fields(args.selection_rule)
+        self._keeps_all = args.selection_rule == "all"
+        self._reads_teacher = needs_teacher(args.selection_rule)
+        self._divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._sums: Tensor | None = None
+        self._sums_are_global = False
+        self.add_callback(_StepEnd(self._seconds, self._log_step))
+
+    def _share_vocabulary(self, teacher: PreTrainedModel) -> None:
+        rows = [model.get_output_embeddings().weight.shape[0] for model in (self._plain_student(), teacher)]
+        if 0 in rows:  # ZeRO-3 holds partitions; the configuration still knows
+            rows = [model.config.get_text_config().vocab_size for model in (self._plain_student(), teacher)]
+        self._vocabulary = shared_vocabulary(*rows, num_tokens=len(self._tokenizer))
+        if rows[0] != rows[1]:
+            logger.info(
+                f"The lm_heads are padded to different sizes (student {rows[0]}, teacher {rows[1]} rows); the "
+                f"divergence runs over the {self._vocabulary} rows they share."
+            )
+        surplus = list(range(self._vocabulary, rows[0]))
+        if surplus and self.use_vllm:
+            self.generation_kwargs["logit_bias"] = dict.fromkeys(surplus, -100.0)
+            self.vllm_generation.generation_kwargs = {
+                **(self.args.generation_kwargs or {}),
+                "logit_bias": self.generation_kwargs["logit_bias"],
+            }
+        elif surplus:  # the teacher has no embedding for these rows, so the student must not sample them
+            suppressed = sorted({*(self.generation_config.suppress_tokens or []), *surplus})
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = suppressed
+
+    def _plain_student(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> _trl.EpochSampler:
+        generation_batch = (
+            self.args.per_device_train_batch_size
+            * self.accelerator.num_processes
+            * self.args.gradient_accumulation_steps
+        )
+        return _trl.EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.args.num_generations,
+            batch_size=generation_batch // self.args.num_generations,
+            repeat_count=self.args.gradient_accumulation_steps,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+        for row, ids in enumerate(completion_ids):
+            if len(ids) == 0:
+                raise ValueError(
+                    f"rollout {row} of the batch has a completion of length 0 (its prompt has {len(prompt_ids[row])} "
+                    "tokens): there is no token to distil. Check the engine's length limits and stop tokens."
+                )
+        return completion_ids
+
+    # Score and select, once per generation batch.
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self._clock("rollout"):
+            batch = super()._generate_and_score_completions(inputs)
+        if not self.model.training or self.args.normalization == "micro_batch":
+            return batch
+        if self._keeps_all and not self.args.teacher_offload:
+            return batch
+        present = [key for key in _trl.MULTIMODAL_KEYS if key in batch]
+        if present:
+            raise ValueError(
+                f'normalization="batch" does not score multimodal inputs yet (the batch has {", ".join(present)}). '
+                'Use normalization="micro_batch", which scores inside the loss.'
+            )
+        mask = _loss_mask(batch)
+        with self._clock("score"):
+            scores, teacher_hidden = self._score_rollouts(batch, mask)
+        with self._clock("select"):
+            weight = self._select_globally(scores, mask, batch)
+        batch["selection_weight"] = weight
+        batch["token_entropy"] = scores["entropy"]
+        if teacher_hidden is not None:
+            batch["teacher_hidden"] = [
+                rows[row_weight[row_mask] > 0]
+                for rows, row_weight, row_mask in zip(teacher_hidden, weight, mask, strict=True)
+            ]
+        return batch
+
+    def _fields_now(self) -> tuple[str, ...]:
+        """Statistics to compute at this step: the rule's own, and the logged ones where they cost no projection."""
+        every = self.args.score_logging_steps
+        full_step = every > 0 and self.state.global_step % every == 0
+        if self._rule_fields is None:
+            return ()
+        if self._reads_teacher or full_step:
+            return tuple(dict.fromkeys((*self._rule_fields, *_LOGGED_FIELDS)))
+        return tuple(dict.fromkeys((*self._rule_fields, "entropy", "entropy_norm")))
+
+    def _projects_teacher(self, fields: tuple[str, ...]) -> bool:
+        return not fields or self._reads_teacher or "reverse_kl" in fields
+
+    @torch.no_grad()
+    def _score_rollouts(
+        self, batch: dict[str, Any], mask: Tensor
+    ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+        """Statistics of every completion token, each [B, T] (0 where masked), and the teacher's hidden rows."""
+        fields = self._fields_now()
+        with_teacher = self._projects_teacher(fields)
+        keep_teacher = with_teacher or self.args.teacher_offload
+        student = self._plain_student()
+        was_training = self.model.training
+        self.model.eval()  # no dropout: the scores are the student's that generated
+        table: dict[str, Tensor] = {}
+        teacher_hidden: list[Tensor] | None = [None] * len(mask) if keep_teacher else None  # type: ignore[list-item]
+        try:
+            for rows in self._scoring_rows(batch):
+                scores, hidden = self._forward_redirection(
+                    self.model_wrapped,
+                    student,
+                    self._score_rows,
+                    student,
+                    {key: batch[key][rows] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")},
+                    mask[rows],
+                    fields,
+                    with_teacher,
+                    keep_teacher,
+                )
+                inside = torch.zeros_like(mask)
+                inside[rows] = mask[rows]
+                for name, value in scores.present():
+                    table.setdefault(name, torch.zeros(mask.shape, device=mask.device)).masked_scatter_(inside, value)
+                if teacher_hidden is not None:
+                    lengths = mask[rows].sum(1).tolist()
+                    for row, piece in zip(rows.tolist(), hidden.split(lengths), strict=True):
+                        # a copy, so that dropping the unselected rows later frees the scoring batch
+                        teacher_hidden[row] = piece.clone()
+        finally:
+            self.model.train(was_training)
+            if self.args.teacher_offload:
+                self._offload_teacher()
+        return table, teacher_hidden
+
+    def _scoring_rows(self, batch: dict[str, Any]) -> Iterator[Tensor]:
+        """Row indices of each scoring forward, the same number of forwards on every rank (sharded engines need it)."""
+        lengths = batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
+        order = torch.argsort(lengths, descending=True, stable=True)
+        count = len(order)
+        if self.args.scoring_tokens:
+            pieces, row = 0, 0
+            while row < count:  # rows are sorted, so the first of a piece is its longest
+                row += max(1, self.args.scoring_tokens // int(lengths[order[row]]))
+                pieces += 1
+        else:
+            pieces = math.ceil(count / self.args.per_device_train_batch_size)
+        pieces = int(self.accelerator.gather(torch.tensor([pieces], device=lengths.device)).max())
+        for rows in torch.tensor_split(order, pieces):
+            yield rows.sort().values  # ascending, the order in which a mask over [B, T] reads
+
+    def _score_rows(
+        self,
+        student: Any,
+        batch: dict[str, Tensor],
+        mask: Tensor,
+        fields: tuple[str, ...],
+        with_teacher: bool,
+        keep_teacher: bool,
+    ) -> tuple[TokenScores, Tensor | None]:
+        batch, mask = self._trimmed(batch, mask)
+        with self.accelerator.autocast():
+            student_hidden = self._hidden(student, batch)[mask]
+            teacher_hidden = self._teacher_hidden(batch)[mask] if keep_teacher else None
+        with self._heads(student, student_hidden, teacher_hidden if with_teacher else None) as (head, teacher_head):
+            scores = token_scores(
+                head, teacher_head, beta=self.beta, temperature=self.temperature, fields=fields or None
+            )
+        return scores, teacher_hidden
+
+    def _select_globally(self, scores: dict[str, Tensor], mask: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Select over the rollouts of all ranks; returns this rank's weights [B, T]. Sets the loss denominator."""
+        gathered = {name: self._gather_rollouts(value) for name, value in scores.items()}
+        everywhere = self._gather_rollouts(mask)
+        flat = TokenScores(**{name: value[everywhere] for name, value in gathered.items()})
+        rollout = torch.arange(len(everywhere), device=mask.device)[:, None].expand_as(everywhere)[everywhere]
+        selection = self._select(flat, rollout)
+        weight = torch.zeros(everywhere.shape, device=mask.device)
+        weight[everywhere] = selection.weight
+        batch["num_items_in_batch"] = selection.weight.sum()
+        self._sums, self._sums_are_global = tally(flat, selection), True
+        first = self.accelerator.process_index * len(mask)
+        return weight[first : first + len(mask), : mask.shape[1]]
+
+    def _gather_rollouts(self, value: Tensor) -> Tensor:
+        return self.accelerator.gather(self.accelerator.pad_across_processes(value, dim=1))
+
+    def _select(self, scores: TokenScores, rollout: Tensor) -> Selection:
+        device = rollout.device
+        # A function of (seed, step) alone, so that a resumed run draws what the uninterrupted one would have; where each
+        # micro-batch of each rank draws for itself, of those too.
+        seed = self.args.seed * 1_000_003 + self.state.global_step
+        if self.args.normalization == "micro_batch":
+            micro_batch = self._step % self.args.gradient_accumulation_steps
+            seed = (seed * 1_009 + micro_batch) * 10_007 + self.accelerator.process_index
+        return select(
+            scores,
+            rule=self.args.selection_rule,
+            retention=self.args.retention,
+            rollout=rollout,
+            scope=self.args.selection_scope,
+            generator=torch.Generator(device=device).manual_seed(seed % 2**63),
+        )
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        regenerates = self.model.training and (
+            self._step % self.args.gradient_accumulation_steps == 0 or self._buffered_inputs is None
+        )
+        inputs = super()._prepare_inputs(generation_batch)
+        if regenerates and self.args.normalization == "micro_batch" and not self._keeps_all:
+            self._count_kept_ahead()
+        return inputs
+
+    def _count_kept_ahead(self) -> None:
+        """The global number of kept tokens, known from the lengths before any token is scored."""
+        kept = 0
+        for micro_batch in self._buffered_inputs:
+            lengths = _loss_mask(micro_batch).sum(1)
+            if self.args.selection_scope == "batch":
+                lengths = lengths.sum().reshape(1)
+            kept += int(kept_counts(lengths, self.args.retention).sum())
+        total = self.accelerator.gather(torch.tensor([kept], device=self.accelerator.device)).sum()
+        for micro_batch in self._buffered_inputs:
+            micro_batch["num_items_in_batch"] = total
+
+    # The loss of one micro-batch.
+
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        multimodal = {key: inputs[key] for key in _trl.MULTIMODAL_KEYS if key in inputs}
+        batch, mask = {key: inputs[key] for key in keys}, _loss_mask(inputs)
+        weight = inputs.get("selection_weight")
+        if not multimodal:
+            batch, mask = self._trimmed(batch, mask)
+            weight = None if weight is None else weight[:, : mask.shape[1]]
+        with self.accelerator.autocast():
+            hidden = self._hidden(unwrapped_student, batch, multimodal)
+            rows = mask if weight is None else weight > 0
+            if inputs.get("teacher_hidden") is not None:
+                teacher_hidden = torch.cat(inputs["teacher_hidden"])
+            else:
+                with torch.no_grad():
+                    teacher_hidden = self._teacher_hidden(batch, multimodal)[rows]
+        kept_weight = None if weight is None else weight[rows]
+        selects_here = self.model.training and weight is None and not self._keeps_all
+        with self._heads(unwrapped_student, hidden[rows], teacher_hidden) as (student, teacher):
+            if selects_here:
+                scores, selection = self._score_and_select(student, teacher, rows)
+                student, teacher = _take(student, selection.mask), _take(teacher, selection.mask)
+                kept_weight = selection.weight[selection.mask]
+            options: dict[str, Any] = {
+                "weight": kept_weight,
+                "divergence": self._divergence,
+                "beta": self.beta,
+                "temperature": self.temperature,
+                "denominator": num_items_in_batch,
+            }
+            if weight is None and not selects_here:
+                loss, scores = fused_divergence_loss(student, teacher, fields=_LOGGED_FIELDS, **options)
+                selection = None
+            else:
+                loss = fused_divergence_loss(student, teacher, **options)
+        if weight is not None:  # scored already, over the whole batch
+            entropy = inputs["token_entropy"][:, : mask.shape[1]][mask]
+            return loss, entropy.sum(), mask.sum()
+        if self.model.training:
+            sums = tally(scores, selection)
+            self._sums = sums if self._sums is None else self._sums + sums
+        return loss, scores.require("entropy").sum(), mask.sum()
+
+    def _score_and_select(self, student: Head, teacher: Head, rows: Tensor) -> tuple[TokenScores, Selection]:
+        rollout = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)[rows]
+        fields = self._fields_now()
+        with torch.no_grad():
+            scores = token_scores(
+                student,
+                teacher if self._projects_teacher(fields) else None,
+                beta=self.beta,
+                temperature=self.temperature,
+                fields=fields or None,
+            )
+            return scores, self._select(scores, rollout)
+
+    # Hidden states and heads.
+
+    def _trimmed(self, batch: dict[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The rows without the columns that are padding in all of them (where shapes need not stay fixed)."""
+        if self.pad_to_multiple_of is not None:
+            return batch, mask
+        start = int(batch["prompt_mask"].any(0).int().argmax())
+        stop = int(batch["completion_mask"].sum(1).max())
+        return {
+            name: value[:, start:] if name.startswith("prompt") else value[:, :stop] for name, value in batch.items()
+        }, mask[:, :stop]
+
+    def _hidden(self, model: Any, batch: dict[str, Tensor], multimodal: dict[str, Any] | None = None) -> Tensor:
+        return self._get_last_hidden_state(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].shape[1],
+            **(multimodal or {}),
+        )
+
+    def _teacher_hidden(self, batch: dict[str, Tensor], multimodal: dict[str, Any] | None = None) -> Tensor:
+        if self.args.teacher_offload:
+            self.teacher_model.to(self.accelerator.device)
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        # through its own wrapper, so that FSDP and DeepSpeed materialise the sharded weights
+        return self._forward_redirection(self.teacher_model, teacher, self._hidden, teacher, batch, multimodal)
+
+    @contextmanager
+    def _heads(
+        self, student: Any, student_hidden: Tensor, teacher_hidden: Tensor | None
+    ) -> Iterator[tuple[Head, Head | None]]:
+        """Both lm_heads with the hidden states they project, sharded weights gathered once."""
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        layers = [student.get_output_embeddings(), teacher.get_output_embeddings()]
+        with (
+            _trl.maybe_gather_lm_head_ctx(layers[0].weight, layers[0].bias),
+            _trl.maybe_gather_lm_head_ctx(layers[1].weight, layers[1].bias),
+        ):
+            heads: list[Head | None] = [
+                None if hidden is None else _head(model, layer, hidden)
+                for model, layer, hidden in zip(
+                    (student, teacher), layers, (student_hidden, teacher_hidden), strict=True
+                )
+            ]
+            assert heads[0] is not None
+            yield heads[0], heads[1]
+
+    def _offload_teacher(self) -> None:
+        """Send the teacher to the CPU, but for its lm_head, which the loss still projects the kept rows with."""
+        self.teacher_model.to("cpu")
+        self.accelerator.unwrap_model(self.teacher_model).get_output_embeddings().to(self.accelerator.device)
+
+    # What the step did, logged.
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        started, before = time.perf_counter(), sum(self._seconds[name] for name in ("rollout", "score", "select"))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        prepared = sum(self._seconds[name] for name in ("rollout", "score", "select")) - before
+        self._seconds["loss"] += time.perf_counter() - started - prepared
+        return loss
+
+    def _log_step(self) -> None:
+        assert self._sums is not None, "a training step tallies its tokens before it ends"
+        sums = self._sums
+        if not self._sums_are_global:
+            sums = self.accelerator.gather(sums[None]).sum(0)
+        self._sums, self._sums_are_global = None, False
+        figures = metrics(sums)
+        totals = dict(zip(TALLIED, sums.tolist(), strict=True))
+        self._monitor.trained_tokens += round(totals["kept"])
+        figures["selection/trained_tokens"] = self._monitor.trained_tokens
+        figures |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        figures["tokens_per_second"] = totals["tokens"] / max(sum(self._seconds.values()), 1e-9)
+        figures["memory/peak_gib"] = peak_memory_gib()
+        self._seconds.clear()
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
+        if "selection/dropped_divergence" in figures:
+            warning = self._monitor.observe(figures["selection/dropped_divergence"])
+            if warning:
+                logger.warning(f"Step {self.state.global_step}: {warning}")
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - started
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"there is no complete checkpoint in {self.args.output_dir} to resume from: start afresh without "
+                    "resume_from_checkpoint, or name the directory of one."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+class _StepEnd(TrainerCallback):
+    """Times the optimiser and calls back when the whole step is done, before Trainer logs it."""
+
+    def __init__(self, seconds: dict[str, float], on_step_done: Callable[[], None]) -> None:
+        self.seconds = seconds
+        self.on_step_done = on_step_done
+        self.started = 0.0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.seconds["optimizer"] += time.perf_counter() - self.started
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.on_step_done()
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint whose last file was written in full, or None; a killed save leaves others behind.
+
+    Args:
+        output_dir: the run's directory.
+
+    Example:
+        >>> last_complete_checkpoint("no/such/run") is None
+        True
+    """
+    directory = Path(output_dir)
+    checkpoints = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # Trainer writes it last
+        except (OSError, ValueError):
+            logger.warning(f"{path} was left incomplete by an interrupted save; skipping it.")
+            continue
+        return str(path)
+    return None
+
+
+def _loss_mask(batch: dict[str, Any]) -> Tensor:
+    """bool [B, T]: the completion tokens that the student itself wrote (no padding, no tool results)."""
+    mask = batch["completion_mask"].bool()
+    return mask if batch.get("tool_mask") is None else mask & batch["tool_mask"].bool()
+
+
+def _head(model: Any, layer: Any, hidden: Tensor) -> Head:
+    logit_scale, softcap = _trl.logit_transform(model.config)
+    weight = _trl.whole(layer.weight, hidden.dtype)
+    assert weight is not None
+    return Head(hidden.to(weight.device), weight, _trl.whole(layer.bias, hidden.dtype), logit_scale, softcap)
+
+
+def _take(head: Head, mask: Tensor) -> Head:
+    return replace(head, hidden=head.hidden[mask])
+
+
+def _name_of(model: Any) -> str:
+    return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", ""))
+
+
+def _named(dataset: Any) -> list[tuple[str, Any]]:
+    if isinstance(dataset, dict):
+        return [(f"eval_dataset[{name!r}]", part) for name, part in dataset.items()]
+    return [("eval_dataset", dataset)]
+
+
+def _check_prompts(name: str, dataset: Any) -> None:
+    if dataset is None:
+        return
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{name} is empty: at least one row with a 'prompt' is needed.")
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        near = difflib.get_close_matches("prompt", columns, n=1, cutoff=0.4)
+        hint = f" Rename '{near[0]}': dataset.rename_column('{near[0]}', 'prompt')." if near else ""
+        raise ValueError(f"{name} has no 'prompt' column, its columns are {', '.join(columns)}.{hint}")
+
+
+def _check_fills_a_batch(dataset: Any, args: TIPConfig) -> None:
+    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    prompts = rollouts // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < prompts:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} prompts, fewer than the {prompts} of one generation batch ({rollouts} "
+            f"rollouts / {args.num_generations} per prompt), so no step would be taken: lower "
+            "per_device_train_batch_size or gradient_accumulation_steps, or add prompts."
+        )
+
+
+def _load_tokenizer(model: Any, args: TIPConfig, teacher: bool = False) -> Any | None:
+    """The processing class saved with a model, or None for an instantiated one that came from no directory."""
+    name = _name_of(model)
+    if not name or not (isinstance(model, str) or os.path.isdir(name)):
+        return None
+    kwargs = (args.teacher_model_init_kwargs if teacher else args.model_init_kwargs) or {}
+    revision = (args.teacher_model_revision if teacher else None) or dict(kwargs).get("revision")
+    return AutoProcessor.from_pretrained(
+        name,
+        revision=revision,
+        truncation_side="left",
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _load_teacher(name: str, args: TIPConfig) -> PreTrainedModel:
+    kwargs: dict[str, Any] = dict(args.teacher_model_init_kwargs or {})
+    dtype = kwargs.get("dtype")
+    kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if args.teacher_model_revision is not None:
+        kwargs.setdefault("revision", args.teacher_model_revision)
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return _trl.create_model_from_path(name, **kwargs)

@@ -1,0 +1,18 @@
+"""What tests/test_trainer.py launches under torchrun: a few steps, the logged figures written by the first process."""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+
+from tipdistill import TIPConfig, TIPTrainer
+
+student, teacher, data, out, settings = sys.argv[1:]
+args = TIPConfig(str(Path(out).with_suffix("")), **json.loads(settings))
+trainer = TIPTrainer(student, teacher, args, Dataset.from_json(data))
+trainer.train()
+if trainer.accelerator.is_main_process:
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    figures = {name: [entry[name] for entry in history] for name in history[0]}
+    Path(out).write_text(json.dumps({**figures, "processes": trainer.accelerator.num_processes}))

@@ -1,0 +1,34 @@
+import pytest
+
+from tipdistill import TIPConfig
+
+CPU = {"use_cpu": True, "bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"retention": 0}, r"retention must be in \(0, 1\], got 0"),
+        ({"retention": 1.5}, r"retention must be in \(0, 1\]"),
+        ({"retention": float("nan")}, r"retention must be in \(0, 1\]"),
+        ({"retention": True}, r"retention must be in \(0, 1\]"),
+        ({"selection_rule": "softor"}, "soft_or"),
+        ({"selection_scope": "rolout"}, "Did you mean 'rollout'"),
+        ({"normalization": "microbatch"}, "Did you mean 'micro_batch'"),
+        ({"num_generations": 0}, "num_generations must be an integer ≥ 1"),
+        ({"num_generations": 3, "per_device_train_batch_size": 8}, "must divide the generation batch"),
+        ({"score_logging_steps": -1}, "score_logging_steps must be an integer ≥ 0"),
+        ({"scoring_tokens": -1}, "scoring_tokens must be an integer ≥ 0"),
+        ({"drift_factor": 0.5}, "drift_factor must be 0"),
+        ({"teacher_offload": True, "normalization": "micro_batch"}, 'needs normalization="batch"'),
+    ],
+)
+def test_bad_fields_are_refused(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        TIPConfig(str(tmp_path), **CPU, **setting)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = TIPConfig(str(tmp_path), **CPU)
+    assert (config.selection_rule, config.retention, config.selection_scope) == ("soft_or", 0.5, "rollout")
+    assert (config.normalization, config.beta, config.temperature) == ("batch", 1.0, 1.0)

@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+from transformers import TrainerState
+
+from tipdistill import Selection, TokenScores, quadrants
+from tipdistill.monitor import BASELINE_STEPS, TALLIED, TrainingMonitor, metrics, tally
+
+
+@pytest.fixture
+def scores():
+    generator = torch.Generator().manual_seed(0)
+    entropy = torch.rand(40, generator=generator)
+    return TokenScores(
+        entropy=entropy,
+        entropy_norm=entropy / math.log(50),
+        reverse_kl=torch.rand(40, generator=generator),
+        forward_kl=torch.rand(40, generator=generator),
+    )
+
+
+def selection_of(mask):
+    return Selection(mask=mask, weight=mask.float(), score=torch.zeros(len(mask)))
+
+
+def test_figures_are_those_of_the_tokens(scores):
+    mask = torch.arange(40) % 4 == 0
+    figures = metrics(tally(scores, selection_of(mask)))
+    assert figures["selection/kept_fraction"] == 0.25
+    assert figures["selection/kept_divergence_share"] == pytest.approx(
+        (scores.reverse_kl[mask].sum() / scores.reverse_kl.sum()).item()
+    )
+    assert figures["selection/dropped_divergence"] == pytest.approx(scores.reverse_kl[~mask].mean().item())
+    assert figures["reverse_kl"] == pytest.approx(scores.reverse_kl.mean().item())
+    assert figures["forward_kl"] == pytest.approx(scores.forward_kl.mean().item())
+    shares = [(quadrants(scores) == number).float().mean().item() for number in (1, 2, 3, 4)]
+    assert [figures[f"quadrants/q{number}"] for number in (1, 2, 3, 4)] == pytest.approx(shares)
+
+
+def test_tallies_of_parts_add_up_but_for_the_quadrants_normaliser(scores):
+    mask = torch.arange(40) % 3 == 0
+    whole = tally(scores, selection_of(mask))
+    parts = [
+        tally(scores.map(lambda value, part=part: value[part]), selection_of(mask[part]))
+        for part in (slice(0, 7), slice(7, 40))
+    ]
+    added = [TALLIED.index(name) for name in TALLIED if not name.startswith("q")]
+    assert torch.allclose(whole[added], (parts[0] + parts[1])[added])
+
+
+def test_what_was_not_computed_is_left_out(scores):
+    figures = metrics(tally(TokenScores(entropy=scores.entropy), None))
+    assert figures == {"selection/kept_fraction": 1.0}
+
+
+def test_no_token_at_all_is_no_error():
+    figures = metrics(tally(TokenScores(entropy=torch.empty(0), reverse_kl=torch.empty(0)), None))
+    assert figures["selection/kept_fraction"] == 0
+
+
+def test_the_drift_guard_warns_once_per_excursion():
+    monitor = TrainingMonitor(drift_factor=3.0)
+    assert [monitor.observe(0.1) for _ in range(BASELINE_STEPS)] == [None] * BASELINE_STEPS
+    assert monitor.observe(0.29) is None
+    assert "3.1 times where it began" in monitor.observe(0.31)
+    assert monitor.observe(0.5) is None
+    assert monitor.observe(0.2) is None
+    assert monitor.observe(0.4) is not None
+
+
+def test_factor_zero_turns_the_guard_off():
+    monitor = TrainingMonitor(drift_factor=0)
+    assert all(monitor.observe(value) is None for value in [0.1] * 10 + [100.0])
+
+
+def test_the_baseline_survives_a_resume():
+    before = TrainingMonitor(3.0)
+    for _ in range(BASELINE_STEPS):
+        before.observe(0.1)
+    before.trained_tokens = 123
+    state = TrainerState(stateful_callbacks=[before], global_step=7)
+    after = TrainingMonitor(3.0)
+    after.on_train_begin(None, state, None)
+    assert after.trained_tokens == 123
+    assert after.observe(0.5) is not None
+
+
+def test_a_fresh_run_starts_its_own_baseline():
+    state = TrainerState(stateful_callbacks=[TrainingMonitor(3.0)], global_step=0)
+    monitor = TrainingMonitor(3.0)
+    monitor.trained_tokens = 5
+    monitor.on_train_begin(None, state, None)
+    assert monitor.trained_tokens == 5

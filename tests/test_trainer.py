@@ -1,0 +1,445 @@
+"""TIPTrainer against TRL, against itself split differently, and at its edges."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import DistillationConfig, DistillationTrainer
+
+import tipdistill.trainer
+from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.trainer import last_complete_checkpoint
+
+PLAIN = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_completion_length": 12,
+    "learning_rate": 1e-3,
+    "disable_tqdm": True,
+    # greedy, so that two ways to run the same step write the same rollouts
+    "generation_kwargs": {"do_sample": False},
+}
+DISTRIBUTED = Path(__file__).parent / "distributed_run.py"
+
+
+@pytest.fixture
+def prompts(word_problems):
+    return Dataset.from_json(str(word_problems))
+
+
+@pytest.fixture
+def pair(tiny_model_dir):
+    return str(tiny_model_dir("qwen3", "student")), str(tiny_model_dir("qwen3", "teacher"))
+
+
+@pytest.fixture
+def make(pair, prompts, tmp_path):
+    def build(model=None, teacher=None, dataset=None, trainer=TIPTrainer, config=TIPConfig, extra=None, **settings):
+        settings = {**PLAIN, "per_device_train_batch_size": 8, "max_steps": 2, **settings}
+        return trainer(
+            model=model or pair[0],
+            teacher_model=teacher or pair[1],
+            args=config(str(settings.pop("output_dir", tmp_path / "run")), **settings),
+            train_dataset=prompts if dataset is None else dataset,
+            **(extra or {}),
+        )
+
+    return build
+
+
+def steps(trainer, *names):
+    """The logged figures of each step, one list per name."""
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [[entry[name] for entry in history] for name in names]
+
+
+def gradients(trainer, inputs):
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_all_tokens_give_trls_loss_and_gradients(make, prompts, beta):
+    ours = make(selection_rule="all", retention=1.0, beta=beta)
+    trls = make(trainer=DistillationTrainer, config=DistillationConfig, beta=beta)
+    for trainer in (ours, trls):
+        trainer.model.train()
+    inputs = trls._prepare_inputs([prompts[index] for index in range(8)])
+    expected_loss, expected = gradients(trls, inputs)
+    loss, found = gradients(ours, inputs)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert found.keys() == expected.keys()
+    assert len(found) > 10
+    for name, gradient in expected.items():
+        # fp32 sums in another order: relative to the largest entry of each tensor
+        error = (found[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 2e-5, name
+
+
+def test_training_on_all_tokens_follows_trl_step_by_step(make):
+    ours = make(selection_rule="all", max_steps=3)
+    trls = make(trainer=DistillationTrainer, config=DistillationConfig, max_steps=3)
+    for trainer in (ours, trls):
+        trainer.train()
+    for found, expected in zip(steps(ours, "loss", "grad_norm", "entropy"), steps(trls, "loss", "grad_norm", "entropy"), strict=True):
+        assert found == pytest.approx(expected, rel=2e-4)
+
+
+RULES = [
+    {"selection_rule": "soft_or", "retention": 0.3},
+    {"selection_rule": "soft_or", "retention": 0.3, "selection_scope": "batch"},
+    {"selection_rule": "entropy", "retention": 0.2, "score_logging_steps": 0},
+    {"selection_rule": "random", "retention": 0.25, "selection_scope": "batch"},
+    {"selection_rule": "soft_or", "retention": 0.3, "teacher_offload": True},
+    {"selection_rule": "soft_or", "retention": 0.3, "scoring_tokens": 64},
+    # a rule without normalisers across rollouts is exact here too: the denominator is known ahead
+    {"selection_rule": "divergence", "retention": 0.3, "normalization": "micro_batch"},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(str(value) for value in rule.values()))
+def test_one_by_eight_equals_eight_by_one(make, rule):
+    whole = make(per_device_train_batch_size=8, gradient_accumulation_steps=1, **rule)
+    split = make(per_device_train_batch_size=1, gradient_accumulation_steps=8, **rule)
+    for trainer in (whole, split):
+        trainer.train()
+    for found, expected in zip(steps(split, "loss", "grad_norm"), steps(whole, "loss", "grad_norm"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    names = ("selection/kept_fraction", "selection/trained_tokens")
+    assert steps(split, *names) == steps(whole, *names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+def test_two_processes_equal_one(pair, word_problems, tmp_path, normalization):
+    results = []
+    for processes, per_device in ((1, 8), (2, 4)):
+        out = tmp_path / f"{processes}.json"
+        settings = {
+            **PLAIN,
+            "max_steps": 3,
+            "per_device_train_batch_size": per_device,
+            "normalization": normalization,
+            "selection_rule": "soft_or" if normalization == "batch" else "divergence",
+            "retention": 0.3,
+            "shuffle_dataset": False,
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(DISTRIBUTED)]
+        command += [*pair, str(word_problems), str(out), json.dumps(settings)]
+        subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        results.append(json.loads(out.read_text()))
+    one, two = results
+    assert two["processes"] == 2
+    for name in ("loss", "grad_norm", "selection/kept_fraction", "reverse_kl", "quadrants/q1", "selection/trained_tokens"):
+        if normalization == "micro_batch" and name.startswith("quadrants"):
+            continue  # normalised per micro-batch, as documented
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("rows", [(64, 80), (80, 64)])
+def test_padded_vocabularies(make, tiny_model_dir, tiny_tokenizer, rows):
+    used = len(tiny_tokenizer)
+    student_rows, teacher_rows = used + rows[0], used + rows[1]
+    student = str(tiny_model_dir("qwen2", "student", vocab_rows=student_rows))
+    teacher = str(tiny_model_dir("qwen2", "teacher", vocab_rows=teacher_rows))
+    with pytest.raises(ValueError, match="vocab"):
+        make(student, teacher, trainer=DistillationTrainer, config=DistillationConfig)
+    trainer = make(student, teacher, generation_kwargs=None, temperature=1.0)
+    shared = min(student_rows, teacher_rows)
+    suppressed = trainer.generation_config.suppress_tokens or []
+    assert list(suppressed) == list(range(shared, student_rows))
+    before = trainer.model.get_output_embeddings().weight.detach().clone()
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in steps(trainer, "loss")[0])
+    after = trainer.model.get_output_embeddings().weight.detach()
+    assert (after[:used] != before[:used]).any()
+
+
+def test_different_tokenizers_are_refused_before_weights_are_loaded(make, pair, tmp_path, tiny_tokenizer, monkeypatch):
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["<surplus>"])
+    other.save_pretrained(tmp_path / "teacher")
+    for file in Path(pair[1]).iterdir():
+        if not (tmp_path / "teacher" / file.name).exists():
+            (tmp_path / "teacher" / file.name).symlink_to(file)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match=f"first at token id {len(tiny_tokenizer)}"):
+        make(teacher=str(tmp_path / "teacher"))
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama", "qwen2"])
+def test_each_architecture_end_to_end_from_disk(make, tiny_model_dir, arch):
+    trainer = make(
+        str(tiny_model_dir(arch, "student")), str(tiny_model_dir(arch, "teacher")), generation_kwargs=None, max_steps=8
+    )
+    trainer.train()
+    (loss,) = steps(trainer, "loss")
+    assert all(math.isfinite(value) for value in loss)
+    trainer.save_model(trainer.args.output_dir)
+    again = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    for name, parameter in trainer.model.state_dict().items():
+        assert torch.equal(parameter, again.state_dict()[name])
+
+
+def test_training_lowers_the_divergence(make):
+    trainer = make(max_steps=30, learning_rate=3e-3, retention=0.5)
+    trainer.train()
+    (divergence,) = steps(trainer, "reverse_kl")
+    assert sum(divergence[-5:]) < 0.8 * sum(divergence[:5])
+
+
+LOGGED = [
+    "selection/kept_fraction",
+    "selection/kept_divergence_share",
+    "selection/dropped_divergence",
+    "selection/trained_tokens",
+    "quadrants/q1",
+    "quadrants/q2",
+    "quadrants/q3",
+    "quadrants/q4",
+    "entropy",
+    "reverse_kl",
+    "forward_kl",
+    "tokens_per_second",
+    "time/rollout",
+    "time/loss",
+    "time/optimizer",
+    "memory/peak_gib",
+]
+
+
+@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+def test_every_step_logs_what_happened_to_its_tokens(make, normalization):
+    trainer = make(normalization=normalization, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 2
+    scored_ahead = ["time/score", "time/select"] if normalization == "batch" else []
+    for entry in history:
+        assert [name for name in [*LOGGED, *scored_ahead] if entry.get(name) is None] == []
+        assert 0 < entry["selection/kept_fraction"] <= 0.5
+        assert entry["selection/kept_fraction"] < entry["selection/kept_divergence_share"] <= 1
+        assert sum(entry[f"quadrants/q{number}"] for number in (1, 2, 3, 4)) == pytest.approx(1)
+        assert all(entry[name] > 0 for name in ("time/rollout", "time/loss", "time/optimizer", "tokens_per_second"))
+
+
+def test_entropy_rules_project_the_teacher_for_the_kept_rows_only(make, monkeypatch):
+    projected = {"score": [], "loss": []}
+    score, loss = tipdistill.trainer.token_scores, tipdistill.trainer.fused_divergence_loss
+
+    def scoring(student, teacher=None, **options):
+        projected["score"].append(0 if teacher is None else len(teacher.hidden))
+        return score(student, teacher, **options)
+
+    def losing(student, teacher, **options):
+        projected["loss"].append(len(teacher.hidden))
+        return loss(student, teacher, **options)
+
+    monkeypatch.setattr(tipdistill.trainer, "token_scores", scoring)
+    monkeypatch.setattr(tipdistill.trainer, "fused_divergence_loss", losing)
+    trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=2, max_steps=4)
+    trainer.train()
+    per_step = len(projected["score"]) // 4
+    teacher_rows = [sum(projected["score"][i * per_step : (i + 1) * per_step]) for i in range(4)]
+    assert [rows > 0 for rows in teacher_rows] == [True, False, True, False]
+    kept = steps(trainer, "selection/trained_tokens")[0]
+    assert projected["loss"] == [b - a for a, b in zip([0, *kept], kept, strict=False)]
+
+
+def test_num_generations_repeats_each_prompt(make, prompts):
+    trainer = make(num_generations=4)
+    order = list(trainer._get_train_sampler())
+    assert len(set(order[:8])) == 2
+    assert all(len(set(order[i : i + 4])) == 1 for i in range(0, len(order), 4))
+
+
+def test_tool_results_are_never_selected_or_scored(make, monkeypatch):
+    trainer = make(retention=1.0, max_steps=1)
+    seen = {}
+    inner = DistillationTrainer._generate_and_score_completions
+
+    def with_tools(self, inputs):
+        batch = inner(self, inputs)
+        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+        batch["tool_mask"][:, 2:5] = 0
+        batch["num_items_in_batch"] = (batch["tool_mask"] * batch["completion_mask"]).sum()
+        seen["tokens"] = int(batch["num_items_in_batch"])
+        return batch
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", with_tools)
+    select = tipdistill.trainer.select
+    monkeypatch.setattr(
+        tipdistill.trainer, "select", lambda scores, **k: seen.update(scored=len(scores)) or select(scores, **k)
+    )
+    trainer.train()
+    assert seen["scored"] == seen["tokens"]
+    assert steps(trainer, "selection/trained_tokens") == [[seen["tokens"]]]
+
+
+def test_an_offloaded_teacher_is_not_run_in_the_loss(make, monkeypatch):
+    trainer = make(selection_rule="all", teacher_offload=True, max_steps=1, scoring_tokens=10_000)
+    calls = []
+    trainer.teacher_model.base_model.register_forward_hook(lambda *args: calls.append(1))
+    trainer.train()
+    assert len(calls) == 1
+    reference = make(selection_rule="all", max_steps=1)
+    reference.train()
+    for found, expected in zip(steps(trainer, "loss", "grad_norm"), steps(reference, "loss", "grad_norm"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_lora_trains_the_adapter_alone(make):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make(extra={"peft_config": config})
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_bf16_mixed_precision_reaches_the_backbone(make, monkeypatch):
+    """TRL 1.16 bypasses accelerate's autocast on its way to the backbone; here `bf16=True` means what it says."""
+    trainer = make(bf16=True, max_steps=1)
+    seen = set()
+    layer = trainer.model.base_model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, args, output: seen.add((output.dtype, torch.is_autocast_enabled("cpu"))))
+    score_rows = trainer._score_rows
+    monkeypatch.setattr(trainer, "_score_rows", lambda *args: seen.clear() or score_rows(*args))
+    trainer.train()
+    assert seen == {(torch.bfloat16, True)}
+    assert all(math.isfinite(value) for value in steps(trainer, "loss", "grad_norm")[0])
+
+
+def test_evaluation_measures_all_tokens_whatever_the_rule(make, prompts):
+    losses = []
+    for rule in ("soft_or", "complement:soft_or", "all"):
+        trainer = make(selection_rule=rule, retention=0.2, extra={"eval_dataset": prompts.select(range(8))})
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1] == losses[2] > 0
+
+
+def test_nan_logits_name_the_rollout_and_token(make):
+    trainer = make(max_steps=1)
+    inner = trainer._get_last_hidden_state
+
+    def poisoned(model, input_ids, *args, **kwargs):
+        hidden = inner(model, input_ids, *args, **kwargs).clone()
+        if model.config.hidden_size == trainer.model.config.hidden_size and len(hidden) == 8:
+            hidden[3, 1] = math.nan
+        return hidden
+
+    trainer._get_last_hidden_state = poisoned
+    with pytest.raises(ValueError, match=r"rollout 3.*token 1|token 1.*rollout 3"):
+        trainer.train()
+
+
+def test_a_completion_of_length_0_is_refused(make, monkeypatch):
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, ids, *a: [[1, 2]] * 5 + [[]] * 3)
+    with pytest.raises(ValueError, match="rollout 5 of the batch has a completion of length 0"):
+        make().train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dataset": Dataset.from_list([])}, ValueError, "train_dataset is empty"),
+        ({"dataset": Dataset.from_list([{"prompts": "a"}] * 9)}, ValueError, "Rename 'prompts'"),
+        ({"dataset": Dataset.from_list([{"prompt": "a"}] * 3)}, ValueError, "fewer than the 8 of one generation batch"),
+        ({"config": DistillationConfig}, TypeError, "must be a TIPConfig"),
+    ],
+)
+def test_bad_arguments_get_one_clear_error(make, arguments, error, message):
+    with pytest.raises(error, match=message):
+        make(**arguments)
+
+
+def test_a_teacher_is_needed(pair, prompts, tmp_path):
+    with pytest.raises(ValueError, match="a teacher is needed"):
+        TIPTrainer(pair[0], args=TIPConfig(str(tmp_path), **PLAIN), train_dataset=prompts)
+
+
+RESUME = """
+import json, sys
+from datasets import Dataset
+from tipdistill import TIPConfig, TIPTrainer
+student, teacher, data, out, resume, settings = sys.argv[1:]
+trainer = TIPTrainer(student, teacher, TIPConfig(out, **json.loads(settings)), Dataset.from_json(data).select(range(16)))
+trainer.train(resume_from_checkpoint=resume == "yes")
+trainer.save_model(out + "/final")
+print(json.dumps([e["selection/trained_tokens"] for e in trainer.state.log_history if "loss" in e]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_problems, tmp_path):
+    settings = {
+        **PLAIN,
+        "generation_kwargs": None,  # sampling: the random state must come back too
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 9,  # 16 prompts, 8 a step: epochs of two steps
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "selection_rule": "random",
+        "retention": 0.4,
+    }
+
+    def command(out, resume):
+        arguments = [*pair, str(word_problems), str(out), resume, json.dumps(settings)]
+        return [sys.executable, "-c", RESUME, *arguments]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    straight = subprocess.run(
+        command(tmp_path / "straight", "no"), check=True, timeout=300, env=environment, capture_output=True, text=True
+    )
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(killed, "no"), env=environment, stdout=subprocess.DEVNULL)
+    # the fifth step is the first of the third epoch
+    deadline = time.monotonic() + 240
+    while not (killed / "checkpoint-5" / "trainer_state.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "final").exists()
+    resumed = subprocess.run(
+        command(killed, "yes"), check=True, timeout=300, env=environment, capture_output=True, text=True
+    )
+    ends = [AutoModelForCausalLM.from_pretrained(tmp_path / run / "final").state_dict() for run in ("straight", "killed")]
+    for name, parameter in ends[0].items():
+        assert torch.equal(parameter, ends[1][name]), name
+    assert json.loads(resumed.stdout.splitlines()[-1]) == json.loads(straight.stdout.splitlines()[-1])
+
+
+def test_an_interrupted_save_is_passed_over(tmp_path):
+    for step, text in ((2, "{}"), (4, "{}"), (6, '{"global_'), (8, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_resuming_without_a_checkpoint_says_so(make):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        make().train(resume_from_checkpoint=True)

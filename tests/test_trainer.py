@@ -97,7 +97,9 @@ def test_training_on_all_tokens_follows_trl_step_by_step(make):
     trls = make(trainer=DistillationTrainer, config=DistillationConfig, max_steps=3)
     for trainer in (ours, trls):
         trainer.train()
-    for found, expected in zip(steps(ours, "loss", "grad_norm", "entropy"), steps(trls, "loss", "grad_norm", "entropy"), strict=True):
+    for found, expected in zip(
+        steps(ours, "loss", "grad_norm", "entropy"), steps(trls, "loss", "grad_norm", "entropy"), strict=True
+    ):
         assert found == pytest.approx(expected, rel=2e-4)
 
 
@@ -140,14 +142,27 @@ def test_two_processes_equal_one(pair, word_problems, tmp_path, normalization):
             "retention": 0.3,
             "shuffle_dataset": False,
         }
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port=0",
+        ]
         command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(DISTRIBUTED)]
         command += [*pair, str(word_problems), str(out), json.dumps(settings)]
         subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
         results.append(json.loads(out.read_text()))
     one, two = results
     assert two["processes"] == 2
-    for name in ("loss", "grad_norm", "selection/kept_fraction", "reverse_kl", "quadrants/q1", "selection/trained_tokens"):
+    for name in (
+        "loss",
+        "grad_norm",
+        "selection/kept_fraction",
+        "reverse_kl",
+        "quadrants/q1",
+        "selection/trained_tokens",
+    ):
         if normalization == "micro_batch" and name.startswith("quadrants"):
             continue  # normalised per micro-batch, as documented
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
@@ -187,7 +202,10 @@ def test_different_tokenizers_are_refused_before_weights_are_loaded(make, pair, 
 @pytest.mark.parametrize("arch", ["qwen3", "llama", "qwen2"])
 def test_each_architecture_end_to_end_from_disk(make, tiny_model_dir, arch):
     trainer = make(
-        str(tiny_model_dir(arch, "student")), str(tiny_model_dir(arch, "teacher")), generation_kwargs=None, max_steps=8
+        str(tiny_model_dir(arch, "student")),
+        str(tiny_model_dir(arch, "teacher")),
+        generation_kwargs=None,
+        max_steps=8,
     )
     trainer.train()
     (loss,) = steps(trainer, "loss")
@@ -248,9 +266,9 @@ def test_entropy_rules_project_the_teacher_for_the_kept_rows_only(make, monkeypa
         projected["score"].append(0 if teacher is None else len(teacher.hidden))
         return score(student, teacher, **options)
 
-    def losing(student, teacher, **options):
+    def losing(student, teacher, *args, **options):
         projected["loss"].append(len(teacher.hidden))
-        return loss(student, teacher, **options)
+        return loss(student, teacher, *args, **options)
 
     monkeypatch.setattr(tipdistill.trainer, "token_scores", scoring)
     monkeypatch.setattr(tipdistill.trainer, "fused_divergence_loss", losing)
@@ -286,7 +304,9 @@ def test_tool_results_are_never_selected_or_scored(make, monkeypatch):
     monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", with_tools)
     select = tipdistill.trainer.select
     monkeypatch.setattr(
-        tipdistill.trainer, "select", lambda scores, **k: seen.update(scored=len(scores)) or select(scores, **k)
+        tipdistill.trainer,
+        "select",
+        lambda scores, **k: seen.update(scored=len(scores)) or select(scores, **k),
     )
     trainer.train()
     assert seen["scored"] == seen["tokens"]
@@ -348,7 +368,7 @@ def test_nan_logits_name_the_rollout_and_token(make):
         return hidden
 
     trainer._get_last_hidden_state = poisoned
-    with pytest.raises(ValueError, match=r"rollout 3.*token 1|token 1.*rollout 3"):
+    with pytest.raises(ValueError, match=r"rollout 3.*token 1"):
         trainer.train()
 
 
@@ -363,7 +383,11 @@ def test_a_completion_of_length_0_is_refused(make, monkeypatch):
     [
         ({"dataset": Dataset.from_list([])}, ValueError, "train_dataset is empty"),
         ({"dataset": Dataset.from_list([{"prompts": "a"}] * 9)}, ValueError, "Rename 'prompts'"),
-        ({"dataset": Dataset.from_list([{"prompt": "a"}] * 3)}, ValueError, "fewer than the 8 of one generation batch"),
+        (
+            {"dataset": Dataset.from_list([{"prompt": "a"}] * 3)},
+            ValueError,
+            "fewer than the 8 of one generation batch",
+        ),
         ({"config": DistillationConfig}, TypeError, "must be a TIPConfig"),
     ],
 )
@@ -382,7 +406,8 @@ import json, sys
 from datasets import Dataset
 from tipdistill import TIPConfig, TIPTrainer
 student, teacher, data, out, resume, settings = sys.argv[1:]
-trainer = TIPTrainer(student, teacher, TIPConfig(out, **json.loads(settings)), Dataset.from_json(data).select(range(16)))
+dataset = Dataset.from_json(data).select(range(16))
+trainer = TIPTrainer(student, teacher, TIPConfig(out, **json.loads(settings)), dataset)
 trainer.train(resume_from_checkpoint=resume == "yes")
 trainer.save_model(out + "/final")
 print(json.dumps([e["selection/trained_tokens"] for e in trainer.state.log_history if "loss" in e]))
@@ -409,7 +434,12 @@ def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_proble
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     straight = subprocess.run(
-        command(tmp_path / "straight", "no"), check=True, timeout=300, env=environment, capture_output=True, text=True
+        command(tmp_path / "straight", "no"),
+        check=True,
+        timeout=300,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     killed = tmp_path / "killed"
     process = subprocess.Popen(command(killed, "no"), env=environment, stdout=subprocess.DEVNULL)
@@ -425,7 +455,9 @@ def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_proble
     resumed = subprocess.run(
         command(killed, "yes"), check=True, timeout=300, env=environment, capture_output=True, text=True
     )
-    ends = [AutoModelForCausalLM.from_pretrained(tmp_path / run / "final").state_dict() for run in ("straight", "killed")]
+    ends = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / run / "final").state_dict() for run in ("straight", "killed")
+    ]
     for name, parameter in ends[0].items():
         assert torch.equal(parameter, ends[1][name]), name
     assert json.loads(resumed.stdout.splitlines()[-1]) == json.loads(straight.stdout.splitlines()[-1])

@@ -46,7 +46,8 @@ class TIPConfig(DistillationConfig):
         default=0.5, metadata={"help": "Share of the completion tokens that is trained on, in (0, 1]."}
     )
     selection_scope: str = field(
-        default="rollout", metadata={"help": "Spend the budget per 'rollout' (paper Eq. 8) or over the 'batch'."}
+        default="rollout",
+        metadata={"help": "Spend the budget per 'rollout' (paper Eq. 8) or over the 'batch'."},
     )
     normalization: str = field(
         default="batch",

@@ -124,10 +124,10 @@ class TrainingMonitor(TrainerCallback, ExportableState):
         was_drifting, self.drifting = self.drifting, dropped_divergence > self.drift_factor * start
         if self.drifting and not was_drifting:
             return (
-                f"the tokens that selection drops are drifting: their mean divergence is {dropped_divergence:.4g} nats, "
-                f"{dropped_divergence / max(start, 1e-30):.1f} times where it began ({start:.4g}). What is never trained can collapse a "
-                "run: raise `retention`, lower `learning_rate`, or choose a rule that follows the divergence "
-                "(`gradient_norm`, `soft_or_log`). `drift_factor=0` turns this warning off."
+                f"the tokens that selection drops are drifting: their mean divergence is {dropped_divergence:.4g} "
+                f"nats, {dropped_divergence / max(start, 1e-30):.1f} times where it began ({start:.4g}). What is never "
+                "trained can collapse a run: raise `retention`, lower `learning_rate`, or choose a rule that follows "
+                "the divergence (`gradient_norm`, `soft_or_log`). `drift_factor=0` turns this warning off."
             )
         return None
 

@@ -92,7 +92,10 @@ class TIPTrainer(DistillationTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (
+            None,
+            None,
+        ),
         quantization_config: Any | None = None,
         peft_config: Any | None = None,
         tools: list[Callable] | None = None,
@@ -132,14 +135,13 @@ class TIPTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        if isinstance(teacher_model, str):
-            teacher_model = _load_teacher(teacher_model, args)
-        self._share_vocabulary(teacher_model)
-        teacher_model.requires_grad_(False).eval()
+        teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
+        self._share_vocabulary(teacher)
+        teacher.requires_grad_(False).eval()
         if self.is_deepspeed_enabled:
-            self.teacher_model = _trl.prepare_deepspeed(teacher_model, self.accelerator)
+            self.teacher_model = _trl.prepare_deepspeed(teacher, self.accelerator)
         else:
-            self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
         self._rule_fields = rule_fields(args.selection_rule)
         self._keeps_all = args.selection_rule == "all"
@@ -151,16 +153,17 @@ class TIPTrainer(DistillationTrainer):
         self.add_callback(_StepEnd(self._seconds, self._log_step))
 
     def _share_vocabulary(self, teacher: PreTrainedModel) -> None:
-        rows = [model.get_output_embeddings().weight.shape[0] for model in (self._plain_student(), teacher)]
-        if 0 in rows:  # ZeRO-3 holds partitions; the configuration still knows
-            rows = [model.config.get_text_config().vocab_size for model in (self._plain_student(), teacher)]
-        self._vocabulary = shared_vocabulary(*rows, num_tokens=len(self._tokenizer))
-        if rows[0] != rows[1]:
+        models = (self._plain_student(), teacher)
+        rows, teacher_rows = (model.get_output_embeddings().weight.shape[0] for model in models)
+        if 0 in (rows, teacher_rows):  # ZeRO-3 holds partitions; the configuration still knows
+            rows, teacher_rows = (model.config.get_text_config().vocab_size for model in models)
+        self._vocabulary = shared_vocabulary(rows, teacher_rows, num_tokens=len(self._tokenizer))
+        if rows != teacher_rows:
             logger.info(
-                f"The lm_heads are padded to different sizes (student {rows[0]}, teacher {rows[1]} rows); the "
+                f"The lm_heads are padded to different sizes (student {rows}, teacher {teacher_rows} rows); the "
                 f"divergence runs over the {self._vocabulary} rows they share."
             )
-        surplus = list(range(self._vocabulary, rows[0]))
+        surplus = list(range(self._vocabulary, rows))
         if surplus and self.use_vllm:
             self.generation_kwargs["logit_bias"] = dict.fromkeys(surplus, -100.0)
             self.vllm_generation.generation_kwargs = {
@@ -242,9 +245,7 @@ class TIPTrainer(DistillationTrainer):
         return not fields or self._reads_teacher or "reverse_kl" in fields
 
     @torch.no_grad()
-    def _score_rollouts(
-        self, batch: dict[str, Any], mask: Tensor
-    ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+    def _score_rollouts(self, batch: dict[str, Any], mask: Tensor) -> tuple[dict[str, Tensor], list[Tensor] | None]:
         """Statistics of every completion token, each [B, T] (0 where masked), and the teacher's hidden rows."""
         fields = self._fields_now()
         with_teacher = self._projects_teacher(fields)
@@ -261,7 +262,10 @@ class TIPTrainer(DistillationTrainer):
                     student,
                     self._score_rows,
                     student,
-                    {key: batch[key][rows] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")},
+                    {
+                        key: batch[key][rows]
+                        for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+                    },
                     mask[rows],
                     fields,
                     with_teacher,
@@ -311,7 +315,10 @@ class TIPTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             student_hidden = self._hidden(student, batch)[mask]
             teacher_hidden = self._teacher_hidden(batch)[mask] if keep_teacher else None
-        with self._heads(student, student_hidden, teacher_hidden if with_teacher else None) as (head, teacher_head):
+        with self._heads(student, student_hidden, teacher_hidden if with_teacher else None) as (
+            head,
+            teacher_head,
+        ):
             scores = token_scores(
                 head, teacher_head, beta=self.beta, temperature=self.temperature, fields=fields or None
             )
@@ -336,8 +343,8 @@ class TIPTrainer(DistillationTrainer):
 
     def _select(self, scores: TokenScores, rollout: Tensor) -> Selection:
         device = rollout.device
-        # A function of (seed, step) alone, so that a resumed run draws what the uninterrupted one would have; where each
-        # micro-batch of each rank draws for itself, of those too.
+        # A function of (seed, step) alone, so that a resumed run draws what the uninterrupted one would have; of the
+        # micro-batch and the rank too where each of them draws for itself.
         seed = self.args.seed * 1_000_003 + self.state.global_step
         if self.args.normalization == "micro_batch":
             micro_batch = self._step % self.args.gradient_accumulation_steps
@@ -392,28 +399,27 @@ class TIPTrainer(DistillationTrainer):
             else:
                 with torch.no_grad():
                     teacher_hidden = self._teacher_hidden(batch, multimodal)[rows]
-        kept_weight = None if weight is None else weight[rows]
-        selects_here = self.model.training and weight is None and not self._keeps_all
+        options: dict[str, Any] = {
+            "divergence": self._divergence,
+            "beta": self.beta,
+            "temperature": self.temperature,
+            "denominator": num_items_in_batch,
+        }
         with self._heads(unwrapped_student, hidden[rows], teacher_hidden) as (student, teacher):
-            if selects_here:
+            assert teacher is not None
+            if weight is not None:  # selected already, over the whole generation batch
+                loss = fused_divergence_loss(student, teacher, weight[rows], **options)
+                entropy = inputs["token_entropy"][:, : mask.shape[1]][mask]
+                return loss, entropy.sum(), mask.sum()
+            selection = None
+            if self.model.training and not self._keeps_all:
                 scores, selection = self._score_and_select(student, teacher, rows)
-                student, teacher = _take(student, selection.mask), _take(teacher, selection.mask)
-                kept_weight = selection.weight[selection.mask]
-            options: dict[str, Any] = {
-                "weight": kept_weight,
-                "divergence": self._divergence,
-                "beta": self.beta,
-                "temperature": self.temperature,
-                "denominator": num_items_in_batch,
-            }
-            if weight is None and not selects_here:
+                kept = selection.mask
+                loss = fused_divergence_loss(
+                    _take(student, kept), _take(teacher, kept), selection.weight[kept], **options
+                )
+            else:  # every token: one pass gives the loss and the statistics
                 loss, scores = fused_divergence_loss(student, teacher, fields=_LOGGED_FIELDS, **options)
-                selection = None
-            else:
-                loss = fused_divergence_loss(student, teacher, **options)
-        if weight is not None:  # scored already, over the whole batch
-            entropy = inputs["token_entropy"][:, : mask.shape[1]][mask]
-            return loss, entropy.sum(), mask.sum()
         if self.model.training:
             sums = tally(scores, selection)
             self._sums = sums if self._sums is None else self._sums + sums
@@ -488,7 +494,10 @@ class TIPTrainer(DistillationTrainer):
     # What the step did, logged.
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        started, before = time.perf_counter(), sum(self._seconds[name] for name in ("rollout", "score", "select"))
+        started, before = (
+            time.perf_counter(),
+            sum(self._seconds[name] for name in ("rollout", "score", "select")),
+        )
         loss = super().training_step(model, inputs, num_items_in_batch)
         prepared = sum(self._seconds[name] for name in ("rollout", "score", "select")) - before
         self._seconds["loss"] += time.perf_counter() - started - prepared

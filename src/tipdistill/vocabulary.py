@@ -36,8 +36,10 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
     for index in sorted(of_student.keys() | of_teacher.keys()):
         mine, theirs = of_student.get(index), of_teacher.get(index)
         if mine != theirs:
-            described = [f"{who} {'has no such token' if token is None else f'reads {token!r}'}"
-                         for who, token in (("the student", mine), ("the teacher", theirs))]
+            described = [
+                f"{who} {'has no such token' if token is None else f'reads {token!r}'}"
+                for who, token in (("the student", mine), ("the teacher", theirs))
+            ]
             raise ValueError(
                 f"the tokenizers differ, first at token id {index}: {' and '.join(described)} "
                 f"({len(of_student)} tokens against {len(of_teacher)}). {remedy}"

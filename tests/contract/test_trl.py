@@ -36,7 +36,11 @@ def test_compute_loss_divides_the_count_by_the_processes():
 
 def test_the_generation_batch_is_shuffled_then_split_and_lists_follow_their_rows():
     """Our per-rollout lists (teacher_hidden) and [B, T] tensors must travel with their rollouts."""
-    batch = {"ids": torch.arange(6)[:, None], "rows": [torch.full((i,), i) for i in range(6)], "count": torch.tensor(7)}
+    batch = {
+        "ids": torch.arange(6)[:, None],
+        "rows": [torch.full((i,), i) for i in range(6)],
+        "count": torch.tensor(7),
+    }
     pieces = split_tensor_dict(shuffle_sequence_dict(batch), 3)
     assert len(pieces) == 3
     for piece in pieces:

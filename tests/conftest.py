@@ -59,7 +59,7 @@ def word_problems(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """Byte-level BPE with a chat template, padding and end-of-sequence tokens (Qwen2's names: its class would add them)."""
+    """Byte-level BPE with a chat template; the padding token is Qwen2's, whose tokenizer class adds it otherwise."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

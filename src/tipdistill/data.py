@@ -1,0 +1,285 @@
+"""Prompts: from the hub or a local file to rows a trainer can read, checked before any model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def load_prompts(
+    source: str | Path,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+    column: str = "prompt",
+    template: str | None = None,
+    as_chat: bool = False,
+) -> Dataset | IterableDataset:
+    """Rows with a checked `prompt` column, from a hub id, a file, or a directory.
+
+    Args:
+        source: hub id; JSONL, JSON or Parquet file; or a directory, saved by `save_to_disk` or holding data files.
+        split: split to take; a file has only "train".
+        config: configuration of a hub dataset.
+        streaming: read the hub dataset as a stream.
+        column, template, as_chat: see `prepare_prompts`.
+
+    Raises:
+        FileNotFoundError: `source` looks like a path and is not there.
+        ValueError: a malformed file (with the line), an unknown split, or anything `prepare_prompts` refuses.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "prompts.jsonl")
+        ...     _ = path.write_text('{"problem": "1 + 1 ="}\\n{"problem": "1 + 2 ="}\\n')
+        ...     load_prompts(path, column="problem")["prompt"][:]
+        ['1 + 1 =', '1 + 2 =']
+    """
+    splits = _load_splits(source, config, streaming)
+    if split not in splits:
+        raise ValueError(
+            f"{source} has no split {split!r}, its splits are {', '.join(splits)}.{_nearest(split, list(splits))}"
+        )
+    return prepare_prompts(splits[split], column, template, as_chat, name=str(source))
+
+
+def prepare_prompts(
+    dataset: Dataset | IterableDataset,
+    column: str = "prompt",
+    template: str | None = None,
+    as_chat: bool = False,
+    name: str = "the dataset",
+) -> Dataset | IterableDataset:
+    """The dataset with a `prompt` column that is plain (a string) or conversational (a list of messages) throughout.
+
+    Args:
+        dataset: rows to train on. A stream is checked as it is read.
+        column: column that holds the prompts; renamed to `prompt`, in whose place it comes.
+        template: text put around plain prompts, with "{prompt}" where the prompt goes.
+        as_chat: turn each plain prompt into one user message, so that the tokenizer's chat template applies to it.
+        name: what errors call the dataset.
+
+    Raises:
+        ValueError: an empty dataset, no such column, an empty or malformed prompt (with its row), plain and
+            conversational prompts mixed, a template without "{prompt}" or around conversational prompts.
+
+    Example:
+        >>> rows = Dataset.from_dict({"problem": ["1 + 1 ="]})
+        >>> prepare_prompts(rows, "problem", template="{prompt} Answer briefly.", as_chat=True)["prompt"][0]
+        [{'content': '1 + 1 = Answer briefly.', 'role': 'user'}]
+    """
+    if template is not None and "{prompt}" not in template:
+        raise ValueError(f"prompt_template must contain '{{prompt}}', where the prompt goes; got {template!r}.")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{name} has no rows: at least one prompt is needed.")
+    columns = dataset.column_names
+    if columns is not None and column not in columns:
+        raise ValueError(
+            f"{name} has no column {column!r}, its columns are {', '.join(columns)}."
+            f"{_nearest(column, columns)} Name the column with prompt_column."
+        )
+    if column != "prompt":
+        if columns is not None and "prompt" in columns:
+            dataset = dataset.remove_columns("prompt")
+        dataset = dataset.rename_column(column, "prompt")
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(
+            lambda row, index: {"prompt": _dress(_check_prompt(row["prompt"], index, name), template, as_chat, name)},
+            with_indices=True,
+        )
+    prompts = dataset["prompt"][:]
+    for row, prompt in enumerate(prompts):
+        _check_prompt(prompt, row, name)
+    if template is None and (not as_chat or _is_chat(prompts[0])):
+        return dataset
+    return dataset.map(
+        lambda row: {"prompt": _dress(row["prompt"], template, as_chat, name)},
+        keep_in_memory=True,
+        load_from_cache_file=False,
+    )
+
+
+def drop_long_prompts(
+    dataset: Dataset, tokenizer: Any, max_prompt_length: int, chat_template_kwargs: dict[str, Any] | None = None
+) -> tuple[Dataset, int]:
+    """The rows whose prompt has at most `max_prompt_length` tokens, and how many were dropped.
+
+    Args:
+        dataset: rows with a `prompt` column, from `prepare_prompts`.
+        tokenizer: the student's.
+        max_prompt_length: tokens, chat template and generation prompt included.
+        chat_template_kwargs: passed to the chat template, as at training time.
+
+    Raises:
+        ValueError: every prompt is longer.
+    """
+    lengths = prompt_lengths(dataset["prompt"][:], tokenizer, chat_template_kwargs)
+    kept = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
+    if not kept:
+        raise ValueError(
+            f"every prompt is longer than max_prompt_length = {max_prompt_length} tokens (the shortest has "
+            f"{min(lengths)}): raise it."
+        )
+    return (dataset if len(kept) == len(lengths) else dataset.select(kept)), len(lengths) - len(kept)
+
+
+def prompt_lengths(
+    prompts: Sequence[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """Tokens of each prompt as the trainer will feed it, chat template and generation prompt included.
+
+    Args:
+        prompts: all plain or all conversational.
+        tokenizer: the student's.
+        chat_template_kwargs: passed to the chat template.
+    """
+    if _is_chat(prompts[0]):
+        encoded = tokenizer.apply_chat_template(
+            conversation=list(prompts),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **(chat_template_kwargs or {}),
+        )
+    else:
+        encoded = tokenizer(text=list(prompts))
+    return [len(ids) for ids in encoded["input_ids"]]
+
+
+def _load_splits(source: str | Path, config: str | None, streaming: bool) -> dict[str, Any]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        dataset = _read_file(path)
+        return {"train": dataset.to_iterable_dataset() if streaming else dataset}
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = load_from_disk(str(path))
+            return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+        return dict(load_dataset(str(path), name=config, streaming=streaming))
+    if path.suffix in _FILE_SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"there is no dataset at {source}.{_nearest(path.name, siblings)}")
+    try:
+        return dict(load_dataset(str(source), name=config, streaming=streaming))
+    except (OSError, RuntimeError) as error:  # offline, absent and gated datasets all surface as one of these
+        raise ValueError(
+            f"{source} is neither a local file nor a dataset that the hub gave: {_first_line(error)} "
+            f"Local files end in {', '.join(_FILE_SUFFIXES)}."
+        ) from error
+
+
+def _read_file(path: Path) -> Dataset:
+    if path.suffix == ".parquet":
+        try:
+            return Dataset.from_parquet(str(path))
+        except (pa.ArrowInvalid, OSError, RuntimeError) as error:
+            raise ValueError(f"{path} is no Parquet file that can be read: {_first_line(error)}") from error
+    if path.suffix not in _FILE_SUFFIXES:
+        raise ValueError(f"{path}: prompts are read from {', '.join(_FILE_SUFFIXES)} files, not {path.suffix!r}.")
+    text = path.read_text(encoding="utf-8")
+    rows = _read_array(path, text) if text.lstrip().startswith("[") else _read_lines(path, text)
+    # Column by column: `datasets` would take the columns from the first row alone, and names no row when types differ.
+    names = dict.fromkeys(key for row in rows for key in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for name, values in columns.items():
+        _check_one_kind(path, name, values)
+    try:
+        return Dataset.from_dict(columns)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"{path}: rows of one column hold values of different types: {_first_line(error)}") from error
+
+
+def _read_lines(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not valid JSON ({error.msg} at character {error.pos + 1}). A JSONL file "
+                "has one object per line."
+            ) from error
+        rows.append(_check_object(row, f"{path}, line {number}"))
+    return rows
+
+
+def _read_array(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    return [_check_object(row, f"{path}, row {index}") for index, row in enumerate(rows)]
+
+
+def _check_object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: expected an object such as {{"prompt": "..."}}, got {row!r:.60}.')
+    return row
+
+
+def _check_one_kind(path: Path, column: str, values: Sequence[Any]) -> None:
+    first: dict[str, int] = {}
+    for row, value in enumerate(values):
+        if isinstance(value, (str, list)):
+            first.setdefault("a string" if isinstance(value, str) else "a list", row)
+    if len(first) > 1:
+        seen = " and ".join(f"{kind} in row {row}" for kind, row in first.items())
+        raise ValueError(
+            f"{path}: column {column!r} holds {seen} (counting from 0). Prompts are plain (strings) or conversational "
+            "(lists of messages), the same in every row."
+        )
+
+
+def _check_prompt(prompt: Any, row: int, name: str) -> Any:
+    where = f"{name}, row {row} (counting from 0)"
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{where}: the prompt is empty. Remove the row or fill it in.")
+    elif isinstance(prompt, list):
+        if not prompt:
+            raise ValueError(f"{where}: the prompt has no messages. Remove the row or fill it in.")
+        for message in prompt:
+            if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
+                raise ValueError(f"{where}: a message needs a 'role' and a 'content', got {message!r:.80}.")
+        if all(isinstance(message["content"], str) and not message["content"].strip() for message in prompt):
+            raise ValueError(f"{where}: every message of the prompt is empty. Remove the row or fill it in.")
+    else:
+        raise ValueError(
+            f"{where}: a prompt is a string or a list of messages, got {prompt!r:.60}. Remove the row or fill it in."
+        )
+    return prompt
+
+
+def _is_chat(prompt: Any) -> bool:
+    return not isinstance(prompt, str)
+
+
+def _dress(prompt: Any, template: str | None, as_chat: bool, name: str) -> Any:
+    if _is_chat(prompt):
+        if template is not None:
+            raise ValueError(f"prompt_template goes around plain prompts, and those of {name} are conversational.")
+        return prompt
+    if template is not None:
+        # not str.format: templates hold braces of their own, as in \boxed{}
+        prompt = template.replace("{prompt}", prompt)
+    return [{"role": "user", "content": prompt}] if as_chat else prompt
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(word) for word in near)}?" if near else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,279 @@
+"""Score: the last hidden states and lm_heads of both models → TokenScores, never an [N, V] tensor."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import fields as dataclass_fields
+
+import torch
+from torch import Tensor
+
+from ..types import DIVERGENCES, Head, TokenScores
+from . import chunked, reference
+
+__all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores"]
+
+IMPLEMENTATIONS = ("auto", "reference", "chunked")
+_FIELDS = tuple(field.name for field in dataclass_fields(TokenScores))
+_OF_STUDENT = ("entropy", "entropy_norm", "student_logprob")
+_DEFAULT = (
+    "entropy",
+    "entropy_norm",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "divergence",
+    "student_logprob",
+    "teacher_logprob",
+)
+_OF_TOKENS = ("student_logprob", "teacher_logprob")
+
+
+class NonFiniteLogitsError(ValueError):
+    """A row's logits hold NaN or +∞, or nothing but −∞; `token` is the first such row."""
+
+    def __init__(self, token: int, where: str) -> None:
+        self.token = token
+        super().__init__(
+            f"{where}: the logits are NaN or infinite, so there is no distribution to compare. Check the weights "
+            "(a diverged run, a wrong dtype) and the hidden states."
+        )
+
+
+def token_scores(
+    student: Head,
+    teacher: Head | None = None,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    token_ids: Tensor | None = None,
+    fields: Sequence[str] | None = None,
+    impl: str = "auto",
+) -> TokenScores:
+    """Entropies and divergences of N tokens from hidden states and lm_heads (paper Eq. 1 to 3).
+
+    entropy = H(P_S), reverse_kl = KL(P_S ‖ P_T), forward_kl = KL(P_T ‖ P_S), all in nats over the shared vocabulary;
+    jsd = β KL(P_T ‖ M) + (1 − β) KL(P_S ‖ M) with M = (1 − β) P_S + β P_T, as in TRL. `divergence` is the one asked for
+    and differentiable in the student: its backward projects again the tokens whose incoming gradient is not zero,
+    and no others.
+
+    Args:
+        student: hidden states [N, H_S] and lm_head [V_S, H_S].
+        teacher: hidden states [N, H_T] and lm_head [V_T, H_T]; None: the student's entropies alone. Where V_S and V_T
+            differ by padding, the first min(V_S, V_T) rows are compared.
+        divergence: "reverse_kl", "forward_kl" or "jsd".
+        beta: β of the Jensen-Shannon divergence, in (0, 1).
+        temperature: divides both models' logits, > 0.
+        token_ids: int64 [N], the sampled tokens, for student_logprob and teacher_logprob.
+        fields: names of the statistics wanted, see `TokenScores`; None: those of the paper, that is all but jsd,
+            hellinger, gradient_norm and signal_to_curvature. Only what is asked for is computed.
+        impl: "chunked" (tiles, any device), "reference" (full logits, any dtype up to float64) or "auto", the fastest.
+
+    Returns:
+        TokenScores, each statistic float32 [N] (float64 where the hidden states are float64).
+
+    Raises:
+        ValueError: shapes, devices, names or ranges that do not fit; NonFiniteLogitsError, a ValueError, names the token.
+
+    Example:
+        >>> student, teacher = (Head(torch.eye(3), torch.randn(50, 3), logit_scale=2.0) for _ in range(2))
+        >>> scores = token_scores(student, teacher)
+        >>> scores.entropy.shape, bool((scores.reverse_kl >= 0).all())
+        (torch.Size([3]), True)
+        >>> token_scores(student).entropy_norm.max() <= 1
+        tensor(True)
+    """
+    vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
+    wanted = _wanted(fields, teacher, token_ids)
+    if impl == "reference":
+        scores = reference.token_scores(student, teacher, divergence, beta, temperature, token_ids, wanted)
+        first = next(scores.present(), None)
+        if first is not None:
+            total = sum(value.detach() for name, value in scores.present() if not name.endswith(("_kl", "logprob")))
+            _check_finite(total if isinstance(total, Tensor) else first[1].detach())
+        return scores
+    computed = tuple(divergence if name == "divergence" else name for name in wanted)
+    if "entropy_norm" in wanted:
+        computed += ("entropy",)
+    if divergence == "jsd" or "divergence" not in wanted:
+        needs = computed
+    else:  # the gradient of the reverse KL needs its value
+        needs = (*computed, divergence)
+    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+        found = chunked.statistics(student, teacher, needs, beta, temperature, token_ids, vocabulary)
+    _check_finite(found["s_log"] if teacher is None else found["s_log"] + found["t_log"])
+    values = {name: found[name] for name in wanted if name in found}
+    if "entropy_norm" in wanted:
+        values["entropy_norm"] = found["entropy"] / math.log(vocabulary)
+    if "divergence" in wanted:
+        assert teacher is not None
+        values["divergence"] = chunked.TokenDivergence.apply(
+            student.hidden,
+            student.weight,
+            student.bias,
+            divergence,
+            beta,
+            chunked.Projection.of(student, vocabulary, temperature),
+            chunked.Projection.of(teacher, vocabulary, temperature),
+            teacher.hidden.detach(),
+            found,
+        )
+    return TokenScores(**values)
+
+
+def fused_rows(
+    student: Head,
+    teacher: Head,
+    factor: Tensor,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    fields: Sequence[str],
+    token_ids: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, TokenScores]:
+    """Σ factor · divergence over N rows, each projected once, and the asked statistics of the same pass.
+
+    What `tipdistill.fused_divergence_loss` is made of; the arguments are those of `token_scores`, and `factor` [N].
+
+    Example:
+        >>> head = Head(torch.zeros(2, 3, requires_grad=True), torch.randn(9, 3))
+        >>> fused_rows(head, head, torch.ones(2), "reverse_kl", 0.5, 1.0, (), None, "auto")[0].item()
+        0.0
+    """
+    vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
+    wanted = _wanted(fields, teacher, token_ids)
+    if impl == "reference":
+        scores = token_scores(
+            student, teacher, divergence, beta, temperature, token_ids, tuple({*wanted, "divergence"}), impl
+        )
+        loss = (scores.require("divergence") * factor).sum()
+        return loss, TokenScores(**{name: getattr(scores, name).detach() for name in wanted})
+    computed = tuple(
+        dict.fromkeys({"divergence": divergence, "entropy_norm": "entropy"}.get(name, name) for name in wanted)
+    )
+    loss, normaliser, *values = chunked.FusedLoss.apply(
+        student.hidden,
+        student.weight,
+        student.bias,
+        divergence,
+        beta,
+        chunked.Projection.of(student, vocabulary, temperature),
+        chunked.Projection.of(teacher, vocabulary, temperature),
+        teacher.hidden.detach(),
+        factor.detach(),
+        computed,
+        token_ids,
+    )
+    _check_finite(normaliser)
+    found = dict(zip(computed, values, strict=True))
+    scores = {name: found[divergence if name == "divergence" else name] for name in wanted if name != "entropy_norm"}
+    if "entropy_norm" in wanted:
+        scores["entropy_norm"] = found["entropy"] / math.log(vocabulary)
+    return loss, TokenScores(**scores)
+
+
+def _wanted(fields: Sequence[str] | None, teacher: Head | None, token_ids: Tensor | None) -> tuple[str, ...]:
+    if fields is None:
+        fields = _DEFAULT if teacher is not None else _OF_STUDENT
+        return tuple(name for name in fields if token_ids is not None or name not in _OF_TOKENS)
+    if isinstance(fields, str):
+        raise ValueError(f"fields must be a list of names, got the string {fields!r}: write [{fields!r}].")
+    for name in fields:
+        if name not in _FIELDS:
+            raise ValueError(f"unknown statistic {name!r}; there are {', '.join(_FIELDS)}.{_nearest(name, _FIELDS)}")
+        if teacher is None and name not in _OF_STUDENT:
+            raise ValueError(f"'{name}' compares with a teacher: pass teacher=Head(...).")
+        if token_ids is None and name in _OF_TOKENS:
+            raise ValueError(f"'{name}' is of the sampled tokens: pass token_ids, int64 [N].")
+    return tuple(dict.fromkeys(fields))
+
+
+def _check(
+    student: Head,
+    teacher: Head | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    token_ids: Tensor | None,
+    impl: str,
+) -> int:
+    """Refuse what cannot be computed, before anything is; returns the shared vocabulary."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(
+            f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.{_nearest(divergence, DIVERGENCES)}"
+        )
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.{_nearest(impl, IMPLEMENTATIONS)}"
+        )
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+    if not 0 <= beta <= 1 or (divergence == "jsd" and not 0 < beta < 1):
+        hint = " 0 and 1 are the forward and the reverse KL: ask for these." if 0 <= beta <= 1 else ""
+        raise ValueError(f"beta must be in (0, 1) for the Jensen-Shannon divergence, got {beta!r}.{hint}")
+    heads = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    for name, head in heads.items():
+        _check_head(name, head)
+    if teacher is not None:
+        if len(student.hidden) != len(teacher.hidden):
+            raise ValueError(
+                f"student and teacher must score the same tokens: hidden states of {len(student.hidden)} and "
+                f"{len(teacher.hidden)} rows were given."
+            )
+        if student.hidden.device != teacher.hidden.device:
+            raise ValueError(
+                f"the student is on {student.hidden.device} and the teacher on {teacher.hidden.device}: move the "
+                "teacher's hidden states and lm_head to the student's device."
+            )
+    vocabulary = min(len(head.weight) for head in heads.values())
+    if token_ids is not None:
+        if token_ids.shape != student.hidden.shape[:1] or token_ids.dtype != torch.int64:
+            raise ValueError(
+                f"token_ids must be int64 [{len(student.hidden)}], got {token_ids.dtype} {list(token_ids.shape)}."
+            )
+        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
+            raise ValueError(
+                f"token_ids must lie in [0, {vocabulary}), got {int(token_ids.min())} to {int(token_ids.max())}."
+            )
+    return vocabulary
+
+
+def _check_head(name: str, head: Head) -> None:
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"the {name}'s hidden states must be [N, H] and its lm_head weight [V, H], got {list(hidden.shape)} and "
+            f"{list(weight.shape)}. Flatten [B, T, H] with hidden[mask]."
+        )
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(
+            f"the {name}'s hidden states and weight must be floating point, got {hidden.dtype}, {weight.dtype}."
+        )
+    if len(weight) < 2:
+        raise ValueError(f"the {name}'s vocabulary must have at least 2 tokens, got {len(weight)}.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the {name}'s bias must be [{len(weight)}], got {list(bias.shape)}.")
+    devices = {str(tensor.device) for tensor in (hidden, weight, bias) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the {name}'s hidden states, weight and bias are on {', '.join(sorted(devices))}: move them to one."
+        )
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"the {name}'s softcap must be > 0 or None, got {head.softcap}.")
+    if not math.isfinite(head.logit_scale):
+        raise ValueError(f"the {name}'s logit_scale must be finite, got {head.logit_scale}.")
+
+
+def _check_finite(normaliser: Tensor) -> None:
+    bad = ~torch.isfinite(normaliser)
+    if bad.any():
+        token = int(bad.nonzero()[0, 0])
+        raise NonFiniteLogitsError(token, f"token {token} of {len(normaliser)}")
+
+
+def _nearest(name: str, allowed: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), allowed, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

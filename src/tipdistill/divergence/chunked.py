@@ -1,0 +1,494 @@
+"""The fast path on any device: logits in tiles, one online pass for the statistics, gradients of the asked rows alone.
+
+Logits exist one tile of [tokens, vocabulary] at a time, in float32 (float64 for float64 inputs). Each statistic is a sum
+over the vocabulary relative to a running maximum, as in online softmax; docs/engine.md derives them. No tensor of
+[N, V] is ever held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import Head
+
+# Stands for a logit of −∞: its square is finite and its exponential 0, so that sums stay free of NaN.
+NEGATIVE = -1e18
+# A sum that meets NEGATIVE with any weight worth the name is infinite; a divergence of finite logits is far below.
+INFINITE = 1e6
+# [tokens, vocabulary] of a tile: on the CPU small enough to stay in a core's cache, on a GPU large enough to fill it.
+CPU_TILE = (256, 2048)
+GPU_TILE = (2048, 16384)
+# Bytes of logits that the fused loss holds at a time, both models together.
+CPU_WORKSPACE = 48 * 2**20
+GPU_WORKSPACE = 1024 * 2**20
+
+ONLINE = (
+    "entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "gradient_norm",
+    "student_logprob",
+    "teacher_logprob",
+)
+SECOND_PASS = ("jsd", "hellinger", "signal_to_curvature")
+STATISTICS = (*ONLINE, *SECOND_PASS, "s_max", "s_log", "t_max", "t_log", "s_to_mixture")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """An lm_head without its hidden states, truncated to the shared vocabulary."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+
+    @staticmethod
+    def of(head: Head, vocabulary: int, temperature: float) -> Projection:
+        bias = None if head.bias is None else head.bias.detach()[:vocabulary]
+        return Projection(head.weight.detach()[:vocabulary], bias, head.logit_scale, head.softcap, temperature)
+
+    def logits(self, hidden: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
+        """Logits of the columns [start, stop) into `out`, in out's dtype; −∞ becomes NEGATIVE."""
+        _project(hidden, self.weight[start:stop], out)
+        if self.bias is not None:
+            out.add_(self.bias[start:stop].to(out.dtype))
+        if self.softcap is None:
+            if self.scale != 1.0:
+                out.mul_(self.scale)
+        else:
+            out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return out.clamp_(min=NEGATIVE)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """∂ logits / ∂ (hidden @ weight.T) where it is no constant; `scale` is the constant part."""
+        if self.softcap is None:
+            return None
+        # tanh = logits · temperature / softcap, and tanh' = 1 − tanh²
+        return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0)
+
+    @property
+    def scale(self) -> float:
+        return self.logit_scale / self.temperature
+
+
+def accumulation_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _keeps_half(hidden: Tensor) -> bool:
+    """Whether matmuls run on half-precision operands with float32 results (a GPU does; a CPU converts first)."""
+    return hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16)
+
+
+def _operand(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.dtype if _keeps_half(like) else accumulation_dtype(like))
+
+
+def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    weight = _operand(weight, hidden)
+    if _keeps_half(hidden):
+        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(hidden, weight.t(), out=out)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in total's dtype."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:  # half-precision operands, float32 total
+        total.add_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))
+
+
+def _spans(size: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
+
+
+def _tile_shape(hidden: Tensor, vocabulary: int) -> tuple[int, int]:
+    tokens, columns = GPU_TILE if hidden.is_cuda else CPU_TILE
+    return min(tokens, max(len(hidden), 1)), min(columns, vocabulary)
+
+
+class Online:
+    """Running sums of R rows over the vocabulary, relative to running maxima.
+
+    With a = z_S − max z_S, b = z_T − max z_T, d = a − b, p = exp a, q = exp b, the sums are Σp, Σpa, Σpd, Σq, Σqb, Σqd
+    and Σp², Σp²d, Σp²d². When a maximum rises, every sum is moved to the new reference in closed form.
+    """
+
+    def __init__(self, rows: int, fields: Sequence[str], teacher: bool, like: Tensor) -> None:
+        def zeros() -> Tensor:
+            return torch.zeros(rows, dtype=accumulation_dtype(like), device=like.device)
+
+        self.fields = frozenset(fields)
+        self.teacher = teacher
+        self.first = True
+        self.s_max, self.t_max = zeros(), zeros()
+        self.p, self.pa, self.pd = zeros(), zeros(), zeros()
+        self.q, self.qb, self.qd = zeros(), zeros(), zeros()
+        self.pp, self.ppd, self.ppdd = zeros(), zeros(), zeros()
+        self.s_token, self.t_token = zeros(), zeros()
+
+    def update(self, s: Tensor, t: Tensor | None, a: Tensor, b: Tensor, exponential: Tensor) -> None:
+        """Take one tile of logits [R, C]; `a`, `b` and `exponential` are scratch (a may be s, b may be t)."""
+        s_max = s.amax(1)
+        t_max = s_max if t is None else t.amax(1)
+        if not self.first:
+            s_max, t_max = torch.maximum(s_max, self.s_max), torch.maximum(t_max, self.t_max)
+            self._move(self.s_max - s_max, self.t_max - t_max)
+        self.s_max, self.t_max, self.first = s_max, t_max, False
+
+        torch.sub(s, s_max[:, None], out=a)
+        p = torch.exp(a, out=exponential)
+        self.p += p.sum(1)
+        if "entropy" in self.fields:
+            self.pa += torch.linalg.vecdot(p, a)
+        if t is None:
+            return
+        torch.sub(t, t_max[:, None], out=b)
+        d = a.sub_(b)
+        if "reverse_kl" in self.fields:
+            self.pd += torch.linalg.vecdot(p, d)
+        if "gradient_norm" in self.fields:
+            squared = p.square_()
+            self.pp += squared.sum(1)
+            self.ppd += torch.linalg.vecdot(squared, d)
+            self.ppdd += torch.linalg.vecdot(squared.mul_(d), d)
+        q = torch.exp(b, out=exponential)
+        self.q += q.sum(1)
+        if "teacher_entropy" in self.fields:
+            self.qb += torch.linalg.vecdot(q, b)
+        if "forward_kl" in self.fields:
+            self.qd += torch.linalg.vecdot(q, d)
+
+    def take_tokens(self, s: Tensor, t: Tensor | None, token_ids: Tensor, start: int, stop: int) -> None:
+        """Remember the logits of the sampled tokens that lie in the columns [start, stop)."""
+        column = token_ids - start
+        inside = (column >= 0) & (column < stop - start)
+        column = column.clamp(0, stop - start - 1)[:, None]
+        self.s_token = torch.where(inside, s.gather(1, column)[:, 0], self.s_token)
+        if t is not None:
+            self.t_token = torch.where(inside, t.gather(1, column)[:, 0], self.t_token)
+
+    def _move(self, s_shift: Tensor, t_shift: Tensor) -> None:
+        s_factor, shift = s_shift.exp(), s_shift - t_shift
+        if "gradient_norm" in self.fields:
+            squared = s_factor.square()
+            self.ppdd = squared * (self.ppdd + 2 * shift * self.ppd + shift.square() * self.pp)
+            self.ppd = squared * (self.ppd + shift * self.pp)
+            self.pp = squared * self.pp
+        self.pa = s_factor * (self.pa + s_shift * self.p)
+        self.pd = s_factor * (self.pd + shift * self.p)
+        self.p = s_factor * self.p
+        if self.teacher:
+            t_factor = t_shift.exp()
+            self.qb = t_factor * (self.qb + t_shift * self.q)
+            self.qd = t_factor * (self.qd + shift * self.q)
+            self.q = t_factor * self.q
+
+    def finish(self) -> dict[str, Tensor]:
+        """Log-normalisers (as maximum and log-sum, apart so that large logits lose nothing) and the statistics."""
+        # A row whose logits are all −∞ is no distribution.
+        s_log = self.p.log().masked_fill(self.s_max <= NEGATIVE, math.nan)
+        found = {"s_max": self.s_max, "s_log": s_log}
+        found["entropy"] = s_log - self.pa / self.p
+        found["student_logprob"] = _minus_infinite_below(self.s_token - self.s_max - s_log)
+        if self.teacher:
+            t_log = self.q.log().masked_fill(self.t_max <= NEGATIVE, math.nan)
+            mean_d = self.pd / self.p
+            square = self.ppdd - 2 * mean_d * self.ppd + mean_d.square() * self.pp
+            found |= {
+                "t_max": self.t_max,
+                "t_log": t_log,
+                "reverse_kl": -_minus_infinite_below(s_log - t_log - mean_d).clamp(max=0),
+                "forward_kl": -_minus_infinite_below(t_log - s_log + self.qd / self.q).clamp(max=0),
+                "teacher_entropy": t_log - self.qb / self.q,
+                "gradient_norm": square.clamp(min=0).sqrt() / self.p,
+                "teacher_logprob": _minus_infinite_below(self.t_token - self.t_max - t_log),
+            }
+        # a sum that was not asked for was never taken
+        return {name: value for name, value in found.items() if name in self.fields or name not in ONLINE}
+
+
+def _minus_infinite_below(value: Tensor) -> Tensor:
+    return torch.where(value < -INFINITE, -math.inf, value)
+
+
+def _log_probabilities(s: Tensor, t: Tensor, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    log_s = (s - found["s_max"][:, None]).sub_(found["s_log"][:, None])
+    log_t = (t - found["t_max"][:, None]).sub_(found["t_log"][:, None])
+    return log_s, log_t
+
+
+class SecondPass:
+    """Sums that need the normalisers first: they are differences of nearly equal numbers otherwise."""
+
+    def __init__(self, found: dict[str, Tensor], fields: Sequence[str], beta: float) -> None:
+        self.found, self.fields, self.beta = found, frozenset(fields), beta
+        zeros = torch.zeros_like(found["s_log"])
+        self.s_to_mixture, self.t_to_mixture, self.root = zeros.clone(), zeros.clone(), zeros.clone()
+        self.gg, self.sgg, self.sg = zeros.clone(), zeros.clone(), zeros.clone()
+
+    def update(self, s: Tensor, t: Tensor) -> None:
+        log_s, log_t = _log_probabilities(s, t, self.found)
+        if "jsd" in self.fields:
+            log_m = torch.logaddexp(log_s + math.log(1 - self.beta), log_t + math.log(self.beta))
+            self.s_to_mixture += torch.linalg.vecdot(log_s.exp(), log_s - log_m)
+            self.t_to_mixture += torch.linalg.vecdot(log_t.exp(), log_t - log_m)
+        if "hellinger" in self.fields:
+            self.root += (log_s.mul(0.5).exp_() - log_t.mul(0.5).exp_()).square_().sum(1)
+        if "signal_to_curvature" in self.fields:
+            p = log_s.exp()
+            g = p - log_t.exp()
+            self.gg += torch.linalg.vecdot(g, g)
+            self.sg += torch.linalg.vecdot(p, g)
+            self.sgg += torch.linalg.vecdot(p.mul_(g), g)
+
+    def finish(self) -> dict[str, Tensor]:
+        found = {}
+        if "jsd" in self.fields:
+            found["s_to_mixture"] = self.s_to_mixture
+            found["jsd"] = (1 - self.beta) * self.s_to_mixture + self.beta * self.t_to_mixture
+            found["jsd"].clamp_(min=0)
+        if "hellinger" in self.fields:
+            found["hellinger"] = (self.root / 2).sqrt()
+        if "signal_to_curvature" in self.fields:
+            curvature = self.sgg - self.sg.square()
+            found["signal_to_curvature"] = torch.where(curvature > 0, self.gg / curvature, 0.0)
+        return found
+
+
+def _gradient_tile(
+    kind: str, beta: float, s: Tensor, t: Tensor, found: dict[str, Tensor], weight: Tensor, student: Projection
+) -> Tensor:
+    """weight · ∂D/∂(hidden @ weight.T) of one tile of logits [R, C], in place: overwrites s and t.
+
+    reverse_kl: p (log p/q − KL) · forward_kl: p − q · jsd: (1 − β) p (log p/m − KL(p‖m))
+    """
+    slope = student.slope(s)
+    log_s = s.sub_(found["s_max"][:, None]).sub_(found["s_log"][:, None])
+    log_t = t.sub_(found["t_max"][:, None]).sub_(found["t_log"][:, None])
+    if kind == "forward_kl":
+        gradient = log_s.exp_().sub_(log_t.exp_())
+    else:
+        if kind == "reverse_kl":
+            target, mean = log_t, found["reverse_kl"]
+        else:
+            target = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta), out=log_t)
+            mean, weight = found["s_to_mixture"], weight * (1 - beta)
+        ratio = torch.sub(log_s, target, out=t).sub_(mean[:, None])
+        gradient = log_s.exp_().mul_(ratio)
+    gradient.mul_((weight * student.scale)[:, None])
+    return gradient if slope is None else gradient.mul_(slope)
+
+
+@dataclass
+class Gradients:
+    """Where the gradients of one backward accumulate, float32 (or float64); None for what needs none."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def zeros(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Gradients:
+        dtype = accumulation_dtype(hidden)
+
+        def zeros(like: Tensor | None, need: bool) -> Tensor | None:
+            if like is None or not need:
+                return None
+            return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+        return Gradients(zeros(hidden, needs[0]), zeros(weight, needs[1]), zeros(bias, needs[2]))
+
+    def add(self, gradient: Tensor, hidden: Tensor, weight: Tensor, row: int, start: int) -> None:
+        """Add the products of one tile: rows from `row`, vocabulary from `start`."""
+        rows, columns = gradient.shape
+        if self.hidden is not None:
+            _accumulate(self.hidden[row : row + rows], gradient, _operand(weight, hidden))
+        if self.weight is not None:
+            _accumulate(self.weight[start : start + columns], gradient.t(), hidden)
+        if self.bias is not None:
+            self.bias[start : start + columns] += gradient.sum(0)
+
+
+def statistics(
+    student: Head,
+    teacher: Head | None,
+    fields: Sequence[str],
+    beta: float,
+    temperature: float,
+    token_ids: Tensor | None,
+    vocabulary: int,
+) -> dict[str, Tensor]:
+    """The asked statistics of every row, [N] each, and the normalisers that a backward needs."""
+    s_head = Projection.of(student, vocabulary, temperature)
+    t_head = None if teacher is None else Projection.of(teacher, vocabulary, temperature)
+    dtype, device = accumulation_dtype(student.hidden), student.hidden.device
+    tokens, columns = _tile_shape(student.hidden, vocabulary)
+    scratch = [torch.empty(tokens * columns, dtype=dtype, device=device) for _ in range(2 if teacher is None else 3)]
+    second = [name for name in SECOND_PASS if name in fields]
+    pieces: list[dict[str, Tensor]] = []
+    for row, end in _spans(len(student.hidden), tokens):
+        s_hidden = _operand(student.hidden[row:end].detach(), student.hidden)
+        t_hidden = None if teacher is None else _operand(teacher.hidden[row:end].detach(), teacher.hidden).to(s_hidden)
+        online = Online(end - row, fields, teacher is not None, student.hidden)
+
+        def tile(number: int, start: int, stop: int, rows: int = end - row) -> Tensor:
+            return scratch[number][: rows * (stop - start)].view(rows, stop - start)
+
+        def logits(start: int, stop: int, s_hidden=s_hidden, t_hidden=t_hidden, tile=tile):
+            s = s_head.logits(s_hidden, start, stop, tile(0, start, stop))
+            if t_head is None:
+                return s, None
+            return s, t_head.logits(t_hidden, start, stop, tile(2, start, stop))
+
+        for start, stop in _spans(vocabulary, columns):
+            s, t = logits(start, stop)
+            if token_ids is not None:
+                online.take_tokens(s, t, token_ids[row:end], start, stop)
+            online.update(s, t, s, t if t is not None else s, tile(1, start, stop))
+        found = online.finish()
+        if second:
+            further = SecondPass(found, second, beta)
+            for start, stop in _spans(vocabulary, columns):
+                s, t = logits(start, stop)
+                assert t is not None, "the second pass compares with a teacher"
+                further.update(s, t)
+            found |= further.finish()
+        pieces.append(found)
+    if not pieces:
+        return dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=device))
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+class TokenDivergence(torch.autograd.Function):
+    """[N] divergences whose backward projects again the rows with a gradient, and no others."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, kind, beta, s_head, t_head, teacher_hidden, found):
+        ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
+        ctx.kind, ctx.beta, ctx.heads, ctx.found = kind, beta, (s_head, t_head), found
+        return found[kind].to(torch.promote_types(torch.float32, found[kind].dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        hidden, weight, bias, teacher_hidden = ctx.saved_tensors
+        s_head, t_head = ctx.heads
+        dtype = accumulation_dtype(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            index = grad.nonzero()[:, 0]
+            kept = Gradients.zeros(hidden[index], weight, bias, ctx.needs_input_grad[:3])
+            found = {
+                name: ctx.found[name][index].to(dtype)
+                for name in ("s_max", "s_log", "t_max", "t_log", "reverse_kl", "s_to_mixture")
+                if name in ctx.found
+            }
+            vocabulary = len(s_head.weight)
+            tokens, columns = _tile_shape(index, vocabulary)
+            scratch = [torch.empty(tokens * columns, dtype=dtype, device=hidden.device) for _ in range(2)]
+            for row, end in _spans(len(index), tokens):
+                s_hidden = _operand(hidden[index[row:end]], hidden)
+                t_hidden = _operand(teacher_hidden[index[row:end]], teacher_hidden).to(s_hidden)
+                piece = {name: value[row:end] for name, value in found.items()}
+                factor = grad[index[row:end]].to(dtype)
+                for start, stop in _spans(vocabulary, columns):
+                    shape = (end - row, stop - start)
+                    s, t = (buffer[: shape[0] * shape[1]].view(shape) for buffer in scratch)
+                    s_head.logits(s_hidden, start, stop, s)
+                    t_head.logits(t_hidden, start, stop, t)
+                    gradient = _gradient_tile(ctx.kind, ctx.beta, s, t, piece, factor, s_head)
+                    kept.add(gradient, s_hidden, s_head.weight[start:stop], row, start)
+            grad_hidden = None
+            if kept.hidden is not None:
+                grad_hidden = torch.zeros_like(hidden)
+                grad_hidden[index] = kept.hidden.to(hidden.dtype)
+        return (
+            grad_hidden,
+            None if kept.weight is None else kept.weight.to(weight.dtype),
+            None if kept.bias is None else kept.bias.to(bias.dtype),
+            *(None,) * 6,
+        )
+
+
+class FusedLoss(torch.autograd.Function):
+    """Σ factor · divergence over rows that are all wanted: each row is projected once, its gradient formed on the spot."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, kind, beta, s_head, t_head, teacher_hidden, factor, fields, token_ids):
+        needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+        dtype = accumulation_dtype(hidden)
+        vocabulary = len(s_head.weight)
+        columns = _tile_shape(hidden, vocabulary)[1]
+        workspace = GPU_WORKSPACE if hidden.is_cuda else CPU_WORKSPACE
+        tokens = max(1, min(len(hidden), workspace // (2 * vocabulary * dtype.itemsize)))
+        kept = Gradients.zeros(hidden, weight, bias, needs)
+        wanted = {kind, *fields}
+        second = [name for name in SECOND_PASS if name in wanted]
+        held = [torch.empty(tokens * vocabulary, dtype=dtype, device=hidden.device) for _ in range(2)]
+        scratch = [torch.empty(tokens * columns, dtype=dtype, device=hidden.device) for _ in range(3)]
+        pieces: list[dict[str, Tensor]] = []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for row, end in _spans(len(hidden), tokens):
+                rows = end - row
+                s_hidden = _operand(hidden[row:end], hidden)
+                t_hidden = _operand(teacher_hidden[row:end], teacher_hidden).to(s_hidden)
+                # "reverse_kl" always: its gradient needs the value, and the sum is nearly free
+                online = Online(rows, (*wanted, "reverse_kl"), True, hidden)
+
+                def tiles(buffers, start, stop, rows=rows, held=held):
+                    first = start * rows if buffers is held else 0
+                    size = rows * (stop - start)
+                    return [buffer[first : first + size].view(rows, stop - start) for buffer in buffers]
+
+                for start, stop in _spans(vocabulary, columns):
+                    s, t = tiles(held, start, stop)
+                    s_head.logits(s_hidden, start, stop, s)
+                    t_head.logits(t_hidden, start, stop, t)
+                    if token_ids is not None:
+                        online.take_tokens(s, t, token_ids[row:end], start, stop)
+                    online.update(s, t, *tiles(scratch, start, stop))
+                found = online.finish()
+                if second:
+                    further = SecondPass(found, second, beta)
+                    for start, stop in _spans(vocabulary, columns):
+                        further.update(*tiles(held, start, stop))
+                    found |= further.finish()
+                pieces.append(found)
+                if any(needs):
+                    for start, stop in _spans(vocabulary, columns):
+                        s, t = tiles(held, start, stop)
+                        gradient = _gradient_tile(kind, beta, s, t, found, factor[row:end].to(dtype), s_head)
+                        kept.add(gradient, s_hidden, s_head.weight[start:stop], row, start)
+        if pieces:
+            found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        else:  # a rank without a kept token: a loss of 0 that still reaches the graph
+            found = dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=hidden.device))
+        ctx.gradients = [
+            None if value is None else value.to(like.dtype)
+            for value, like in ((kept.hidden, hidden), (kept.weight, weight), (kept.bias, bias))
+        ]
+        normaliser = found["s_log"] + found["t_log"]
+        statistics = [found[name] for name in fields]
+        ctx.mark_non_differentiable(normaliser, *statistics)
+        return ((found[kind] * factor).sum(), normaliser, *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Any):  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradients of fused_divergence_loss were formed in its forward and handed out already: call it "
+                "again for a second backward, or use token_scores and selected_loss."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if value is None else value.mul_(grad.to(value.dtype)) for value in gradients), *(None,) * 8)

@@ -1,0 +1,140 @@
+"""Loss: a Selection → a scalar. Only selected tokens are projected and differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .divergence import fused_rows
+from .types import Head, Selection, TokenScores
+
+
+def selected_loss(scores: TokenScores, selection: Selection, denominator: Tensor | float | None = None) -> Tensor:
+    """Weighted mean of the divergence over the selected tokens (paper Eq. 9).
+
+    L = Σ_t w_t D_t / Σ_t w_t over the kept tokens; with weights of 1 this is the mean over the selected tokens.
+
+    Args:
+        scores: statistics with `divergence`, [N] and differentiable.
+        selection: the kept tokens and their weights, [N].
+        denominator: divides the sum instead of Σ w, for instance the kept tokens of all micro-batches and ranks.
+
+    Returns:
+        A scalar. Its backward costs what was selected: a token of weight 0 is never projected again.
+
+    Raises:
+        ValueError: the divergence was not computed, lengths differ, or the denominator is not positive.
+
+    Example:
+        >>> scores = TokenScores(divergence=torch.tensor([1.0, 5.0, 3.0]))
+        >>> mask = torch.tensor([True, False, True])
+        >>> selected_loss(scores, Selection(mask, mask.float(), torch.zeros(3)))
+        tensor(2.)
+    """
+    divergence = scores.require("divergence")
+    if selection.weight.shape != divergence.shape:
+        raise ValueError(f"the selection is of {len(selection.weight)} tokens, the scores of {len(divergence)}.")
+    weight = selection.weight.to(divergence.dtype)
+    # an infinite divergence that was dropped must not turn the sum into NaN
+    total = torch.where(weight > 0, divergence, 0.0).mul(weight).sum()
+    return total / _denominator(weight, denominator)
+
+
+@overload
+def fused_divergence_loss(
+    student: Head,
+    teacher: Head,
+    weight: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    denominator: Tensor | float | None = None,
+    fields: tuple[()] = (),
+    token_ids: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def fused_divergence_loss(
+    student: Head,
+    teacher: Head,
+    weight: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    denominator: Tensor | float | None = None,
+    fields: Sequence[str],
+    token_ids: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, TokenScores]: ...
+
+
+def fused_divergence_loss(
+    student: Head,
+    teacher: Head,
+    weight: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    denominator: Tensor | float | None = None,
+    fields: Sequence[str] = (),
+    token_ids: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, TokenScores]:
+    """Weighted mean divergence of rows that are already selected, each projected once (paper Eq. 9).
+
+    L = Σ_t w_t D_t / Σ_t w_t. The gradient is formed in the forward, while the logits of the row are at hand, so a second
+    projection is never made; what the backward does is hand it out, once.
+
+    Args:
+        student: hidden states [N, H_S] of the selected tokens and lm_head [V_S, H_S].
+        teacher: hidden states [N, H_T] of the same tokens and lm_head [V_T, H_T].
+        weight: float [N], the tokens' weights ≥ 0; None: all 1.
+        divergence: "reverse_kl", "forward_kl" or "jsd".
+        beta: β of the Jensen-Shannon divergence, in (0, 1); see `token_scores`.
+        temperature: divides both models' logits.
+        denominator: divides the sum instead of Σ w, for instance the kept tokens of all micro-batches and ranks.
+        fields: statistics to return from the same pass, see `TokenScores`.
+        token_ids: int64 [N], the sampled tokens, where their logprobs are among the fields.
+        impl: as in `token_scores`.
+
+    Returns:
+        The loss; with `fields`, (loss, TokenScores of the N rows, detached). N = 0 gives 0 with zero gradients.
+
+    Raises:
+        ValueError: as `token_scores`; or weights that are negative, not finite or of another length.
+
+    Example:
+        >>> student = Head(torch.randn(4, 3, requires_grad=True), torch.randn(50, 3))
+        >>> loss = fused_divergence_loss(student, Head(torch.randn(4, 8), torch.randn(50, 8)))
+        >>> loss.backward()
+        >>> student.hidden.grad.shape
+        torch.Size([4, 3])
+    """
+    rows = student.hidden.shape[0]
+    if weight is None:
+        weight = torch.ones(rows, device=student.hidden.device)
+    elif weight.shape != (rows,):
+        raise ValueError(f"weight must be [{rows}], one per token, got {list(weight.shape)}.")
+    elif not bool(((weight >= 0) & torch.isfinite(weight)).all()):
+        raise ValueError("weights must be finite and ≥ 0.")
+    dtype = torch.promote_types(torch.float32, student.hidden.dtype)
+    factor = weight.to(dtype) / _denominator(weight.to(dtype), denominator)
+    loss, scores = fused_rows(student, teacher, factor, divergence, beta, temperature, fields, token_ids, impl)
+    return (loss, scores) if fields else loss
+
+
+def _denominator(weight: Tensor, given: Tensor | float | None) -> Tensor | float:
+    if given is None:
+        total = weight.sum()
+        return torch.where(total > 0, total, 1.0)  # nothing selected: a loss of 0, not 0 / 0
+    if not given > 0:
+        raise ValueError(f"the denominator must be positive, got {float(given)}.")
+    return given

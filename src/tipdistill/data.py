@@ -75,7 +75,7 @@ def prepare_prompts(
     Example:
         >>> rows = Dataset.from_dict({"problem": ["1 + 1 ="]})
         >>> prepare_prompts(rows, "problem", template="{prompt} Answer briefly.", as_chat=True)["prompt"][0]
-        [{'content': '1 + 1 = Answer briefly.', 'role': 'user'}]
+        [{'role': 'user', 'content': '1 + 1 = Answer briefly.'}]
     """
     if template is not None and "{prompt}" not in template:
         raise ValueError(f"prompt_template must contain '{{prompt}}', where the prompt goes; got {template!r}.")

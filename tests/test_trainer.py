@@ -245,7 +245,12 @@ LOGGED = [
 
 @pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
 def test_every_step_logs_what_happened_to_its_tokens(make, normalization):
-    trainer = make(normalization=normalization, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    trainer = make(
+        normalization=normalization,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        selection_rule="divergence",
+    )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(history) == 2

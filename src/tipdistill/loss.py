@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -53,8 +53,7 @@ def fused_divergence_loss(
     beta: float = 0.5,
     temperature: float = 1.0,
     denominator: Tensor | float | None = None,
-    fields: tuple[()] = (),
-    token_ids: Tensor | None = None,
+    token_ids: None = None,
     impl: str = "auto",
 ) -> Tensor: ...
 
@@ -90,8 +89,8 @@ def fused_divergence_loss(
 ) -> Tensor | tuple[Tensor, TokenScores]:
     """Weighted mean divergence of rows that are already selected, each projected once (paper Eq. 9).
 
-    L = Σ_t w_t D_t / Σ_t w_t. The gradient is formed in the forward, while the logits of the row are at hand, so a second
-    projection is never made; what the backward does is hand it out, once.
+    L = Σ_t w_t D_t / Σ_t w_t. The gradient is formed in the forward, while the logits of the row are at hand, so that a
+    second projection is never made; what the backward does is hand it out, once.
 
     Args:
         student: hidden states [N, H_S] of the selected tokens and lm_head [V_S, H_S].

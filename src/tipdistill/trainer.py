@@ -29,7 +29,7 @@ from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
 from trl import DistillationTrainer
 
 from .config import TIPConfig
-from .divergence import token_scores
+from .divergence import NonFiniteLogitsError, token_scores
 from .integrations import _trl
 from .loss import fused_divergence_loss
 from .monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
@@ -267,6 +267,7 @@ class TIPTrainer(DistillationTrainer):
                         for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
                     },
                     mask[rows],
+                    rows,
                     fields,
                     with_teacher,
                     keep_teacher,
@@ -307,6 +308,7 @@ class TIPTrainer(DistillationTrainer):
         student: Any,
         batch: dict[str, Tensor],
         mask: Tensor,
+        rows: Tensor,
         fields: tuple[str, ...],
         with_teacher: bool,
         keep_teacher: bool,
@@ -315,14 +317,22 @@ class TIPTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             student_hidden = self._hidden(student, batch)[mask]
             teacher_hidden = self._teacher_hidden(batch)[mask] if keep_teacher else None
-        with self._heads(student, student_hidden, teacher_hidden if with_teacher else None) as (
-            head,
-            teacher_head,
+        with (
+            self._heads(student, student_hidden, teacher_hidden if with_teacher else None) as (head, teacher_head),
+            _naming_rollouts(mask, rows),
         ):
-            scores = token_scores(
-                head, teacher_head, beta=self.beta, temperature=self.temperature, fields=fields or None
-            )
-        return scores, teacher_hidden
+            return self._scores(head, teacher_head, fields, batch["completion_ids"][mask]), teacher_hidden
+
+    def _scores(self, student: Head, teacher: Head | None, fields: tuple[str, ...], tokens: Tensor) -> TokenScores:
+        reads_tokens = not fields or any(name.endswith("logprob") for name in fields)
+        return token_scores(
+            student,
+            teacher,
+            beta=self.beta,
+            temperature=self.temperature,
+            token_ids=tokens if reads_tokens else None,
+            fields=fields or None,
+        ).detach()
 
     def _select_globally(self, scores: dict[str, Tensor], mask: Tensor, batch: dict[str, Any]) -> Tensor:
         """Select over the rollouts of all ranks; returns this rank's weights [B, T]. Sets the loss denominator."""
@@ -374,7 +384,7 @@ class TIPTrainer(DistillationTrainer):
             lengths = _loss_mask(micro_batch).sum(1)
             if self.args.selection_scope == "batch":
                 lengths = lengths.sum().reshape(1)
-            kept += int(kept_counts(lengths, self.args.retention).sum())
+            kept += int(kept_counts(lengths, self.args.retention, self.args.selection_rule).sum())
         total = self.accelerator.gather(torch.tensor([kept], device=self.accelerator.device)).sum()
         for micro_batch in self._buffered_inputs:
             micro_batch["num_items_in_batch"] = total
@@ -405,7 +415,10 @@ class TIPTrainer(DistillationTrainer):
             "temperature": self.temperature,
             "denominator": num_items_in_batch,
         }
-        with self._heads(unwrapped_student, hidden[rows], teacher_hidden) as (student, teacher):
+        with (
+            self._heads(unwrapped_student, hidden[rows], teacher_hidden) as (student, teacher),
+            _naming_rollouts(rows, torch.arange(len(rows))),
+        ):
             assert teacher is not None
             if weight is not None:  # selected already, over the whole generation batch
                 loss = fused_divergence_loss(student, teacher, weight[rows], **options)
@@ -413,7 +426,7 @@ class TIPTrainer(DistillationTrainer):
                 return loss, entropy.sum(), mask.sum()
             selection = None
             if self.model.training and not self._keeps_all:
-                scores, selection = self._score_and_select(student, teacher, rows)
+                scores, selection = self._score_and_select(student, teacher, rows, batch["completion_ids"][rows])
                 kept = selection.mask
                 loss = fused_divergence_loss(
                     _take(student, kept), _take(teacher, kept), selection.weight[kept], **options
@@ -425,17 +438,13 @@ class TIPTrainer(DistillationTrainer):
             self._sums = sums if self._sums is None else self._sums + sums
         return loss, scores.require("entropy").sum(), mask.sum()
 
-    def _score_and_select(self, student: Head, teacher: Head, rows: Tensor) -> tuple[TokenScores, Selection]:
+    def _score_and_select(
+        self, student: Head, teacher: Head, rows: Tensor, tokens: Tensor
+    ) -> tuple[TokenScores, Selection]:
         rollout = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)[rows]
         fields = self._fields_now()
         with torch.no_grad():
-            scores = token_scores(
-                student,
-                teacher if self._projects_teacher(fields) else None,
-                beta=self.beta,
-                temperature=self.temperature,
-                fields=fields or None,
-            )
+            scores = self._scores(student, teacher if self._projects_teacher(fields) else None, fields, tokens)
             return scores, self._select(scores, rollout)
 
     # Hidden states and heads.
@@ -587,6 +596,18 @@ def _loss_mask(batch: dict[str, Any]) -> Tensor:
     """bool [B, T]: the completion tokens that the student itself wrote (no padding, no tool results)."""
     mask = batch["completion_mask"].bool()
     return mask if batch.get("tool_mask") is None else mask & batch["tool_mask"].bool()
+
+
+@contextmanager
+def _naming_rollouts(mask: Tensor, rollouts: Tensor) -> Iterator[None]:
+    """Say which rollout and token it was, where the rows are those of mask [R, T] and its first axis is `rollouts`."""
+    try:
+        yield
+    except NonFiniteLogitsError as error:
+        row, position = mask.nonzero()[error.token].tolist()
+        raise NonFiniteLogitsError(
+            error.token, f"rollout {int(rollouts[row])} of the batch, token {position}"
+        ) from None
 
 
 def _head(model: Any, layer: Any, hidden: Tensor) -> Head:

@@ -68,14 +68,15 @@ def token_scores(
         temperature: divides both models' logits, > 0.
         token_ids: int64 [N], the sampled tokens, for student_logprob and teacher_logprob.
         fields: names of the statistics wanted, see `TokenScores`; None: those of the paper, that is all but jsd,
-            hellinger, gradient_norm and signal_to_curvature. Only what is asked for is computed.
+            hellinger, gradient_norm and signal_to_curvature. Nothing else is computed.
         impl: "chunked" (tiles, any device), "reference" (full logits, any dtype up to float64) or "auto", the fastest.
 
     Returns:
         TokenScores, each statistic float32 [N] (float64 where the hidden states are float64).
 
     Raises:
-        ValueError: shapes, devices, names or ranges that do not fit; NonFiniteLogitsError, a ValueError, names the token.
+        ValueError: shapes, devices, names or ranges that do not fit.
+        NonFiniteLogitsError: a ValueError that names the first token with NaN or infinite logits.
 
     Example:
         >>> student, teacher = (Head(torch.eye(3), torch.randn(50, 3), logit_scale=2.0) for _ in range(2))
@@ -97,12 +98,8 @@ def token_scores(
     computed = tuple(divergence if name == "divergence" else name for name in wanted)
     if "entropy_norm" in wanted:
         computed += ("entropy",)
-    if divergence == "jsd" or "divergence" not in wanted:
-        needs = computed
-    else:  # the gradient of the reverse KL needs its value
-        needs = (*computed, divergence)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        found = chunked.statistics(student, teacher, needs, beta, temperature, token_ids, vocabulary)
+        found = chunked.statistics(student, teacher, computed, beta, temperature, token_ids, vocabulary)
     _check_finite(found["s_log"] if teacher is None else found["s_log"] + found["t_log"])
     values = {name: found[name] for name in wanted if name in found}
     if "entropy_norm" in wanted:
@@ -169,10 +166,11 @@ def fused_rows(
     )
     _check_finite(normaliser)
     found = dict(zip(computed, values, strict=True))
-    scores = {name: found[divergence if name == "divergence" else name] for name in wanted if name != "entropy_norm"}
-    if "entropy_norm" in wanted:
-        scores["entropy_norm"] = found["entropy"] / math.log(vocabulary)
-    return loss, TokenScores(**scores)
+    if "divergence" in wanted:
+        found["divergence"] = found[divergence]
+    if "entropy" in found:
+        found["entropy_norm"] = found["entropy"] / math.log(vocabulary)
+    return loss, TokenScores(**{name: found[name] for name in wanted})
 
 
 def _wanted(fields: Sequence[str] | None, teacher: Head | None, token_ids: Tensor | None) -> tuple[str, ...]:
@@ -203,7 +201,8 @@ def _check(
     """Refuse what cannot be computed, before anything is; returns the shared vocabulary."""
     if divergence not in DIVERGENCES:
         raise ValueError(
-            f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.{_nearest(divergence, DIVERGENCES)}"
+            f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}."
+            f"{_nearest(divergence, DIVERGENCES)}"
         )
     if impl not in IMPLEMENTATIONS:
         raise ValueError(

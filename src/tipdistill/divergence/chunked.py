@@ -1,14 +1,13 @@
 """The fast path on any device: logits in tiles, one online pass for the statistics, gradients of the asked rows alone.
 
-Logits exist one tile of [tokens, vocabulary] at a time, in float32 (float64 for float64 inputs). Each statistic is a sum
-over the vocabulary relative to a running maximum, as in online softmax; docs/engine.md derives them. No tensor of
-[N, V] is ever held.
+Logits exist one tile of [tokens, vocabulary] at a time, in float32 (float64 for float64 inputs). Each statistic is a
+sum over the vocabulary relative to a running maximum, as in online softmax. No tensor of [N, V] is ever held.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -347,9 +346,15 @@ def statistics(
         def tile(number: int, start: int, stop: int, rows: int = end - row) -> Tensor:
             return scratch[number][: rows * (stop - start)].view(rows, stop - start)
 
-        def logits(start: int, stop: int, s_hidden=s_hidden, t_hidden=t_hidden, tile=tile):
+        def logits(
+            start: int,
+            stop: int,
+            s_hidden: Tensor = s_hidden,
+            t_hidden: Tensor | None = t_hidden,
+            tile: Callable[[int, int, int], Tensor] = tile,
+        ) -> tuple[Tensor, Tensor | None]:
             s = s_head.logits(s_hidden, start, stop, tile(0, start, stop))
-            if t_head is None:
+            if t_head is None or t_hidden is None:
                 return s, None
             return s, t_head.logits(t_hidden, start, stop, tile(2, start, stop))
 
@@ -376,13 +381,25 @@ class TokenDivergence(torch.autograd.Function):
     """[N] divergences whose backward projects again the rows with a gradient, and no others."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, kind, beta, s_head, t_head, teacher_hidden, found):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        beta: float,
+        s_head: Projection,
+        t_head: Projection,
+        teacher_hidden: Tensor,
+        found: dict[str, Tensor],
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
         ctx.kind, ctx.beta, ctx.heads, ctx.found = kind, beta, (s_head, t_head), found
-        return found[kind].to(torch.promote_types(torch.float32, found[kind].dtype))
+        return found[kind].clone()  # a tensor of its own: the statistic of the same name carries no gradient
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         hidden, weight, bias, teacher_hidden = ctx.saved_tensors
         s_head, t_head = ctx.heads
         dtype = accumulation_dtype(hidden)
@@ -422,10 +439,23 @@ class TokenDivergence(torch.autograd.Function):
 
 
 class FusedLoss(torch.autograd.Function):
-    """Σ factor · divergence over rows that are all wanted: each row is projected once, its gradient formed on the spot."""
+    """Σ factor · divergence over rows that are all wanted: projected once, the gradient formed on the spot."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, kind, beta, s_head, t_head, teacher_hidden, factor, fields, token_ids):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        beta: float,
+        s_head: Projection,
+        t_head: Projection,
+        teacher_hidden: Tensor,
+        factor: Tensor,
+        fields: Sequence[str],
+        token_ids: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         dtype = accumulation_dtype(hidden)
         vocabulary = len(s_head.weight)
@@ -475,7 +505,7 @@ class FusedLoss(torch.autograd.Function):
         else:  # a rank without a kept token: a loss of 0 that still reaches the graph
             found = dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=hidden.device))
         ctx.gradients = [
-            None if value is None else value.to(like.dtype)
+            None if value is None or like is None else value.to(like.dtype)
             for value, like in ((kept.hidden, hidden), (kept.weight, weight), (kept.bias, bias))
         ]
         normaliser = found["s_log"] + found["t_log"]
@@ -484,11 +514,11 @@ class FusedLoss(torch.autograd.Function):
         return ((found[kind] * factor).sum(), normaliser, *statistics)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Any):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "the gradients of fused_divergence_loss were formed in its forward and handed out already: call it "
                 "again for a second backward, or use token_scores and selected_loss."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if value is None else value.mul_(grad.to(value.dtype)) for value in gradients), *(None,) * 8)
+        return (*(None if value is None else value.mul_(grads[0].to(value.dtype)) for value in gradients), *(None,) * 8)

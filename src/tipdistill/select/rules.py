@@ -1,0 +1,60 @@
+"""One pure function per rule: TokenScores → a score per token. The higher, the sooner a token is kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import TokenScores
+from .normalize import clipped_entropy, min_max
+
+LOG_FLOOR = 1e-4
+
+
+def uniform(scores: TokenScores) -> Tensor:
+    """The same score for every token (controls)."""
+    _, some = next(scores.present())
+    return torch.ones_like(some)
+
+
+def entropy(scores: TokenScores) -> Tensor:
+    """h = H(P_S) / log V (paper Eq. 2, §6 with δ̂ = 0)."""
+    return scores.require("entropy_norm")
+
+
+def soft_or(scores: TokenScores) -> Tensor:
+    """ĥ + δ̂ − ĥ·δ̂ with δ = KL(P_S ‖ P_T) (paper Eq. 7)."""
+    h, delta = clipped_entropy(scores.require("entropy_norm")), min_max(scores.require("reverse_kl"))
+    return h + delta - h * delta
+
+
+def soft_or_log(scores: TokenScores) -> Tensor:
+    """Soft-OR with δ̂ = min-max of log(δ + 10⁻⁴): small divergences keep their order beside a few large ones."""
+    h = clipped_entropy(scores.require("entropy_norm"))
+    delta = min_max((scores.require("reverse_kl") + LOG_FLOOR).log())
+    return h + delta - h * delta
+
+
+def q3(scores: TokenScores) -> Tensor:
+    """KL(P_T ‖ P_S) · (1 − ĥ): confident and wrong; the *forward* KL ranks (paper §7.3)."""
+    return scores.require("forward_kl") * (1 - clipped_entropy(scores.require("entropy_norm")))
+
+
+def divergence(scores: TokenScores) -> Tensor:
+    """δ = KL(P_S ‖ P_T) (paper B.2)."""
+    return scores.require("reverse_kl")
+
+
+def hellinger(scores: TokenScores) -> Tensor:
+    """‖√P_S − √P_T‖₂ / √2 (LATF of AdaKD, arXiv 2510.11615)."""
+    return scores.require("hellinger")
+
+
+def gradient_norm(scores: TokenScores) -> Tensor:
+    """‖P_S ∘ (log P_S/P_T − KL)‖₂, the norm of the reverse-KL gradient at the logits."""
+    return scores.require("gradient_norm")
+
+
+def signal_to_curvature(scores: TokenScores) -> Tensor:
+    """‖g‖² / gᵀHg with g = P_S − P_T, H = diag(P_S) − P_S P_Sᵀ (paper Eq. 6)."""
+    return scores.require("signal_to_curvature")

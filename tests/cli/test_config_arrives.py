@@ -80,11 +80,9 @@ def keeps_the_highest_entropies(run: Run) -> bool:
     return True
 
 
-def loss_is(run: Run) -> str:
-    reverse, forward, loss = (run.logged(name)[0] for name in ("reverse_kl", "forward_kl", "loss"))
-    return {loss: "neither", reverse: "reverse", forward: "forward"}[
-        min((reverse, forward), key=lambda x: abs(x - loss))
-    ]
+def divergence_of_the_loss(run: Run) -> str:
+    loss = run.logged("loss")[0]
+    return min(("reverse_kl", "forward_kl"), key=lambda name: abs(run.logged(name)[0] - loss))
 
 
 def learning_rates(run: Run) -> list[float]:
@@ -157,7 +155,7 @@ TRLS = {
     "gradient_accumulation_steps": Case(2, lambda run: len(run.batches[0]["prompt_ids"]), 8, 16),
     "max_completion_length": Case(5, lambda run: run.batches[0]["completion_ids"].shape[1], 8, 5),
     "temperature": Case(5.0, lambda run: run.logged("entropy")[0] > 5.9, False, True),  # log(400) = 5.99 at infinity
-    "beta": Case(0.0, loss_is, "reverse", "forward", ALL),
+    "beta": Case(0.0, divergence_of_the_loss, "reverse_kl", "forward_kl", ALL),
     "seed": Case(7, seed_of_the_order, 42, 7),
     "lr_scheduler_type": Case("constant", learning_rates, [1.0, 0.5], [1.0, 1.0]),
     "logging_steps": Case(2, lambda run: len(run.logged("loss")), 2, 1),

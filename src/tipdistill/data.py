@@ -47,7 +47,7 @@ def load_prompts(
     splits = _load_splits(source, config, streaming)
     if split not in splits:
         raise ValueError(
-            f"{source} has no split {split!r}, its splits are {', '.join(splits)}.{_nearest(split, list(splits))}"
+            f"{source} has no split {split!r}, its splits are {', '.join(splits)}.{nearest(split, list(splits))}"
         )
     return prepare_prompts(splits[split], column, template, as_chat, name=str(source))
 
@@ -85,7 +85,7 @@ def prepare_prompts(
     if columns is not None and column not in columns:
         raise ValueError(
             f"{name} has no column {column!r}, its columns are {', '.join(columns)}."
-            f"{_nearest(column, columns)} Name the column with prompt_column."
+            f"{nearest(column, columns)} Name the column with prompt_column."
         )
     if column != "prompt":
         if columns is not None and "prompt" in columns:
@@ -155,6 +155,17 @@ def prompt_lengths(
     return [len(ids) for ids in encoded["input_ids"]]
 
 
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint to append to an error about an unknown name, empty where none is near.
+
+    Example:
+        >>> nearest("promt", ["prompt", "answer"])
+        " Did you mean 'prompt'?"
+    """
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(word) for word in near)}?" if near else ""
+
+
 def _load_splits(source: str | Path, config: str | None, streaming: bool) -> dict[str, Any]:
     path = Path(source).expanduser()
     if path.is_file():
@@ -167,7 +178,7 @@ def _load_splits(source: str | Path, config: str | None, streaming: bool) -> dic
         return dict(load_dataset(str(path), name=config, streaming=streaming))
     if path.suffix in _FILE_SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"there is no dataset at {source}.{_nearest(path.name, siblings)}")
+        raise FileNotFoundError(f"there is no dataset at {source}.{nearest(path.name, siblings)}")
     try:
         return dict(load_dataset(str(source), name=config, streaming=streaming))
     except (OSError, RuntimeError) as error:  # offline, absent and gated datasets all surface as one of these
@@ -274,11 +285,6 @@ def _dress(prompt: Any, template: str | None, as_chat: bool, name: str) -> Any:
         # not str.format: templates hold braces of their own, as in \boxed{}
         prompt = template.replace("{prompt}", prompt)
     return [{"role": "user", "content": prompt}] if as_chat else prompt
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(word) for word in near)}?" if near else ""
 
 
 def _first_line(error: BaseException) -> str:

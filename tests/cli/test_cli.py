@@ -112,6 +112,19 @@ def test_environment_of_a_recipe_is_set_and_its_secrets_are_not_written_down(tmp
     assert "hub_token" not in request.values
     assert request.config.hub_token == "y"
 
+    # libraries read it when they are imported, so the run starts in a process of its own
+    started = []
+
+    def start(command, env, check):
+        started.append((command, env))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("tipdistill.cli.train.subprocess.run", start)
+    assert main(["train", *config, *MODELS, *CPU]) == 0
+    ((command, environment),) = started
+    assert command[1:5] == ["-m", "tipdistill.cli", "train", "--config"]
+    assert environment["TIP_TEST_MODE"] == "1"
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -121,6 +134,7 @@ def test_environment_of_a_recipe_is_set_and_its_secrets_are_not_written_down(tmp
         ({"retention": True}, "retention must be of type float, got True"),
         ({"retention": [0.5]}, "retention must be of type float, got [0.5]"),
         ({"retention": None}, "retention must be of type float, got None"),
+        ({"top_p": True}, "top_p must be of type float, got True"),  # True == 1.0, the default
         ({"max_steps": 5.5}, "max_steps must be of type int, got 5.5"),
         ({"use_peft": "maybe"}, "use_peft must be true or false, got 'maybe'"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type must be one of"),
@@ -155,6 +169,7 @@ def test_bad_yaml_is_refused(tmp_path, capsys, settings, message):
         (["--model_name_or_path", ""], "no student given: name it with --model_name_or_path"),
         (["--dataset_name", ""], "prompts come from --dataset_name"),
         (["--config", "a", "--config", "b"], "--config takes one YAML file"),
+        (["--config", "qwen3-8b.yaml"], "there is no file qwen3-8b.yaml. Did you mean 'qwen3-8b-4b'"),
         (["--config", "qwen3-8b"], "there is no recipe 'qwen3-8b'. Did you mean qwen3-8b-4b"),
     ],
     ids=str,

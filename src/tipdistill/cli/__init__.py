@@ -8,11 +8,11 @@ import sys
 import traceback
 from importlib import import_module
 
-# command: (module with `main(argv) -> int`, what it does)
+# command: (module, relative to this one, with `main(argv) -> int`, what it does)
 COMMANDS = {
-    "demo": ("demo", "distil a small student on this machine, in minutes, and picture its tokens"),
-    "train": ("train", "distil a student from a recipe: --config F.yaml [--field value]"),
-    "recipes": ("recipes", "list the packaged recipes; `recipes show NAME` prints one"),
+    "demo": (".demo", "distil a small student on this machine, in minutes, and picture its tokens"),
+    "train": (".train", "distil a student from a recipe: --config F.yaml [--field value]"),
+    "recipes": (".recipes", "list the packaged recipes; `recipes show NAME` prints one"),
 }
 
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse("tipdistill", f"there is no command {command!r}. Did you mean {' or '.join(near)}?")
     module, _ = COMMANDS[command]
     try:
-        return import_module(f".{module}", __name__).main(arguments[1:])
+        return import_module(module, __name__).main(arguments[1:])
     except KeyboardInterrupt:
         return _refuse(f"tipdistill {command}", "interrupted.", code=130)
     except (ValueError, OSError, ImportError) as error:

@@ -19,6 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from ..config import TIPConfig
+from ..data import nearest
 from .recipes import recipe_names, recipe_path
 
 # field that asks for a package: (module, pip command)
@@ -194,9 +195,9 @@ def _config_path(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    if path.suffix in (".yaml", ".yml") and path.name != source:
+    if source not in recipe_names() and path.suffix in (".yaml", ".yml"):
         siblings = [sibling.name for sibling in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"there is no file {source}.{nearest(path.name, siblings)}")
+        raise FileNotFoundError(f"there is no file {source}.{nearest(path.name, siblings + recipe_names())}")
     return recipe_path(source)
 
 
@@ -221,7 +222,7 @@ def _check_settings(path: Path, settings: dict[str, Any], parser: _Parser) -> No
 
 def _check_value(where: str, value: Any, action: Action) -> None:
     """What argparse checks of a flag and not of a default: type and choice."""
-    if value == action.default or action.nargs == "+" or not callable(action.type):
+    if (value is None and action.default is None) or action.nargs == "+" or not callable(action.type):
         return
     try:
         converted = action.type("null" if value is None else str(value))
@@ -252,10 +253,10 @@ def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
             "prompts come from --dataset_name (a hub id, a JSONL, JSON or Parquet file, or a directory) or from "
             "`datasets` in the YAML file: give one of the two."
         )
-    if namespace.dataset_streaming and namespace.num_generations > 1:
+    if (namespace.dataset_streaming or namespace.streaming) and namespace.num_generations > 1:
         raise ValueError(
-            f"num_generations = {namespace.num_generations} repeats prompts, which a stream cannot: set "
-            "dataset_streaming to false."
+            f"num_generations = {namespace.num_generations} repeats prompts, which a stream does not: read the dataset "
+            "whole (dataset_streaming and streaming false)."
         )
     for name, (module, command) in EXTRAS.items():
         if getattr(namespace, name):
@@ -264,6 +265,7 @@ def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
 
 
 def require(module: str, asked_by: str, command: str) -> None:
+    """Raise an ImportError that names the pip command where `module` is not installed."""
     if importlib.util.find_spec(module) is None:
         raise ImportError(f"{asked_by} needs the package {module}, which is not installed: {command}")
 
@@ -278,12 +280,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(word) for word in near)}?" if near else ""
-
-
 def as_yaml(values: dict[str, Any]) -> str:
+    """A configuration as YAML: versions in a comment, what was set, then what was left at its default."""
     defaults = {}
     for kind in _TYPES:
         for entry in fields(kind):

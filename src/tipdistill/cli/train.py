@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoProcessor
 from trl import get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
+from ..data import drop_long_prompts, load_prompts, nearest, prepare_prompts, prompt_lengths
 from ..vocabulary import check_same_tokenizer, shared_vocabulary
-from .arguments import EXTRAS, Request, as_yaml, build, nearest, read_arguments, require, write_config
+from .arguments import EXTRAS, Request, as_yaml, build, read_arguments, require, write_config
 
 
 def main(argv: list[str]) -> int:
@@ -36,11 +36,10 @@ def main(argv: list[str]) -> int:
         ValueError, FileNotFoundError, ImportError: anything that can be refused before weights are loaded.
     """
     arguments = read_arguments(argv)
-    os.environ.update(arguments.environment)
     resume = _resume(arguments.values)
     launch = [] if arguments.values.dry_run else _launch_arguments(arguments.values)
-    if launch:
-        return _launch(launch, argv)
+    if launch or not arguments.environment.items() <= os.environ.items():
+        return _start_again(launch, argv, arguments.environment)
     return _train(build(arguments), resume)
 
 
@@ -97,9 +96,12 @@ def _accelerate_config(arguments: Any) -> str | None:
     return None if preset is None or preset.lower() in ("", "none", "null") else preset
 
 
-def _launch(launch: list[str], argv: list[str]) -> int:
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "tipdistill.cli", "train", *argv]
-    return subprocess.run(command, env={**os.environ, "TIPDISTILL_LAUNCHED": "1"}, check=False).returncode
+def _start_again(launch: list[str], argv: list[str], environment: dict[str, str]) -> int:
+    """Run the same command under accelerate, or under the recipe's environment, which libraries read on import."""
+    launcher = ["-m", "accelerate.commands.launch", *launch] if launch else []
+    command = [sys.executable, *launcher, "-m", "tipdistill.cli", "train", *argv]
+    variables = {**os.environ, **environment, "TIPDISTILL_LAUNCHED": "1"}
+    return subprocess.run(command, env=variables, check=False).returncode
 
 
 def _num_processes(request: Request) -> int:
@@ -252,10 +254,11 @@ def _describe_steps(request: Request, dataset: Any, dropped: int, tokenizer: Any
         f"tokens = {tokens:,} completion tokens, trained on by {config.selection_rule} at retention {config.retention}"
     }
     if isinstance(dataset, Dataset):
-        prompts = dataset["prompt"][:]
-        longest = max(prompt_lengths(prompts, tokenizer, _as_dict(config.chat_template_kwargs)))
-        kind = "plain" if isinstance(prompts[0], str) else "conversational"
-        described["prompts"] = f"{len(prompts):,}, {kind}, the longest has {longest:,} tokens"
+        kind = "plain" if isinstance(dataset[0]["prompt"], str) else "conversational"
+        described["prompts"] = f"{len(dataset):,}, {kind}"
+        if request.script.dry_run:  # takes a while on a large set
+            longest = max(prompt_lengths(dataset["prompt"][:], tokenizer, _as_dict(config.chat_template_kwargs)))
+            described["prompts"] += f", the longest has {longest:,} tokens"
         if request.script.max_prompt_length is not None:
             described["prompts"] += f" ({dropped:,} longer than {request.script.max_prompt_length:,} dropped)"
     steps: int | None = config.max_steps if config.max_steps > 0 else None

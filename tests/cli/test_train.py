@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tipdistill import TIPTrainer
 from tipdistill.cli import main
 from tipdistill.cli.arguments import parse
 
@@ -106,6 +107,7 @@ def test_what_cannot_be_read_is_refused_before_weights(arguments, tiny_model_dir
     )
     assert "there is no dataset at" in refused("--dataset_name", str(tmp_path / "none.jsonl"))
     assert "no column 'promt'" in refused("--prompt_column", "promt")
+    assert "96 prompts do not fill one step of 128" in refused("--per_device_train_batch_size", "128")
 
     tokenizer = AutoTokenizer.from_pretrained(arguments[1])
     other = tmp_path / "other"
@@ -190,7 +192,15 @@ def test_what_fails_while_training_keeps_its_traceback(arguments, capsys, monkey
     assert error.endswith("tipdistill train: step 1 went wrong\n")
 
 
-def test_conversational_prompts_evaluation_split_and_saved_dataset(models, word_problems, tmp_path):
+def test_conversational_prompts_evaluation_split_and_saved_dataset(models, word_problems, tmp_path, monkeypatch):
+    evaluated = []
+    evaluate = TIPTrainer.evaluate
+
+    def watched(self, *args, **kwargs):
+        evaluated.append(self.eval_dataset["prompt"][:])
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(TIPTrainer, "evaluate", watched)
     rows = [json.loads(line)["prompt"] for line in word_problems.read_text().splitlines()]
     chats = [[{"role": "user", "content": row}] for row in rows]
     saved = tmp_path / "data"
@@ -202,6 +212,7 @@ def test_conversational_prompts_evaluation_split_and_saved_dataset(models, word_
     assert main(["train", *models, *flags]) == 0
     history = state(tmp_path / "run/checkpoint-2")["log_history"]
     assert any("eval_loss" in entry for entry in history)
+    assert evaluated == [chats[80:]]
 
 
 def test_a_mixture_of_datasets(models, word_problems, tmp_path):

@@ -50,7 +50,7 @@ def _resume(namespace: Namespace) -> str | None:
     """The checkpoint to resume from, if any; refuses to start over a run that is already there."""
     asked, directory = namespace.resume_from_checkpoint, Path(namespace.output_dir or "trainer_output")
     if asked in (None, False) or str(asked).lower() in ("false", "none"):
-        held = [*sorted(directory.glob("checkpoint-*")), *sorted(directory.glob("*.safetensors"))]
+        held = [*sorted(directory.glob("checkpoint-[0-9]*")), *sorted(directory.glob("*.safetensors"))]
         if held and not namespace.overwrite_output_dir and not namespace.dry_run:
             raise ValueError(
                 f"{directory} already holds a run ({', '.join(path.name for path in held[:3])}): continue it with "
@@ -164,7 +164,7 @@ def _train(request: Request, resume: str | None) -> int:
     if main_process:
         if script.overwrite_output_dir:
             # a stale checkpoint would outlive the new ones and be what a later resume finds
-            for checkpoint in output_dir.glob("checkpoint-*"):
+            for checkpoint in output_dir.glob("checkpoint-[0-9]*"):
                 shutil.rmtree(checkpoint)
         write_config(request.values, output_dir / "config.yaml")
     try:
@@ -261,9 +261,11 @@ def _describe_steps(request: Request, dataset: Any, dropped: int, tokenizer: Any
             described["prompts"] += f", the longest has {longest:,} tokens"
         if request.script.max_prompt_length is not None:
             described["prompts"] += f" ({dropped:,} longer than {request.script.max_prompt_length:,} dropped)"
-    steps: int | None = config.max_steps if config.max_steps > 0 else None
-    if steps is None and isinstance(dataset, Dataset) and len(dataset) >= per_step:
-        steps = math.ceil(config.num_train_epochs * (len(dataset) // per_step))
-    if steps is not None:
-        described["steps"] = f"{steps:,}"
+        if len(dataset) < per_step:
+            raise ValueError(
+                f"{len(dataset):,} prompts do not fill one step of {per_step:,}: lower per_device_train_batch_size or "
+                "gradient_accumulation_steps, or add prompts."
+            )
+        epochs = math.ceil(config.num_train_epochs * (len(dataset) // per_step))
+        described["steps"] = f"{config.max_steps if config.max_steps > 0 else epochs:,}"
     return described

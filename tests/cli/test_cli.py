@@ -1,5 +1,6 @@
 """Commands, recipes and arguments: what is refused, and how plainly."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -22,8 +23,9 @@ def write(path, settings):
 def test_help_lists_every_command_and_each_has_a_module(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in COMMANDS:
+    for name, (module, _) in COMMANDS.items():
         assert f"\n  {name} " in shown
+        assert importlib.util.find_spec(module, "tipdistill.cli") is not None
 
 
 def test_the_command_line_itself_imports_nothing_heavy():
@@ -165,6 +167,7 @@ def test_bad_yaml_is_refused(tmp_path, capsys, settings, message):
         (["--selection_rule", "softor"], "soft_or"),
         (["--max_prompt_length", "0"], "max_prompt_length must be at least 1, got 0"),
         (["--dataset_streaming", "true", "--num_generations", "2"], "num_generations = 2 repeats prompts"),
+        (["--streaming", "true", "--num_generations", "2"], "num_generations = 2 repeats prompts"),
         (["--teacher_model_name_or_path", ""], "no teacher given: name it with --teacher_model_name_or_path"),
         (["--model_name_or_path", ""], "no student given: name it with --model_name_or_path"),
         (["--dataset_name", ""], "prompts come from --dataset_name"),
@@ -192,7 +195,7 @@ def test_bad_flags_are_refused(capsys, flags, message):
     ],
 )
 def test_a_missing_package_is_named_with_its_command(capsys, monkeypatch, flags, package, command):
-    find_spec = __import__("importlib.util").util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == package else find_spec(name, *rest)
     )

@@ -1,0 +1,1 @@
+"""Tasks with a verifier, to distil on and to measure."""

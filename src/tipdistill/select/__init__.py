@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
 from importlib import import_module
@@ -19,7 +19,9 @@ from . import budget, rules
 __all__ = ["RULES", "SCOPES", "Rule", "kept_counts", "needs_teacher", "resolve_rule", "rule_fields", "select"]
 
 SCOPES = ("rollout", "batch")
+BUDGETS = ("top", "sample", "all")
 COMPLEMENT = "complement:"
+_STATISTICS = tuple(field.name for field in dataclass_fields(TokenScores))
 _OF_STUDENT = {"entropy", "entropy_norm", "student_logprob"}
 
 
@@ -38,6 +40,16 @@ class Rule:
     fields: tuple[str, ...] | None
     budget: str = "top"
     complement: bool = False
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise ValueError(f"a rule's budget is one of {', '.join(BUDGETS)}, got {self.budget!r}.")
+        for name in self.fields or ():
+            if name not in _STATISTICS:
+                raise ValueError(
+                    f"the rule reads an unknown statistic {name!r}; there are {', '.join(_STATISTICS)}."
+                    f"{_nearest(name, _STATISTICS)}"
+                )
 
 
 RULES: dict[str, Rule] = {
@@ -71,14 +83,15 @@ def select(
     the tokens given, so give no padding and no prompt.
 
     Args:
-        scores: statistics of N tokens; those that the rule reads must have been computed.
+        scores: statistics of N tokens, float [N]; those that the rule reads must have been computed.
         rule: a name in `RULES`; "complement:<name>", which at retention ρ keeps what the rule at 1 − ρ would not keep
-            (at ρ = 1 everything); a function TokenScores → float [N]; or the dotted path of one. A function may say
-            what it reads in an attribute `fields`.
-        retention: ρ in (0, 1]. "all" keeps everything whatever it is.
-        rollout: int64 [N], which rollout each token belongs to; None: one rollout.
+            (one token where that is nothing, at ρ = 1 everything; drawn from the same state of the generator);
+            a function TokenScores → float [N]; or the dotted path of one. A function may say what it reads in an
+            attribute `fields`.
+        retention: ρ in (0, 1], read as the fraction that was written. "all" keeps everything whatever it is.
+        rollout: int64 [N], which rollout each token belongs to, any numbers in any order; None: one rollout.
         scope: "rollout" spends the budget inside each rollout, "batch" over all tokens.
-        generator: source of randomness of sampling rules, on the scores' device.
+        generator: source of randomness of sampling rules; None: torch's default for the scores' device.
 
     Returns:
         Selection: mask bool [N], weight float32 [N] (1 for the kept tokens, 0 for the others), score float32 [N].
@@ -94,32 +107,31 @@ def select(
         [True, True, False, False]
     """
     resolved = resolve_rule(rule)
-    if isinstance(retention, bool) or not 0.0 < retention <= 1.0:
-        raise ValueError(f"retention must be in (0, 1], got {retention}.")
+    _check_retention(retention)
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}.{_nearest(scope, SCOPES)}")
     _, some = next(scores.present(), (None, None))
-    if some is None or len(some) == 0:
-        raise ValueError("there is no token to select from: scores hold no statistic, or no token.")
-    group, tokens = _groups(rollout, len(some), some.device)
-    _check_finite(scores, resolved.fields, group)
-    score = _scored(resolved, scores, len(some), group)
-    if scope == "batch":
-        spent_in, tokens = torch.zeros_like(group), tokens.sum().reshape(1)
+    if some is None or some.numel() == 0:
+        raise ValueError("there is no token to select from: give the scores of at least one completion token.")
+    if rollout is None:
+        rollout = torch.zeros(some.shape, dtype=torch.int64, device=some.device)
+    _check_rollout(rollout, some)
+    # half precision has too few steps to rank by
+    scores = scores.detach().map(lambda value: value if value.dtype == torch.float64 else value.float())
+    _check_statistics(scores, resolved.fields, rollout)
+    score = resolved.score(scores)
+    _check_score(score, resolved, rollout)
+    if resolved.budget == "all" or retention == 1:
+        mask = torch.ones_like(rollout, dtype=torch.bool)
     else:
-        spent_in = group
-    if resolved.budget == "all" or (retention == 1.0 and not resolved.complement):
-        mask = torch.ones_like(group, dtype=torch.bool)
-    else:
-        key = budget.race(score, _on(generator, some.device)) if resolved.budget == "sample" else score.double()
-        counts = _counts(resolved, tokens, retention)
-        # the complement is what comes last in the very same order
-        mask = (
-            ~budget.top_k(key, spent_in, tokens - counts)
-            if resolved.complement
-            else budget.top_k(key, spent_in, counts)
-        )
-    return Selection(mask=mask, weight=mask.float(), score=score.float())
+        spent_in = torch.zeros_like(rollout) if scope == "batch" else rollout
+        _, group, sizes = spent_in.unique(return_inverse=True, return_counts=True)
+        order = budget.race(score, generator) if resolved.budget == "sample" else score
+        kept = _counts(resolved, sizes, retention)
+        # a complement keeps what comes last in the very same order
+        first = budget.top_k(order, group, sizes - kept if resolved.complement else kept)
+        mask = ~first if resolved.complement else first
+    return Selection(mask=mask, weight=mask.float(), score=score.detach().float())
 
 
 def kept_counts(
@@ -127,22 +139,36 @@ def kept_counts(
 ) -> Tensor:
     """Tokens that `select` keeps of each rollout, known from the lengths alone.
 
+    max(1, ⌊ρ·m⌋) of m tokens; max(1, m − max(1, ⌊(1 − ρ)·m⌋)) for a complement; m for "all"; 0 of an empty rollout.
+
     Args:
-        lengths: int64 [R], tokens of each rollout (or one entry with those of the batch, for scope "batch").
+        lengths: int64 [B], tokens of each rollout (one entry with those of the batch for scope "batch").
         retention: ρ in (0, 1].
         rule: as in `select`.
 
+    Returns:
+        int64 [B], tokens.
+
+    Raises:
+        ValueError: an unknown rule, a retention outside (0, 1], or lengths that are no counts.
+
     Example:
-        >>> kept_counts(torch.tensor([10, 3, 1]), 0.3).tolist()
-        [3, 1, 1]
-        >>> kept_counts(torch.tensor([10, 3, 1]), 0.3, "complement:soft_or").tolist()
-        [3, 1, 1]
+        >>> kept_counts(torch.tensor([10, 3, 1, 0]), 0.3).tolist()
+        [3, 1, 1, 0]
+        >>> kept_counts(torch.tensor([10, 3, 1, 0]), 0.3, "complement:soft_or").tolist()
+        [3, 1, 1, 0]
     """
+    _check_retention(retention)
+    if lengths.dtype != torch.int64 or bool((lengths < 0).any()):
+        raise ValueError(f"lengths must be int64 counts of tokens ≥ 0, got {lengths.dtype}: {lengths.tolist()}.")
     return _counts(resolve_rule(rule), lengths, retention)
 
 
 def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
     """The Rule behind a name, a "complement:" of one, a callable or the dotted path of one.
+
+    Args:
+        rule: as in `select`; a path is "package.module.function" or "package.module:function".
 
     Raises:
         ValueError: no such rule; the nearest names are given.
@@ -150,7 +176,7 @@ def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
     Example:
         >>> resolve_rule("complement:soft_or").complement
         True
-        >>> resolve_rule("tipdistill.select.rules.entropy").budget
+        >>> resolve_rule("tipdistill.select.rules:entropy").budget
         'top'
     """
     if isinstance(rule, Rule):
@@ -158,32 +184,20 @@ def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
     if callable(rule):
         return Rule(rule, _declared_fields(rule))
     if not isinstance(rule, str):
-        raise ValueError(f"a rule is a name, a dotted path or a callable, got {rule!r}.")
+        raise ValueError(f"a rule is a name, a dotted path or a function of TokenScores, got {rule!r}.")
     if rule.startswith(COMPLEMENT):
         inner = resolve_rule(rule.removeprefix(COMPLEMENT))
         if inner.budget == "all" or inner.complement:
-            raise ValueError(f"{rule!r} keeps nothing or is a rule itself: take the complement of a plain rule.")
+            raise ValueError(f"{rule!r} is no rule: take the complement of a rule that drops something, once.")
         return replace(inner, complement=True)
-    if rule in RULES:
-        return RULES[rule]
-    if "." not in rule.replace(":", "."):
-        known = (*RULES, *(COMPLEMENT + name for name in RULES))
-        raise ValueError(
-            f"unknown rule {rule!r}; there are {', '.join(RULES)}, '{COMPLEMENT}<rule>', and the dotted path of a "
-            f"function.{_nearest(rule, known)}"
-        )
-    module, _, name = rule.replace(":", ".").rpartition(".")
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the rule {rule!r} is no name in RULES and cannot be imported as a path: {error}.") from error
-    if not callable(function):
-        raise ValueError(f"the rule {rule!r} is a {type(function).__name__}, not a function of TokenScores.")
-    return Rule(function, _declared_fields(function))
+    return RULES[rule] if rule in RULES else _imported(rule)
 
 
 def rule_fields(rule: str | Callable[[TokenScores], Tensor] | Rule) -> tuple[str, ...] | None:
     """Names of the statistics that a rule reads; None: all of them.
+
+    Args:
+        rule: as in `select`.
 
     Example:
         >>> rule_fields("q3")
@@ -195,6 +209,9 @@ def rule_fields(rule: str | Callable[[TokenScores], Tensor] | Rule) -> tuple[str
 def needs_teacher(rule: str | Callable[[TokenScores], Tensor] | Rule) -> bool:
     """Whether a rule reads anything of the teacher's, and so needs it projected for every token.
 
+    Args:
+        rule: as in `select`.
+
     Example:
         >>> needs_teacher("soft_or"), needs_teacher("entropy")
         (True, False)
@@ -203,83 +220,94 @@ def needs_teacher(rule: str | Callable[[TokenScores], Tensor] | Rule) -> bool:
     return fields is None or not _OF_STUDENT.issuperset(fields)
 
 
+def _imported(path: str) -> Rule:
+    module, _, name = path.replace(":", ".").rpartition(".")
+    known = [*RULES, *(COMPLEMENT + rule for rule in RULES if rule != "all")]
+    unknown = (
+        f"unknown rule {path!r}; there are {', '.join(RULES)}, '{COMPLEMENT}<rule>', and the dotted path of a function "
+        f"of TokenScores.{_nearest(path, known)}"
+    )
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(unknown)
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{unknown} As a path: {error}; its folder must be on PYTHONPATH.") from error
+    if not callable(found) and not isinstance(found, Rule):
+        raise ValueError(f"the rule {path!r} is a {type(found).__name__}, not a function of TokenScores.")
+    return resolve_rule(found)
+
+
 def _declared_fields(function: Any) -> tuple[str, ...] | None:
     fields = getattr(function, "fields", None)
-    if fields is None:
-        return None
-    known = [field.name for field in dataclass_fields(TokenScores)]
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"the rule reads an unknown statistic {name!r}.{_nearest(name, known)}")
-    return tuple(fields)
+    return (fields,) if isinstance(fields, str) else None if fields is None else tuple(fields)
 
 
 def _counts(rule: Rule, lengths: Tensor, retention: float) -> Tensor:
-    if rule.budget == "all" or retention == 1.0:
+    if rule.budget == "all" or retention == 1:
         return lengths
     if rule.complement:
-        # what the rule at 1 − ρ leaves over; one token where that is nothing
         return (lengths - budget.share_of(lengths, 1 - retention)).clamp(min=1).minimum(lengths)
     return budget.share_of(lengths, retention)
 
 
-def _groups(rollout: Tensor | None, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rollouts numbered from 0, [N], and the tokens of each, [R]."""
-    if rollout is None:
-        return torch.zeros(tokens, dtype=torch.int64, device=device), torch.tensor([tokens], device=device)
-    if rollout.shape != (tokens,) or rollout.dtype.is_floating_point or rollout.dtype == torch.bool:
-        raise ValueError(f"rollout must be int64 [{tokens}], got {rollout.dtype} {list(rollout.shape)}.")
-    if rollout.device != device:
-        raise ValueError(f"rollout is on {rollout.device}, the scores on {device}: move it there.")
-    _, group, sizes = rollout.unique(return_inverse=True, return_counts=True)
-    return group, sizes
+def _check_retention(retention: Any) -> None:
+    # `bool` is an `int`, and True would pass as 1
+    if isinstance(retention, bool) or not isinstance(retention, (int, float)) or not 0 < retention <= 1:
+        raise ValueError(f"retention is the share of the tokens that is kept, a number in (0, 1], got {retention!r}.")
 
 
-def _scored(rule: Rule, scores: TokenScores, tokens: int, group: Tensor) -> Tensor:
-    score = rule.score(scores)
-    if not isinstance(score, Tensor) or score.shape != (tokens,) or score.dtype == torch.bool:
+def _check_rollout(rollout: Any, some: Tensor) -> None:
+    if not isinstance(rollout, Tensor) or rollout.shape != some.shape or rollout.dtype != torch.int64:
+        given = f"{rollout.dtype} {list(rollout.shape)}" if isinstance(rollout, Tensor) else type(rollout).__name__
+        raise ValueError(
+            f"rollout must be int64 {list(some.shape)}, the rollout of each token, got {given}: "
+            "give one entry per completion token, without padding."
+        )
+    if rollout.device != some.device:
+        raise ValueError(f"rollout is on {rollout.device}, the scores on {some.device}: rollout.to(scores' device).")
+
+
+def _check_statistics(scores: TokenScores, fields: tuple[str, ...] | None, rollout: Tensor) -> None:
+    for name, value in scores.present():
+        if value.shape != rollout.shape or value.ndim != 1:
+            raise ValueError(
+                f"statistic '{name}' has shape {list(value.shape)}, for {len(scores)} tokens it must be "
+                f"[{len(scores)}]: give real completion tokens, flattened, e.g. entropy[mask]."
+            )
+        if fields is None or name in fields:
+            _check_finite(f"statistic '{name}'", value, rollout)
+
+
+def _check_score(score: Any, rule: Rule, rollout: Tensor) -> None:
+    if not isinstance(score, Tensor) or score.shape != rollout.shape or not score.is_floating_point():
         given = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
-        raise ValueError(f"a rule must return a float tensor [{tokens}], this one returned {given}.")
-    bad = ~torch.isfinite(score)
-    if bad.any():
-        raise ValueError(f"the rule's score is {_where(score, bad, group)}")
+        raise ValueError(f"a rule must return one float score per token, [{len(rollout)}]; this one returned {given}.")
+    if score.device != rollout.device:
+        raise ValueError(f"the rule's score is on {score.device}, the statistics on {rollout.device}.")
+    _check_finite("the rule's score", score, rollout)
     if rule.budget == "sample" and bool((score < 0).any()):
         raise ValueError("a sampling rule's score must be ≥ 0: tokens are drawn in proportion to it.")
-    return score
 
 
-def _check_finite(scores: TokenScores, fields: tuple[str, ...] | None, group: Tensor) -> None:
-    for name, value in scores.present():
-        if value.shape != group.shape:
-            raise ValueError(f"statistic '{name}' has {list(value.shape)} values for {len(group)} tokens.")
-        if fields is not None and name not in fields:
-            continue
-        bad = ~torch.isfinite(value)
-        if bad.any():
-            raise ValueError(f"statistic '{name}' is {_where(value, bad, group)}")
-
-
-def _where(value: Tensor, bad: Tensor, group: Tensor) -> str:
+def _check_finite(name: str, value: Tensor, rollout: Tensor) -> None:
+    bad = ~torch.isfinite(value)
+    if not bad.any():
+        return
     first = int(bad.nonzero()[0, 0])
-    number = int(group[first])
-    position = int((group[:first] == number).sum())
-    found = float(value[first])
+    number, found = int(rollout[first]), float(value[first])
+    position = int((rollout[:first] == number).sum())
     cause = (
         "the logits of a model are NaN or infinite"
         if math.isnan(found)
-        else "the teacher gives probability 0 to what the student can say, or a model has diverged"
+        else "one model gives probability 0 to what the other can say, or has diverged"
     )
-    return f"{found} in rollout {number}, token {position}: {cause}. {int(bad.sum())} tokens are affected."
+    raise ValueError(
+        f"{name} is {found} in rollout {number}, token {position} (both from 0): {cause}. "
+        f"{int(bad.sum())} of {len(value)} tokens are affected."
+    )
 
 
-def _on(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(
-            f"the generator is on {generator.device}, the scores on {device}: make it with torch.Generator('{device}')."
-        )
-    return generator
-
-
-def _nearest(name: Any, allowed: Any) -> str:
-    near = difflib.get_close_matches(str(name), list(allowed), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+def _nearest(name: Any, allowed: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(allowed), n=2)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

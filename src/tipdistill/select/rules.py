@@ -8,7 +8,7 @@ from torch import Tensor
 from ..types import TokenScores
 from .normalize import clipped_entropy, min_max
 
-LOG_FLOOR = 1e-4
+LOG_FLOOR = 1e-4  # nats
 
 
 def uniform(scores: TokenScores) -> Tensor:
@@ -19,20 +19,19 @@ def uniform(scores: TokenScores) -> Tensor:
 
 def entropy(scores: TokenScores) -> Tensor:
     """h = H(P_S) / log V (paper Eq. 2, §6 with δ̂ = 0)."""
-    return scores.require("entropy_norm")
+    # rounding can leave a certain token just below 0, and nothing is drawn with a negative probability
+    return scores.require("entropy_norm").clamp(min=0)
 
 
 def soft_or(scores: TokenScores) -> Tensor:
     """ĥ + δ̂ − ĥ·δ̂ with δ = KL(P_S ‖ P_T) (paper Eq. 7)."""
-    h, delta = clipped_entropy(scores.require("entropy_norm")), min_max(scores.require("reverse_kl"))
-    return h + delta - h * delta
+    return _either(clipped_entropy(scores.require("entropy_norm")), min_max(scores.require("reverse_kl")))
 
 
 def soft_or_log(scores: TokenScores) -> Tensor:
-    """Soft-OR with δ̂ = min-max of log(δ + 10⁻⁴): small divergences keep their order beside a few large ones."""
-    h = clipped_entropy(scores.require("entropy_norm"))
-    delta = min_max((scores.require("reverse_kl") + LOG_FLOOR).log())
-    return h + delta - h * delta
+    """Soft-OR with δ̂ = min-max of log(δ + 10⁻⁴): small divergences keep their order beside a few large ones (ours)."""
+    delta = min_max((scores.require("reverse_kl").clamp(min=0) + LOG_FLOOR).log())
+    return _either(clipped_entropy(scores.require("entropy_norm")), delta)
 
 
 def q3(scores: TokenScores) -> Tensor:
@@ -51,10 +50,15 @@ def hellinger(scores: TokenScores) -> Tensor:
 
 
 def gradient_norm(scores: TokenScores) -> Tensor:
-    """‖P_S ∘ (log P_S/P_T − KL)‖₂, the norm of the reverse-KL gradient at the logits."""
+    """‖P_S ∘ (log P_S/P_T − KL)‖₂, the norm of the reverse-KL gradient at the logits (ours)."""
     return scores.require("gradient_norm")
 
 
 def signal_to_curvature(scores: TokenScores) -> Tensor:
     """‖g‖² / gᵀHg with g = P_S − P_T, H = diag(P_S) − P_S P_Sᵀ (paper Eq. 6)."""
     return scores.require("signal_to_curvature")
+
+
+def _either(h: Tensor, delta: Tensor) -> Tensor:
+    """h + δ − h·δ; in this form exactly 1 where either is 1, so that rounding does not order the saturated tokens."""
+    return h + delta * (1 - h)

@@ -354,8 +354,11 @@ def taught(
     (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     try:
         partial.rename(final)
-    except OSError:  # another process finished the same model first
+    except OSError:
         shutil.rmtree(partial)
+        if not final.exists():
+            raise
+        # another process finished the same model first
     return final
 
 

@@ -117,7 +117,7 @@ def select(
         rollout = torch.zeros(some.shape, dtype=torch.int64, device=some.device)
     _check_rollout(rollout, some)
     # half precision has too few steps to rank by
-    scores = scores.detach().map(lambda value: value if value.dtype == torch.float64 else value.float())
+    scores = scores.map(lambda value: value if value.dtype == torch.float64 else value.float())
     _check_statistics(scores, resolved.fields, rollout)
     score = resolved.score(scores)
     _check_score(score, resolved, rollout)

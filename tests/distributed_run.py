@@ -16,3 +16,6 @@ if trainer.accelerator.is_main_process:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     figures = {name: [entry[name] for entry in history] for name in history[0]}
     Path(out).write_text(json.dumps({**figures, "processes": trainer.accelerator.num_processes}))
+# together, and in order: a process that leaves while another still talks to it aborts that one
+trainer.accelerator.wait_for_everyone()
+trainer.end()

@@ -605,9 +605,8 @@ def _naming_rollouts(mask: Tensor, rollouts: Tensor) -> Iterator[None]:
         yield
     except NonFiniteLogitsError as error:
         row, position = mask.nonzero()[error.token].tolist()
-        raise NonFiniteLogitsError(
-            error.token, f"rollout {int(rollouts[row])} of the batch, token {position}"
-        ) from None
+        where = f"rollout {int(rollouts[row])} of the batch, token {position}"
+        raise NonFiniteLogitsError(error.token, where, error.cause) from None
 
 
 def _head(model: Any, layer: Any, hidden: Tensor) -> Head:

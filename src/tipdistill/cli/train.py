@@ -176,6 +176,7 @@ def _train(request: Request, resume: str | None) -> int:
     trainer.accelerator.print(f"The distilled student is in {config.output_dir}.")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another still talks to it aborts that one
     trainer.end()
     return 0
 

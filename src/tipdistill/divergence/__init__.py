@@ -17,7 +17,7 @@ __all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_score
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
 _FIELDS = tuple(field.name for field in dataclass_fields(TokenScores))
-_OF_STUDENT = ("entropy", "entropy_norm", "student_logprob")
+_OF_STUDENT = {"entropy", "entropy_norm", "student_logprob"}
 _DEFAULT = (
     "entropy",
     "entropy_norm",
@@ -31,15 +31,22 @@ _DEFAULT = (
 _OF_TOKENS = ("student_logprob", "teacher_logprob")
 
 
-class NonFiniteLogitsError(ValueError):
-    """A row's logits hold NaN or +∞, or nothing but −∞; `token` is the first such row."""
+_NO_DISTRIBUTION = (
+    "the logits are NaN or infinite, so there is no distribution to compare. Check the weights (a diverged run, a "
+    "wrong dtype) and the hidden states."
+)
+_IMPOSSIBLE = (
+    "the divergence is infinite: one model gives probability 0 to what the other can say (a logit of −∞). Forbid these "
+    "tokens to both, or train on the Jensen-Shannon divergence, which stays finite."
+)
 
-    def __init__(self, token: int, where: str) -> None:
-        self.token = token
-        super().__init__(
-            f"{where}: the logits are NaN or infinite, so there is no distribution to compare. Check the weights "
-            "(a diverged run, a wrong dtype) and the hidden states."
-        )
+
+class NonFiniteLogitsError(ValueError):
+    """A row's logits hold NaN or +∞, or nothing but −∞, or make a loss infinite; `token` is the first such row."""
+
+    def __init__(self, token: int, where: str, cause: str = _NO_DISTRIBUTION) -> None:
+        self.token, self.cause = token, cause
+        super().__init__(f"{where}: {cause}")
 
 
 def token_scores(
@@ -88,13 +95,13 @@ def token_scores(
     """
     vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
     wanted = _wanted(fields, teacher, token_ids)
+    if _OF_STUDENT.issuperset(wanted):
+        teacher = None  # nobody asked for it, so it is not projected
     if impl == "reference":
-        scores = reference.token_scores(student, teacher, divergence, beta, temperature, token_ids, wanted)
-        first = next(scores.present(), None)
-        if first is not None:
-            total = sum(value.detach() for name, value in scores.present() if not name.endswith(("_kl", "logprob")))
-            _check_finite(total if isinstance(total, Tensor) else first[1].detach())
-        return scores
+        for head in (student, teacher):
+            if head is not None:
+                _check_finite(reference.logits(head, vocabulary, temperature).detach().logsumexp(-1))
+        return reference.token_scores(student, teacher, divergence, beta, temperature, token_ids, wanted)
     computed = tuple(divergence if name == "divergence" else name for name in wanted)
     if "entropy_norm" in wanted:
         computed += ("entropy",)
@@ -146,12 +153,13 @@ def fused_rows(
         scores = token_scores(
             student, teacher, divergence, beta, temperature, token_ids, tuple({*wanted, "divergence"}), impl
         )
+        _check_finite(scores.require("divergence").detach(), _IMPOSSIBLE)
         loss = (scores.require("divergence") * factor).sum()
         return loss, TokenScores(**{name: getattr(scores, name).detach() for name in wanted})
     computed = tuple(
         dict.fromkeys({"divergence": divergence, "entropy_norm": "entropy"}.get(name, name) for name in wanted)
     )
-    loss, normaliser, *values = chunked.FusedLoss.apply(
+    loss, of_rows, normaliser, *values = chunked.FusedLoss.apply(
         student.hidden,
         student.weight,
         student.bias,
@@ -165,6 +173,7 @@ def fused_rows(
         token_ids,
     )
     _check_finite(normaliser)
+    _check_finite(of_rows, _IMPOSSIBLE)
     found = dict(zip(computed, values, strict=True))
     if "divergence" in wanted:
         found["divergence"] = found[divergence]
@@ -175,7 +184,7 @@ def fused_rows(
 
 def _wanted(fields: Sequence[str] | None, teacher: Head | None, token_ids: Tensor | None) -> tuple[str, ...]:
     if fields is None:
-        fields = _DEFAULT if teacher is not None else _OF_STUDENT
+        fields = [name for name in _DEFAULT if teacher is not None or name in _OF_STUDENT]
         return tuple(name for name in fields if token_ids is not None or name not in _OF_TOKENS)
     if isinstance(fields, str):
         raise ValueError(f"fields must be a list of names, got the string {fields!r}: write [{fields!r}].")
@@ -266,11 +275,11 @@ def _check_head(name: str, head: Head) -> None:
         raise ValueError(f"the {name}'s logit_scale must be finite, got {head.logit_scale}.")
 
 
-def _check_finite(normaliser: Tensor) -> None:
-    bad = ~torch.isfinite(normaliser)
+def _check_finite(of_rows: Tensor, cause: str = _NO_DISTRIBUTION) -> None:
+    bad = ~torch.isfinite(of_rows)
     if bad.any():
         token = int(bad.nonzero()[0, 0])
-        raise NonFiniteLogitsError(token, f"token {token} of {len(normaliser)}")
+        raise NonFiniteLogitsError(token, f"token {token} of {len(of_rows)}", cause)
 
 
 def _nearest(name: str, allowed: Sequence[str]) -> str:

@@ -156,7 +156,7 @@ class Online:
             return
         torch.sub(t, t_max[:, None], out=b)
         d = a.sub_(b)
-        if "reverse_kl" in self.fields:
+        if "reverse_kl" in self.fields or "gradient_norm" in self.fields:
             self.pd += torch.linalg.vecdot(p, d)
         if "gradient_norm" in self.fields:
             squared = p.square_()
@@ -205,14 +205,16 @@ class Online:
         if self.teacher:
             t_log = self.q.log().masked_fill(self.t_max <= NEGATIVE, math.nan)
             mean_d = self.pd / self.p
+            reverse_kl = -_minus_infinite_below(s_log - t_log - mean_d).clamp(max=0)
             square = self.ppdd - 2 * mean_d * self.ppd + mean_d.square() * self.pp
+            gradient_norm = square.clamp(min=0).sqrt() / self.p
             found |= {
                 "t_max": self.t_max,
                 "t_log": t_log,
-                "reverse_kl": -_minus_infinite_below(s_log - t_log - mean_d).clamp(max=0),
+                "reverse_kl": reverse_kl,
                 "forward_kl": -_minus_infinite_below(t_log - s_log + self.qd / self.q).clamp(max=0),
                 "teacher_entropy": t_log - self.qb / self.q,
-                "gradient_norm": square.clamp(min=0).sqrt() / self.p,
+                "gradient_norm": torch.where(reverse_kl.isinf(), math.inf, gradient_norm),
                 "teacher_logprob": _minus_infinite_below(self.t_token - self.t_max - t_log),
             }
         # a sum that was not asked for was never taken
@@ -509,9 +511,10 @@ class FusedLoss(torch.autograd.Function):
             for value, like in ((kept.hidden, hidden), (kept.weight, weight), (kept.bias, bias))
         ]
         normaliser = found["s_log"] + found["t_log"]
+        divergence = found[kind]
         statistics = [found[name] for name in fields]
-        ctx.mark_non_differentiable(normaliser, *statistics)
-        return ((found[kind] * factor).sum(), normaliser, *statistics)
+        ctx.mark_non_differentiable(divergence, normaliser, *statistics)
+        return ((divergence * factor).sum(), divergence, normaliser, *statistics)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

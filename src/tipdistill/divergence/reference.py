@@ -71,7 +71,8 @@ def token_scores(
         found["teacher_entropy"] = -_weighted(t, log_t).sum(-1)
         s, log_s = s.detach(), log_s.detach()
         gradient = _weighted(s, log_s - log_t - found["reverse_kl"][:, None])
-        found["gradient_norm"] = gradient.norm(dim=-1)
+        # an infinite divergence has an infinite gradient, which the equation above writes as ∞ − ∞
+        found["gradient_norm"] = torch.where(found["reverse_kl"].isinf(), math.inf, gradient.norm(dim=-1))
         found["hellinger"] = (s.sqrt() - t.sqrt()).norm(dim=-1) / math.sqrt(2)
         g = s - t
         curvature = (s * (g - (s * g).sum(-1, keepdim=True)) ** 2).sum(-1)  # gᵀHg, the variance of g under P_S

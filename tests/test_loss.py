@@ -1,0 +1,222 @@
+"""The loss of selected tokens: both ways to it, their denominators, and what they refuse."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from heads import leaves, make_pair, to
+from measure import matmul_flops, peak_bytes
+
+import tipdistill as tip
+from tipdistill import Head, Selection, TokenScores
+from tipdistill.divergence import NonFiniteLogitsError
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+
+def selection_of(weight):
+    weight = torch.as_tensor(weight)
+    return Selection(mask=weight > 0, weight=weight.float(), score=torch.zeros(len(weight)))
+
+
+def scores_of(*divergence):
+    return TokenScores(divergence=torch.tensor(divergence, requires_grad=True))
+
+
+def test_the_mean_over_the_selected_tokens():
+    assert tip.selected_loss(scores_of(1.0, 5.0, 3.0), selection_of([1.0, 0.0, 1.0])).item() == 2.0
+
+
+def test_the_weighted_mean():
+    assert tip.selected_loss(scores_of(1.0, 5.0, 3.0), selection_of([1.0, 0.0, 3.0])).item() == 2.5
+
+
+def test_a_denominator_of_the_whole_batch():
+    scores = scores_of(1.0, 5.0, 3.0)
+    for denominator in (8, 8.0, torch.tensor(8.0)):
+        assert tip.selected_loss(scores, selection_of([1.0, 0.0, 1.0]), denominator).item() == 0.5
+
+
+def test_two_micro_batches_add_up_to_the_batch():
+    whole, picked = scores_of(1.0, 5.0, 3.0, 7.0), selection_of([1.0, 0.0, 1.0, 1.0])
+    parts = [
+        tip.selected_loss(whole.map(lambda x, s=part: x[s]), selection_of(picked.weight[part]), denominator=3)
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(sum(parts), tip.selected_loss(whole, picked))
+
+
+def test_nothing_selected_is_a_loss_of_0_with_a_gradient_of_0():
+    scores = scores_of(1.0, 5.0)
+    loss = tip.selected_loss(scores, selection_of([0.0, 0.0]))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert scores.divergence.grad.tolist() == [0.0, 0.0]
+
+
+def test_an_infinite_divergence_that_was_dropped_does_no_harm():
+    scores = scores_of(1.0, math.inf, 3.0)
+    loss = tip.selected_loss(scores, selection_of([1.0, 0.0, 1.0]))
+    loss.backward()
+    assert loss.item() == 2.0
+    assert scores.divergence.grad.tolist() == [0.5, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("denominator", [0, -1.0, math.nan, torch.tensor(0.0)])
+def test_a_denominator_that_is_not_positive_is_refused(denominator):
+    with pytest.raises(ValueError, match="denominator must be positive"):
+        tip.selected_loss(scores_of(1.0), selection_of([1.0]), denominator)
+
+
+def test_a_selection_of_other_tokens_is_refused():
+    with pytest.raises(ValueError, match="the selection is of 3 tokens, the scores of 2"):
+        tip.selected_loss(scores_of(1.0, 2.0), selection_of([1.0, 1.0, 0.0]))
+
+
+def test_scores_without_a_divergence_are_refused():
+    with pytest.raises(ValueError, match="statistic 'divergence' was not computed"):
+        tip.selected_loss(TokenScores(entropy=torch.ones(2)), selection_of([1.0, 1.0]))
+
+
+# The fused way gives what the other gives.
+
+
+def fused(student, teacher, weight, **options):
+    tensors, student = leaves(student)
+    loss = tip.fused_divergence_loss(student, teacher, weight, **options)
+    loss.backward()
+    return loss.detach(), [None if tensor is None else tensor.grad for tensor in tensors]
+
+
+def oracle(student, teacher, weight, denominator=None, **options):
+    tensors, student = leaves(student)
+    scores = tip.token_scores(student, teacher, impl="reference", fields=["divergence"], **options)
+    loss = (scores.divergence * weight).sum() / (weight.sum() if denominator is None else denominator)
+    loss.backward()
+    return loss.detach(), [None if tensor is None else tensor.grad for tensor in tensors]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("size", [(1, 37), (3, 2), (257, 37), (300, 2111)], ids=str)
+@pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 3.0, "logit_scale": 1.3}], ids=["plain", "softcap"])
+def test_fused_is_the_reference_in_float64(size, divergence, head):
+    student, teacher = make_pair(*size, **head)
+    weight = torch.rand(size[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    options = {"divergence": divergence, "beta": 0.3, "temperature": 0.7, "denominator": 11.0}
+    loss, found = fused(student, teacher, weight, **options)
+    expected_loss, expected = oracle(student, teacher, weight, **options)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-14)
+    for value, truth in zip(found, expected, strict=True):
+        assert (value is None) == (truth is None)
+        if value is not None:
+            torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_fused_is_no_less_exact_than_the_naive_computation(dtype, divergence):
+    student, teacher = (to(head, dtype) for head in make_pair(67, 1021, bias=True))
+    weight = torch.ones(67)
+    _, exact = oracle(to(student, torch.float64), to(teacher, torch.float64), weight.double(), divergence=divergence)
+    _, rounded = oracle(student, teacher, weight.to(dtype), divergence=divergence)
+    _, found = fused(student, teacher, weight, divergence=divergence)
+    for value, truth, naive in zip(found, exact, rounded, strict=True):
+        scale = truth.abs().max()
+        # twice: float32 on both sides, in another order; half an epsilon: the rounding of the result itself
+        times = 2 if dtype == torch.float32 else 1
+        allowed = max(times * ((naive.double() - truth).abs().max() / scale), torch.finfo(dtype).eps / 2)
+        assert value.dtype == dtype
+        assert (value.double() - truth).abs().max() / scale <= allowed
+
+
+def test_fused_follows_the_gradient_that_comes_in():
+    student, teacher = make_pair(5, 19)
+    (hidden, weight, _), head = leaves(student)
+    (3 * tip.fused_divergence_loss(head, teacher)).backward()
+    _, (expected_hidden, expected_weight, _) = fused(student, teacher, None)
+    torch.testing.assert_close(hidden.grad, 3 * expected_hidden)
+    torch.testing.assert_close(weight.grad, 3 * expected_weight)
+
+
+def test_fused_projects_each_row_once():
+    student, teacher = make_pair(40, 301, torch.float32)
+    of_student, of_teacher = (2 * 40 * 301 * width for width in (24, 40))
+    _, trained = leaves(student)
+    frozen = replace(student, hidden=student.hidden.clone().requires_grad_())
+    for head, projections in ((trained, 3), (frozen, 2), (student, 1)):
+
+        def run(head=head):
+            loss = tip.fused_divergence_loss(head, teacher)
+            if loss.requires_grad:
+                loss.backward()
+
+        assert matmul_flops(run) == projections * of_student + of_teacher
+
+
+def test_fused_holds_no_full_logits():
+    peaks = {}
+    for rows in (512, 2048):
+        student, teacher = make_pair(rows, 16384, torch.float32)
+        _, head = leaves(student)
+        peak = peak_bytes(lambda head=head, teacher=teacher: tip.fused_divergence_loss(head, teacher).backward())
+        peaks[rows] = peak - head.weight.nbytes - head.hidden.nbytes
+    assert peaks[2048] < 0.6 * 2048 * 16384 * 4
+    assert peaks[2048] < 1.2 * peaks[512]
+
+
+def test_fused_gives_statistics_of_the_same_pass():
+    student, teacher = make_pair(7, 53, torch.float32)
+    tokens = torch.arange(7)
+    fields = [name for name, _ in tip.token_scores(student, teacher, token_ids=tokens).present()]
+    fields += ["jsd", "hellinger", "gradient_norm", "signal_to_curvature"]
+    _, found = tip.fused_divergence_loss(student, teacher, fields=fields, token_ids=tokens)
+    expected = tip.token_scores(student, teacher, fields=fields, token_ids=tokens)
+    assert [name for name, _ in found.present()] == [name for name, _ in expected.present()]
+    for name, value in found.present():
+        torch.testing.assert_close(value, getattr(expected, name).detach(), rtol=1e-4, atol=1e-6)
+        assert not value.requires_grad
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_fused_of_no_row_is_0_and_reaches_the_graph(impl):
+    student, teacher = make_pair(0, 19, torch.float32)
+    (hidden, weight, _), head = leaves(student)
+    loss, scores = tip.fused_divergence_loss(head, teacher, fields=["entropy"], denominator=5, impl=impl)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert len(scores.entropy) == 0
+    assert hidden.grad.shape == (0, 24)
+    assert not weight.grad.any()
+
+
+def test_a_second_backward_of_the_fused_loss_says_why_not():
+    student, teacher = make_pair(3, 9)
+    _, head = leaves(student)
+    loss = tip.fused_divergence_loss(head, teacher)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed out already"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_an_infinite_loss_names_its_token(impl):
+    student = Head(torch.eye(3), torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+    teacher = replace(student, bias=torch.tensor([0.0, 0.0, -math.inf, 0.0, 0.0]))
+    with pytest.raises(NonFiniteLogitsError, match="token 0 of 3: the divergence is infinite"):
+        tip.fused_divergence_loss(student, teacher, impl=impl)
+    assert math.isfinite(tip.fused_divergence_loss(student, teacher, divergence="jsd", impl=impl))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(2), r"weight must be \[3\], one per token, got \[2\]"),
+        (torch.tensor([1.0, -1.0, 1.0]), "finite and ≥ 0"),
+        (torch.tensor([1.0, math.nan, 1.0]), "finite and ≥ 0"),
+        (torch.tensor([1.0, math.inf, 1.0]), "finite and ≥ 0"),
+    ],
+)
+def test_weights_that_are_none_are_refused(weight, message):
+    with pytest.raises(ValueError, match=message):
+        tip.fused_divergence_loss(*make_pair(3, 9), weight)

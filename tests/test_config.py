@@ -20,6 +20,8 @@ CPU = {"use_cpu": True, "bf16": False}
         ({"score_logging_steps": -1}, "score_logging_steps must be an integer ≥ 0"),
         ({"scoring_tokens": -1}, "scoring_tokens must be an integer ≥ 0"),
         ({"drift_factor": 0.5}, "drift_factor must be 0"),
+        ({"drift_retention": 0}, r"drift_retention must be in \(0, 1\], got 0"),
+        ({"drift_retention": 0.8, "drift_factor": 0}, "drift_factor = 0 turns that off"),
         ({"teacher_offload": True, "normalization": "micro_batch"}, 'needs normalization="batch"'),
     ],
 )

@@ -60,7 +60,7 @@ def test_no_token_at_all_is_no_error():
 
 
 def test_the_drift_guard_warns_once_per_excursion():
-    monitor = TrainingMonitor(drift_factor=3.0)
+    monitor = TrainingMonitor(3.0, 0.5)
     assert [monitor.observe(0.1) for _ in range(BASELINE_STEPS)] == [None] * BASELINE_STEPS
     assert monitor.observe(0.29) is None
     assert "3.1 times where it began" in monitor.observe(0.31)
@@ -69,26 +69,48 @@ def test_the_drift_guard_warns_once_per_excursion():
     assert monitor.observe(0.4) is not None
 
 
+@pytest.mark.parametrize(("configured", "given", "raised"), [(0.1, 0.4, 0.4), (0.1, None, 0.1), (0.5, 0.4, 0.5)])
+def test_retention_is_raised_by_the_first_warning_and_stays(configured, given, raised):
+    monitor = TrainingMonitor(3.0, configured, given)
+    for value in [0.1] * BASELINE_STEPS:
+        monitor.observe(value)
+    assert monitor.retention == configured
+    warning = monitor.observe(0.5)
+    assert monitor.retention == raised
+    assert ("From here on 0.4 of the tokens" in warning) == (raised == 0.4)
+    monitor.observe(0.1)
+    assert monitor.retention == raised
+
+
 def test_factor_zero_turns_the_guard_off():
-    monitor = TrainingMonitor(drift_factor=0)
+    monitor = TrainingMonitor(0, 0.5)
     assert all(monitor.observe(value) is None for value in [0.1] * 10 + [100.0])
 
 
 def test_the_baseline_survives_a_resume():
-    before = TrainingMonitor(3.0)
+    before = TrainingMonitor(3.0, 0.5)
     for _ in range(BASELINE_STEPS):
         before.observe(0.1)
     before.trained_tokens = 123
     state = TrainerState(stateful_callbacks=[before], global_step=7)
-    after = TrainingMonitor(3.0)
+    after = TrainingMonitor(3.0, 0.5)
     after.on_train_begin(None, state, None)
     assert after.trained_tokens == 123
     assert after.observe(0.5) is not None
 
 
+def test_a_raised_retention_survives_a_resume():
+    before = TrainingMonitor(3.0, 0.1, 0.4)
+    for value in [0.1] * BASELINE_STEPS + [0.9]:
+        before.observe(value)
+    after = TrainingMonitor(3.0, 0.1, 0.4)
+    after.on_train_begin(None, TrainerState(stateful_callbacks=[before], global_step=7), None)
+    assert after.retention == 0.4
+
+
 def test_a_fresh_run_starts_its_own_baseline():
-    state = TrainerState(stateful_callbacks=[TrainingMonitor(3.0)], global_step=0)
-    monitor = TrainingMonitor(3.0)
+    state = TrainerState(stateful_callbacks=[TrainingMonitor(3.0, 0.5)], global_step=0)
+    monitor = TrainingMonitor(3.0, 0.5)
     monitor.trained_tokens = 5
     monitor.on_train_begin(None, state, None)
     assert monitor.trained_tokens == 5

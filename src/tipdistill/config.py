@@ -33,6 +33,7 @@ class TIPConfig(DistillationConfig):
             `per_device_train_batch_size` rollouts at a time.
         drift_factor: warn when the mean divergence of the dropped tokens exceeds this multiple of where it began; 0
             turns the guard off.
+        drift_retention: retention from the first such warning on, where it is higher than `retention`; None leaves it.
 
     Raises:
         ValueError: a field is out of range, or a name is unknown (the nearest names are given).
@@ -70,12 +71,21 @@ class TIPConfig(DistillationConfig):
         metadata={"help": "Warn when the dropped tokens' divergence exceeds this multiple of its start; 0: never."},
     )
 
+    drift_retention: float | None = field(
+        default=None,
+        metadata={"help": "Retention from the first drift warning on, where higher than `retention`; null: unchanged."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         resolve_rule(self.selection_rule)
-        # `bool` is an `int`, and `retention: true` in a YAML file would otherwise pass as 1.0.
-        if isinstance(self.retention, bool) or not 0.0 < self.retention <= 1.0:
-            raise ValueError(f"retention must be in (0, 1], got {self.retention}.")
+        for name, value in (("retention", self.retention), ("drift_retention", self.drift_retention)):
+            # `bool` is an `int`, and `retention: true` in a YAML file would otherwise pass as 1.0.
+            share = not isinstance(value, bool) and value is not None and 0.0 < value <= 1.0
+            if not share and (name == "retention" or value is not None):
+                raise ValueError(f"{name} must be in (0, 1], got {value}.")
+        if self.drift_retention is not None and self.drift_factor == 0:
+            raise ValueError("drift_retention acts on the drift guard's warning, and drift_factor = 0 turns that off.")
         _one_of("selection_scope", self.selection_scope, SCOPES)
         _one_of("normalization", self.normalization, NORMALIZATIONS)
         for name, least in (("num_generations", 1), ("score_logging_steps", 0), ("scoring_tokens", 0)):

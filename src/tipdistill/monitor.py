@@ -101,17 +101,28 @@ class TrainingMonitor(TrainerCallback, ExportableState):
 
     The drift guard: a run on few tokens can collapse through the tokens that are never trained, and only their
     divergence shows it in time. The baseline is the mean dropped divergence of the first `BASELINE_STEPS` observations;
-    above `drift_factor` times it the guard warns, once per excursion.
+    above `drift_factor` times it the guard warns, once per excursion, and from the first warning on `retention` is
+    `drift_retention`, where that is given and higher: tokens that were let go once drift again when they are let go.
 
     Args:
         drift_factor: multiple of the baseline that triggers the warning; 0 turns the guard off.
+        retention: share of the tokens that is trained on, in (0, 1].
+        drift_retention: what it is raised to, in (0, 1]; None: nothing.
     """
 
-    def __init__(self, drift_factor: float) -> None:
+    def __init__(self, drift_factor: float, retention: float, drift_retention: float | None = None) -> None:
         self.drift_factor = drift_factor
+        self.configured = retention
+        self.raised = max(retention, drift_retention or 0.0)
         self.trained_tokens = 0
         self.baseline: list[float] = []
         self.drifting = False
+        self.has_drifted = False
+
+    @property
+    def retention(self) -> float:
+        """The share of the tokens to train on at the next step."""
+        return self.raised if self.has_drifted else self.configured
 
     def observe(self, dropped_divergence: float) -> str | None:
         """Take one step's dropped divergence (nats); return a warning when it leaves the range of its start."""
@@ -123,21 +134,32 @@ class TrainingMonitor(TrainerCallback, ExportableState):
         start = sum(self.baseline) / len(self.baseline)
         was_drifting, self.drifting = self.drifting, dropped_divergence > self.drift_factor * start
         if self.drifting and not was_drifting:
+            raises, self.has_drifted = self.raised > self.retention, True
+            remedy = (
+                f"From here on {self.raised} of the tokens are trained on (`drift_retention`)."
+                if raises
+                else "What is never trained can collapse a run: raise `retention` (`drift_retention` does it for you), "
+                "lower `learning_rate`, or choose a rule that follows the divergence (`gradient_norm`, `soft_or_log`). "
+                "`drift_factor=0` turns this warning off."
+            )
             return (
                 f"the tokens that selection drops are drifting: their mean divergence is {dropped_divergence:.4g} "
-                f"nats, {dropped_divergence / max(start, 1e-30):.1f} times where it began ({start:.4g}). What is never "
-                "trained can collapse a run: raise `retention`, lower `learning_rate`, or choose a rule that follows "
-                "the divergence (`gradient_norm`, `soft_or_log`). `drift_factor=0` turns this warning off."
+                f"nats, {dropped_divergence / max(start, 1e-30):.1f} times where it began ({start:.4g}). {remedy}"
             )
         return None
 
     def state(self) -> dict[str, Any]:
         return {
-            "args": {"drift_factor": self.drift_factor},
+            "args": {
+                "drift_factor": self.drift_factor,
+                "retention": self.configured,
+                "drift_retention": self.raised,
+            },
             "attributes": {
                 "trained_tokens": self.trained_tokens,
                 "baseline": list(self.baseline),
                 "drifting": self.drifting,
+                "has_drifted": self.has_drifted,
             },
         }
 

@@ -121,7 +121,7 @@ class TIPTrainer(DistillationTrainer):
                 "(fsdp_offload_params, offload_param) and leave teacher_offload off."
             )
 
-        self._monitor = TrainingMonitor(args.drift_factor)
+        self._monitor = TrainingMonitor(args.drift_factor, args.retention, args.drift_retention)
         super().__init__(
             model=model,
             teacher_model=None,  # TRL refuses a teacher whose vocabulary is padded differently, so it is prepared here
@@ -362,7 +362,7 @@ class TIPTrainer(DistillationTrainer):
         return select(
             scores,
             rule=self.args.selection_rule,
-            retention=self.args.retention,
+            retention=self._monitor.retention,
             rollout=rollout,
             scope=self.args.selection_scope,
             generator=torch.Generator(device=device).manual_seed(seed % 2**63),
@@ -384,7 +384,7 @@ class TIPTrainer(DistillationTrainer):
             lengths = _loss_mask(micro_batch).sum(1)
             if self.args.selection_scope == "batch":
                 lengths = lengths.sum().reshape(1)
-            kept += int(kept_counts(lengths, self.args.retention, self.args.selection_rule).sum())
+            kept += int(kept_counts(lengths, self._monitor.retention, self.args.selection_rule).sum())
         total = self.accelerator.gather(torch.tensor([kept], device=self.accelerator.device)).sum()
         for micro_batch in self._buffered_inputs:
             micro_batch["num_items_in_batch"] = total

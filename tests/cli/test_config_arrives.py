@@ -128,6 +128,13 @@ OURS = {
     "drift_factor": Case(
         1.001, lambda run: any("drifting" in text for text in run.warnings), False, True, {"max_steps": 20}
     ),
+    "drift_retention": Case(
+        1.0,
+        lambda run: [run.logged("selection/kept_fraction")[step] == 1 for step in (0, -1)],
+        [False, False],
+        [False, True],
+        {"max_steps": 20, "drift_factor": 1.001},
+    ),
     "prompt_column": Case("problem", lambda run: "Second column" in min(run.prompts()), False, True),
     "prompt_template": Case(
         "Q: {prompt} {}", lambda run: all(p.startswith("Q: ") and p.endswith(" {}") for p in run.prompts()), False, True

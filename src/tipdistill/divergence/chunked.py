@@ -7,12 +7,13 @@ sum over the vocabulary relative to a running maximum, as in online softmax. No 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..types import Head
 
@@ -20,12 +21,25 @@ from ..types import Head
 NEGATIVE = -1e18
 # A sum that meets NEGATIVE with any weight worth the name is infinite; a divergence of finite logits is far below.
 INFINITE = 1e6
-# [tokens, vocabulary] of a tile: on the CPU small enough to stay in a core's cache, on a GPU large enough to fill it.
-CPU_TILE = (256, 2048)
-GPU_TILE = (2048, 16384)
+# Most tokens of a tile, and its elements. Tall, since both lm_heads are read once per row of tiles; on the CPU no
+# larger than what stays in a core's cache, on a GPU large enough to fill it.
+CPU_TILE = (512, 2**18)
+GPU_TILE = (2048, 2**25)
 # Bytes of logits that the fused loss holds at a time, both models together.
-CPU_WORKSPACE = 48 * 2**20
+CPU_WORKSPACE = 39 * 2**20
 GPU_WORKSPACE = 1024 * 2**20
+
+# On a CPU torch.mm is the BLAS it was built with; oneDNN, which torch ships beside it, takes a tenth less time for a
+# projection (docs/engine.md). torch offers it for float32 under this private name alone, so torch.mm is the fallback.
+# Not for the gradients: it sums thousands of columns one after another, and loses a bit where the BLAS sums in blocks.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+if ONEDNN:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _(hidden: Sequence[int], weight: Sequence[int], *rest: Any, **options: Any) -> int:
+        """What FlopCounterMode counts for it: torch leaves it out."""
+        return 2 * hidden[0] * hidden[1] * weight[0]
+
 
 ONLINE = (
     "entropy",
@@ -55,11 +69,15 @@ class Projection:
         bias = None if head.bias is None else head.bias.detach()[:vocabulary]
         return Projection(head.weight.detach()[:vocabulary], bias, head.logit_scale, head.softcap, temperature)
 
-    def logits(self, hidden: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
-        """Logits of the columns [start, stop) into `out`, in out's dtype; −∞ becomes NEGATIVE."""
-        _project(hidden, self.weight[start:stop], out)
+    def rows(self, start: int, stop: int, hidden: Tensor) -> Tensor:
+        """Rows [start, stop) of the weight, in the dtype that `hidden` is multiplied in."""
+        return _operand(self.weight[start:stop], hidden)
+
+    def logits(self, hidden: Tensor, weight: Tensor, start: int) -> Tensor:
+        """Logits of the weight's `rows` from `start` on, float32 (float64); −∞ becomes NEGATIVE."""
+        out = _project(hidden, weight)
         if self.bias is not None:
-            out.add_(self.bias[start:stop].to(out.dtype))
+            out.add_(self.bias[start : start + len(weight)].to(out.dtype))
         if self.softcap is None:
             if self.scale != 1.0:
                 out.mul_(self.scale)
@@ -92,12 +110,13 @@ def _operand(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype if _keeps_half(like) else accumulation_dtype(like))
 
 
-def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    weight = _operand(weight, hidden)
+def _project(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T in float32 (float64 for float64)."""
     if _keeps_half(hidden):
-        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(hidden, weight.t(), out=out)
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    if ONEDNN and hidden.dtype == torch.float32 and not hidden.is_cuda:
+        return torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
+    return torch.mm(hidden, weight.t())
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -114,8 +133,14 @@ def _spans(size: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _tile_shape(hidden: Tensor, vocabulary: int) -> tuple[int, int]:
-    tokens, columns = GPU_TILE if hidden.is_cuda else CPU_TILE
-    return min(tokens, max(len(hidden), 1)), min(columns, vocabulary)
+    tokens, elements = GPU_TILE if hidden.is_cuda else CPU_TILE
+    tokens = _even(len(hidden), tokens)
+    return tokens, min(elements // tokens, vocabulary)
+
+
+def _even(size: int, most: int) -> int:
+    """The step that covers `size` in as few steps as `most` does, of nearly equal length."""
+    return max(1, math.ceil(size / max(1, math.ceil(size / most))))
 
 
 class Online:
@@ -316,7 +341,7 @@ class Gradients:
         """Add the products of one tile: rows from `row`, vocabulary from `start`."""
         rows, columns = gradient.shape
         if self.hidden is not None:
-            _accumulate(self.hidden[row : row + rows], gradient, _operand(weight, hidden))
+            _accumulate(self.hidden[row : row + rows], gradient, weight)
         if self.weight is not None:
             _accumulate(self.weight[start : start + columns], gradient.t(), hidden)
         if self.bias is not None:
@@ -337,7 +362,7 @@ def statistics(
     t_head = None if teacher is None else Projection.of(teacher, vocabulary, temperature)
     dtype, device = accumulation_dtype(student.hidden), student.hidden.device
     tokens, columns = _tile_shape(student.hidden, vocabulary)
-    scratch = [torch.empty(tokens * columns, dtype=dtype, device=device) for _ in range(2 if teacher is None else 3)]
+    scratch = torch.empty(tokens * columns, dtype=dtype, device=device)
     second = [name for name in SECOND_PASS if name in fields]
     pieces: list[dict[str, Tensor]] = []
     for row, end in _spans(len(student.hidden), tokens):
@@ -345,26 +370,21 @@ def statistics(
         t_hidden = None if teacher is None else _operand(teacher.hidden[row:end].detach(), teacher.hidden).to(s_hidden)
         online = Online(end - row, fields, teacher is not None, student.hidden)
 
-        def tile(number: int, start: int, stop: int, rows: int = end - row) -> Tensor:
-            return scratch[number][: rows * (stop - start)].view(rows, stop - start)
-
         def logits(
-            start: int,
-            stop: int,
-            s_hidden: Tensor = s_hidden,
-            t_hidden: Tensor | None = t_hidden,
-            tile: Callable[[int, int, int], Tensor] = tile,
+            start: int, stop: int, s_hidden: Tensor = s_hidden, t_hidden: Tensor | None = t_hidden
         ) -> tuple[Tensor, Tensor | None]:
-            s = s_head.logits(s_hidden, start, stop, tile(0, start, stop))
+            s = s_head.logits(s_hidden, s_head.rows(start, stop, s_hidden), start)
             if t_head is None or t_hidden is None:
                 return s, None
-            return s, t_head.logits(t_hidden, start, stop, tile(2, start, stop))
+            return s, t_head.logits(t_hidden, t_head.rows(start, stop, t_hidden), start)
 
         for start, stop in _spans(vocabulary, columns):
             s, t = logits(start, stop)
             if token_ids is not None:
                 online.take_tokens(s, t, token_ids[row:end], start, stop)
-            online.update(s, t, s, t if t is not None else s, tile(1, start, stop))
+            exponential = scratch[: s.numel()].view_as(s)
+            online.update(s, t, s, s if t is None else t, exponential)
+            del s, t  # their memory is the next tile's
         found = online.finish()
         if second:
             further = SecondPass(found, second, beta)
@@ -415,19 +435,18 @@ class TokenDivergence(torch.autograd.Function):
             }
             vocabulary = len(s_head.weight)
             tokens, columns = _tile_shape(index, vocabulary)
-            scratch = [torch.empty(tokens * columns, dtype=dtype, device=hidden.device) for _ in range(2)]
             for row, end in _spans(len(index), tokens):
                 s_hidden = _operand(hidden[index[row:end]], hidden)
                 t_hidden = _operand(teacher_hidden[index[row:end]], teacher_hidden).to(s_hidden)
                 piece = {name: value[row:end] for name, value in found.items()}
                 factor = grad[index[row:end]].to(dtype)
                 for start, stop in _spans(vocabulary, columns):
-                    shape = (end - row, stop - start)
-                    s, t = (buffer[: shape[0] * shape[1]].view(shape) for buffer in scratch)
-                    s_head.logits(s_hidden, start, stop, s)
-                    t_head.logits(t_hidden, start, stop, t)
+                    s_rows = s_head.rows(start, stop, s_hidden)
+                    s = s_head.logits(s_hidden, s_rows, start)
+                    t = t_head.logits(t_hidden, t_head.rows(start, stop, t_hidden), start)
                     gradient = _gradient_tile(ctx.kind, ctx.beta, s, t, piece, factor, s_head)
-                    kept.add(gradient, s_hidden, s_head.weight[start:stop], row, start)
+                    kept.add(gradient, s_hidden, s_rows, row, start)
+                    del s, t, gradient  # their memory is the next tile's
             grad_hidden = None
             if kept.hidden is not None:
                 grad_hidden = torch.zeros_like(hidden)
@@ -438,6 +457,23 @@ class TokenDivergence(torch.autograd.Function):
             None if kept.bias is None else kept.bias.to(bias.dtype),
             *(None,) * 6,
         )
+
+
+@dataclass
+class _Rows:
+    """Rows of the fused loss whose logits are held."""
+
+    first: int
+    s_hidden: Tensor
+    t_hidden: Tensor
+    factor: Tensor
+
+    @staticmethod
+    def of(span: tuple[int, int], hidden: Tensor, teacher_hidden: Tensor, factor: Tensor, dtype: torch.dtype) -> _Rows:
+        rows = slice(*span)
+        s_hidden = _operand(hidden[rows], hidden)
+        t_hidden = _operand(teacher_hidden[rows], teacher_hidden).to(s_hidden)
+        return _Rows(span[0], s_hidden, t_hidden, factor[rows].to(dtype))
 
 
 class FusedLoss(torch.autograd.Function):
@@ -461,47 +497,46 @@ class FusedLoss(torch.autograd.Function):
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         dtype = accumulation_dtype(hidden)
         vocabulary = len(s_head.weight)
-        columns = _tile_shape(hidden, vocabulary)[1]
         workspace = GPU_WORKSPACE if hidden.is_cuda else CPU_WORKSPACE
-        tokens = max(1, min(len(hidden), workspace // (2 * vocabulary * dtype.itemsize)))
+        tokens = _even(len(hidden), max(1, workspace // (2 * vocabulary * dtype.itemsize)))
+        columns = _tile_shape(hidden[:tokens], vocabulary)[1]
         kept = Gradients.zeros(hidden, weight, bias, needs)
         wanted = {kind, *fields}
         second = [name for name in SECOND_PASS if name in wanted]
-        held = [torch.empty(tokens * vocabulary, dtype=dtype, device=hidden.device) for _ in range(2)]
+        held: dict[int, tuple[Tensor, Tensor]] = {}
         scratch = [torch.empty(tokens * columns, dtype=dtype, device=hidden.device) for _ in range(3)]
         pieces: list[dict[str, Tensor]] = []
+        scored: _Rows | None = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for row, end in _spans(len(hidden), tokens):
-                rows = end - row
-                s_hidden = _operand(hidden[row:end], hidden)
-                t_hidden = _operand(teacher_hidden[row:end], teacher_hidden).to(s_hidden)
+            # One sweep over the vocabulary forms the gradients of the rows scored before and, in the place of their
+            # logits, projects the next: a tile of the lm_head is fetched once for both.
+            for span in (*_spans(len(hidden), tokens), None):
+                rows = None if span is None else _Rows.of(span, hidden, teacher_hidden, factor, dtype)
                 # "reverse_kl" always: its gradient needs the value, and the sum is nearly free
-                online = Online(rows, (*wanted, "reverse_kl"), True, hidden)
-
-                def tiles(buffers, start, stop, rows=rows, held=held):
-                    first = start * rows if buffers is held else 0
-                    size = rows * (stop - start)
-                    return [buffer[first : first + size].view(rows, stop - start) for buffer in buffers]
-
+                online = None if rows is None else Online(len(rows.factor), (*wanted, "reverse_kl"), True, hidden)
                 for start, stop in _spans(vocabulary, columns):
-                    s, t = tiles(held, start, stop)
-                    s_head.logits(s_hidden, start, stop, s)
-                    t_head.logits(t_hidden, start, stop, t)
-                    if token_ids is not None:
-                        online.take_tokens(s, t, token_ids[row:end], start, stop)
-                    online.update(s, t, *tiles(scratch, start, stop))
-                found = online.finish()
-                if second:
-                    further = SecondPass(found, second, beta)
-                    for start, stop in _spans(vocabulary, columns):
-                        further.update(*tiles(held, start, stop))
-                    found |= further.finish()
-                pieces.append(found)
-                if any(needs):
-                    for start, stop in _spans(vocabulary, columns):
-                        s, t = tiles(held, start, stop)
-                        gradient = _gradient_tile(kind, beta, s, t, found, factor[row:end].to(dtype), s_head)
-                        kept.add(gradient, s_hidden, s_head.weight[start:stop], row, start)
+                    s_rows = s_head.rows(start, stop, hidden)
+                    if scored is not None and any(needs):
+                        gradient = _gradient_tile(kind, beta, *held.pop(start), pieces[-1], scored.factor, s_head)
+                        kept.add(gradient, scored.s_hidden, s_rows, scored.first, start)
+                        del gradient  # its memory is the next tile's
+                    if rows is not None and online is not None:
+                        s = s_head.logits(rows.s_hidden, s_rows, start)
+                        t = t_head.logits(rows.t_hidden, t_head.rows(start, stop, rows.t_hidden), start)
+                        held[start] = s, t
+                        if token_ids is not None:
+                            online.take_tokens(s, t, token_ids[rows.first :][: len(s)], start, stop)
+                        a, b, exponential = (buffer[: s.numel()].view_as(s) for buffer in scratch)
+                        online.update(s, t, a, b, exponential)
+                if rows is not None and online is not None:
+                    found = online.finish()
+                    if second:
+                        further = SecondPass(found, second, beta)
+                        for tiles in held.values():
+                            further.update(*tiles)
+                        found |= further.finish()
+                    pieces.append(found)
+                scored = rows
         if pieces:
             found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         else:  # a rank without a kept token: a loss of 0 that still reaches the graph

@@ -12,6 +12,7 @@ from importlib import import_module
 COMMANDS = {
     "demo": (".demo", "distil a small student on this machine, in minutes, and picture its tokens"),
     "train": (".train", "distil a student from a recipe: --config F.yaml [--field value]"),
+    "bench": (".bench", "measure the engine beside its peers: head, step or select; `bench table` writes the tables"),
     "recipes": (".recipes", "list the packaged recipes; `recipes show NAME` prints one"),
 }
 

@@ -75,7 +75,7 @@ class Projection:
 
     def logits(self, hidden: Tensor, weight: Tensor, start: int) -> Tensor:
         """Logits of the weight's `rows` from `start` on, float32 (float64); −∞ becomes NEGATIVE."""
-        out = _project(hidden, weight)
+        out = project(hidden, weight)
         if self.bias is not None:
             out.add_(self.bias[start : start + len(weight)].to(out.dtype))
         if self.softcap is None:
@@ -110,7 +110,7 @@ def _operand(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype if _keeps_half(like) else accumulation_dtype(like))
 
 
-def _project(hidden: Tensor, weight: Tensor) -> Tensor:
+def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden @ weight.T in float32 (float64 for float64)."""
     if _keeps_half(hidden):
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)

@@ -1,0 +1,239 @@
+"""What every benchmark shares: processes that take turns, the machine and versions, time, memory, the matmul rate."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from ..divergence import chunked
+
+RESULTS = Path("benchmarks") / "results"
+PACKAGES = ("tipdistill", "torch", "transformers", "trl", "triton", "liger-kernel", "numpy")
+
+
+class Worker:
+    """A process that builds one piece of work and then does what it is asked, so that variants share no memory."""
+
+    def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, command: str) -> Any:
+        """The answer of the work's method `command`.
+
+        Raises:
+            RuntimeError: the method raised, or the process died.
+        """
+        try:
+            self._connection.send(command)
+            done, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise RuntimeError(f"the process ended with exit code {self._process.exitcode}") from error
+        if not done:
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+
+def _serve(connection: Any, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    work = None
+    while True:
+        try:
+            command = connection.recv()
+        except EOFError:
+            return
+        try:
+            work = build(*arguments) if work is None else work
+            connection.send((True, getattr(work, command)()))
+        except Exception:
+            connection.send((False, traceback.format_exc(limit=-3)))
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """The machine, the versions and the commit that a result was measured on.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: torch's threads.
+
+    Example:
+        >>> sorted(environment("cpu", 1))
+        ['commit', 'hardware', 'measured', 'versions']
+    """
+    hardware: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "hardware": hardware,
+        "versions": versions,
+        "commit": _commit(),
+        "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package lies in, "+" behind it where files were changed; None when installed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", "."], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def timed(run: Callable[[], Any], device: str) -> tuple[float, float, Any]:
+    """Wall-clock and processor seconds of one run, and what it returned."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    wall, processor = time.perf_counter(), time.process_time()
+    found = run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - processor, found
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """The most memory, in bytes, that tensors allocated by one run held at once, its gradients included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def matmul_rate(hidden: torch.Tensor, weight: torch.Tensor, seconds: float = 0.05) -> float:
+    """Flops per second of tiles of a projection, by whichever of torch's matmuls is faster here.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        seconds: how long each is tried.
+
+    Example:
+        >>> matmul_rate(torch.randn(8, 4), torch.randn(16, 4), seconds=0.001) > 0
+        True
+    """
+    tokens, columns = (4096, 16384) if hidden.is_cuda else (512, 512)
+    left, right = hidden.detach()[:tokens], weight.detach()[:columns]
+    flops = 2 * len(left) * len(right) * left.shape[1]
+    best = 0.0
+    for multiply in (lambda: torch.mm(left, right.t()), lambda: chunked.project(left, right)):
+        taken, runs = 0.0, 0
+        multiply()
+        while taken < seconds:
+            taken += timed(multiply, left.device.type)[0]
+            runs += 1
+        best = max(best, flops * runs / taken)
+    return best
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0])
+        {'median': 2.0, 'low': 1.0, 'high': 3.0, 'runs': 3}
+    """
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": median(values), "low": low, "high": high, "runs": len(values)}
+
+
+def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Exponent k of value ~ size^k by least squares in logarithms.
+
+    Example:
+        >>> growth([1, 10, 100], [2, 20, 200])
+        1.0
+    """
+    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return round(slope, 3)
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result as JSON with four digits of each number, in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def named(kind: str, name: str, known: Iterable[str]) -> str:
+    """`name` where it is known.
+
+    Raises:
+        ValueError: it is not; the nearest is given.
+
+    Example:
+        >>> named("preset", "cpu", ["cpu"])
+        'cpu'
+    """
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(known)}.{hint}")
+    return name

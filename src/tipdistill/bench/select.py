@@ -1,0 +1,84 @@
+"""The rules alone, from 10⁴ to 10⁷ tokens: seconds per million tokens, and how time grows with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+import torch
+
+from ..select import RULES, select
+from ..types import TokenScores
+from .measure import environment, growth, named, spread, timed
+
+SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+ROLLOUT_LENGTH = 1000
+RETENTION = 0.5
+
+
+def run_select(
+    rounds: int = 5,
+    say: Callable[[str], None] = print,
+    sizes: Sequence[int] = SIZES,
+    rules: Sequence[str] | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Time of `tipdistill.select` by rule and number of tokens, rollouts of a thousand tokens, half of them kept.
+
+    Args:
+        rounds: runs of each, rules and sizes in turn, after one that is not timed.
+        say: takes one line of progress.
+        sizes: numbers of tokens.
+        rules: names in RULES; None: all.
+        device, threads: where it runs.
+
+    Raises:
+        ValueError: an unknown rule; the nearest is given.
+
+    Example:
+        >>> result = run_select(rounds=1, say=lambda line: None, sizes=(100, 1000), rules=["entropy"])
+        >>> sorted(result["rules"]["entropy"])
+        ['growth', 'seconds', 'seconds_per_million']
+    """
+    rules = [named("rule", rule, RULES) for rule in rules or RULES]
+    torch.set_num_threads(threads)
+    taken: dict[tuple[str, int], list[float]] = {}
+    for size in sizes:
+        scores, rollout = _scores(size, device)
+        for number in range(rounds + 1):
+            for rule in rules:
+                generator = torch.Generator(device).manual_seed(number)
+                seconds, _, _ = timed(
+                    lambda s=scores, o=rollout, r=rule, g=generator: select(s, r, RETENTION, o, generator=g), device
+                )
+                if number:
+                    taken.setdefault((rule, size), []).append(seconds)
+        say(f"{size} tokens: " + ", ".join(f"{rule} {min(taken[rule, size]):.3g} s" for rule in rules))
+    found = {}
+    for rule in rules:
+        seconds = {size: spread(taken[rule, size]) for size in sizes}
+        medians = [seconds[size]["median"] for size in sizes]
+        found[rule] = {
+            "seconds": {str(size): value for size, value in seconds.items()},
+            "seconds_per_million": {str(size): seconds[size]["median"] / size * 1e6 for size in sizes},
+            "growth": growth(sizes, medians) if len(sizes) > 1 else None,
+        }
+    return {
+        "benchmark": "select",
+        "preset": device,
+        **environment(device, threads),
+        "settings": {"sizes": list(sizes), "rollout_length": ROLLOUT_LENGTH, "retention": RETENTION, "device": device},
+        "rules": found,
+    }
+
+
+def _scores(size: int, device: str) -> tuple[TokenScores, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        field.name: torch.rand(size, generator=generator).pow_(4).to(device)
+        for field in dataclass_fields(TokenScores)
+        if field.name != "divergence"
+    }
+    return TokenScores(**values), torch.arange(size, device=device) // ROLLOUT_LENGTH

@@ -1,0 +1,185 @@
+"""Markdown tables from the results, between markers in README.md and docs/, so that no number is typed by hand.
+
+<!-- bench:head-cpu -->
+(the table)
+<!-- /bench -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .measure import named
+
+NOT_MEASURED = "not measured"
+_BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
+
+
+def update(document: Path, results: Path) -> bool:
+    """Rewrite every marked table of a document; whether anything changed.
+
+    Args:
+        document: a Markdown file.
+        results: the folder of the JSON files.
+
+    Raises:
+        ValueError: a marker names no table; the nearest is given.
+    """
+    before = document.read_text(encoding="utf-8")
+    after = rendered(before, results)
+    if after != before:
+        document.write_text(after, encoding="utf-8")
+    return after != before
+
+
+def rendered(text: str, results: Path) -> str:
+    """The text of a document with its tables as the results give them.
+
+    Example:
+        >>> print(rendered("<!-- bench:select-cpu -->\\n<!-- /bench -->", Path("no/such/folder")))
+        <!-- bench:select-cpu -->
+        not measured
+        <!-- /bench -->
+    """
+    return _BLOCK.sub(lambda block: f"{block[1]}{table(block[2], results)}\n{block[3]}", text)
+
+
+def table(name: str, results: Path) -> str:
+    """One table by name, "not measured" where there is no result.
+
+    Args:
+        name: a key of TABLES, that is the name of the result's file.
+        results: the folder of the JSON files.
+
+    Raises:
+        ValueError: an unknown name; the nearest is given.
+    """
+    make = TABLES[named("table", name, TABLES)]
+    path = results / f"{name}.json"
+    if not path.is_file():
+        return NOT_MEASURED
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return make(result) + "\n\n" + _footnote(result, path.name)
+
+
+def _footnote(result: dict[str, Any], name: str) -> str:
+    hardware, versions = result["hardware"], result["versions"]
+    machine = hardware["gpu"] or f"{hardware['cpu']} ({hardware['cpu_capability']}), {hardware['threads']} thread(s)"
+    packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "trl") if package in versions)
+    commit = f", commit {result['commit']}" if result["commit"] else ""
+    return f"*{machine}; {packages}{commit}, {result['measured']}; [{name}](RESULTS/{name})*"
+
+
+def _rows(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+_LABELS = {
+    "plain": "plain PyTorch, all tokens",
+    "trl": "TRL, all tokens",
+    "liger": "Liger, all tokens",
+}
+
+
+def _label(entry: dict[str, Any]) -> str:
+    if entry["engine"] in _LABELS:
+        return _LABELS[entry["engine"]]
+    rule = {"all": "all tokens", "soft_or": "Soft-OR"}.get(entry["rule"], entry["rule"])
+    return f"`{entry['engine']}`, {rule}" + ("" if entry["rule"] == "all" else f" {entry['retention']:g}")
+
+
+def _head(result: dict[str, Any]) -> str:
+    rows = []
+    for entry in result["variants"].values():
+        if "seconds" not in entry:
+            rows.append([_label(entry), f"refused: {entry['refused']}", *[""] * 5])
+            continue
+        ratio, memory = entry.get("ratio", {}), entry.get("memory_ratio", {})
+        rows.append(
+            [
+                _label(entry),
+                f"{entry['seconds']['median']:.3g}",
+                *(f"{ratio[peer]['median']:.2f}" if peer in ratio else "" for peer in ("plain", "trl")),
+                f"{entry['extra_bytes'] / 2**20:.0f}",
+                f"{memory['plain']:.2f}" if "plain" in memory else "",
+                f"{entry['over_floor']['median']:.2f}",
+            ]
+        )
+    return _rows(
+        ["", "seconds", "time / plain", "time / TRL", "extra memory (MiB)", "memory / plain", "time / floor"], rows
+    )
+
+
+def _scaling(result: dict[str, Any]) -> str:
+    rows = []
+    for point in result["points"]:
+        entries = point["variants"]
+        rows.append(
+            [
+                f"{'N' if point['axis'] == 'tokens' else 'V'} = {point['size']}",
+                *(
+                    cell
+                    for entry in entries.values()
+                    for cell in (
+                        f"{entry['seconds']['median']:.3g}",
+                        f"{(entry['extra_bytes'] - entry['gradient_bytes']) / 2**20:.0f}",
+                    )
+                ),
+            ]
+        )
+    names = [_label(entry) for entry in result["points"][0]["variants"].values()]
+    return _rows(["", *(cell for name in names for cell in (f"{name}: s", "MiB beside gradients"))], rows)
+
+
+def _select(result: dict[str, Any]) -> str:
+    sizes = result["settings"]["sizes"]
+    rows = [
+        [
+            f"`{rule}`",
+            *(f"{entry['seconds_per_million'][str(size)]:.3f}" for size in sizes),
+            "" if entry["growth"] is None else f"{entry['growth']:.2f}",
+        ]
+        for rule, entry in result["rules"].items()
+    ]
+    return _rows(["seconds per million tokens", *(f"N = {size:,}" for size in sizes), "grows as N to the"], rows)
+
+
+def _step(result: dict[str, Any]) -> str:
+    rows = []
+    for name, entry in result["variants"].items():
+        if "refused" in entry:
+            rows.append([name, f"refused: {entry['refused']}", *[""] * 6])
+            continue
+        split = entry["split"]
+        rows.append(
+            [
+                name,
+                f"{entry['step_seconds']['median']:.3g}",
+                f"{entry['training_seconds']['median']:.3g}",
+                f"{entry['ratio']['trl']['median']:.2f}" if "trl" in entry.get("ratio", {}) else "",
+                *(f"{split[part]:.3g}" if part in split else "" for part in ("score", "loss", "optimizer")),
+                f"{entry['peak_bytes'] / 2**20:.0f}",
+            ]
+        )
+    header = ["", "step (s)", "without rollout (s)", "without rollout / TRL", "score", "forward, loss, backward"]
+    return _rows([*header, "optimizer", "peak memory (MiB)"], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "head-cpu": _head,
+    "head-qwen3-4k": _head,
+    "head-qwen3-8k": _head,
+    "head-qwen3-16k": _head,
+    "head-qwen3-32k": _head,
+    "head-scaling": _scaling,
+    "select-cpu": _select,
+    "select-cuda": _select,
+    "step-tiny": _step,
+    "step-qwen3-1.7b-0.6b": _step,
+    "step-qwen3-8b-4b": _step,
+}

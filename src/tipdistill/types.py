@@ -1,4 +1,4 @@
-"""What travels between the stages: Head → TokenScores → Selection.
+"""What travels between the stages: Rollout → Head → TokenScores → Selection.
 
 Shape legend, used in every docstring of the project:
 
@@ -20,6 +20,25 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """A completion that the student wrote, as tokens.
+
+    Attributes:
+        prompt_id: row of the prompt in its dataset.
+        prompt: its text as fed, chat template and special tokens included.
+        prompt_ids: its tokens.
+        completion_ids: the tokens written, the end-of-sequence token included where there is one.
+        finished: whether it ended by itself, and not at the length limit.
+    """
+
+    prompt_id: int
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
 class Head:
     """Last hidden states and the lm_head that turns them into logits.
 
@@ -38,6 +57,19 @@ class Head:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The k likeliest tokens of a model at each of N tokens, the likeliest first.
+
+    Attributes:
+        token_ids: int64 [N, k].
+        probability: float [N, k].
+    """
+
+    token_ids: Tensor
+    probability: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
-"""Do student and teacher speak of the same tokens? Asked before any weights are loaded."""
+"""Do student and teacher speak of the same tokens? Asked before any weights are loaded. And what does each stand for?"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 # Digits, punctuation, several scripts and an emoji: merges and pre-tokenisers that differ show here.
 _PROBE = "The 1st of 2,048 tokens: x² ≥ ½·√3 → naïve café, 你好 мир שלום 🙂\n\tdef f(x): return x  # 00123"
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def check_same_tokenizer(student: Any, teacher: Any) -> None:
@@ -81,3 +87,67 @@ def shared_vocabulary(student_rows: int, teacher_rows: int, num_tokens: int | No
             "embeddings to the tokenizer, or choose a matching pair."
         )
     return shared
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes that every token id stands for, so that texts can be put together from any sequence of tokens.
+
+    A token of byte-level BPE may hold part of a character, which `decode` shows as U+FFFD; its bytes are exact. Special
+    tokens stand for their own name. A space that a tokenizer strips at the very start of a text is kept, since a
+    completion is never one.
+
+    Args:
+        tokenizer: `PreTrainedTokenizerBase`, or a processor that holds one.
+
+    Returns:
+        Token id → bytes, as a list; an id that no token has is b"".
+
+    Example:
+        >>> from tipdistill.tasks.arithmetic import build_tokenizer
+        >>> token_bytes(build_tokenizer())[:3]
+        [b'0', b'1', b'2']
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    read = _token_reader(tokenizer)
+    pieces = [b""] * (max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        pieces[index] = added[index].content.encode() if index in added else read(token, index)
+    return pieces
+
+
+def _token_reader(tokenizer: Any) -> Callable[[str, int], bytes]:
+    """(token as the vocabulary writes it, id) → bytes, by what the tokenizer's decoder does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a Python tokenizer: of these only SentencePiece writes ▁
+        steps: list[dict[str, Any]] = (
+            [{"type": "Metaspace"}, {"type": "ByteFallback"}] if hasattr(tokenizer, "sp_model") else [{"type": "?"}]
+        )
+    elif backend.decoder is None:
+        steps = [{"type": "?"}]
+    else:
+        decoder = json.loads(backend.decoder.__getstate__())
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds: dict[str, dict[str, Any]] = {step["type"]: step for step in steps}
+    if "ByteLevel" in kinds:
+        of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+        return lambda token, _: b"".join(
+            bytes([of_character[character]]) if character in of_character else character.encode() for character in token
+        )
+    if kinds.keys() <= {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
+        replaced = {kinds["Metaspace"].get("replacement", "▁"): " "} if "Metaspace" in kinds else {}
+        for step in steps:
+            if step["type"] == "Replace" and "String" in step["pattern"]:
+                replaced[step["pattern"]["String"]] = step["content"]
+
+        def read(token: str, _: int) -> bytes:
+            byte = _BYTE_FALLBACK.fullmatch(token) if "ByteFallback" in kinds else None
+            if byte:
+                return bytes([int(byte[1], 16)])
+            for written, meant in replaced.items():
+                token = token.replace(written, meant)
+            return token.encode()
+
+        return read
+    # WordPiece and others that join words by rules of their own
+    return lambda _, index: tokenizer.decode([index], clean_up_tokenization_spaces=False).encode()

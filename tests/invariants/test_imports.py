@@ -11,7 +11,7 @@ ORDER = [
     {"types", "vocabulary"},
     {"divergence", "select"},
     {"loss"},
-    {"report", "evaluate", "data"},
+    {"report", "records", "evaluate", "data"},
     {"integrations", "monitor", "config"},
     {"trainer"},
     {"tasks"},

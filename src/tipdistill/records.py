@@ -1,0 +1,563 @@
+"""Token records: what every completion token scored and who keeps it, as Parquet files that any tool reads.
+
+A directory of records holds tokens.parquet, rollouts.parquet and records.json; docs/records.md has the columns. While
+they are written, parts/ holds what is scored so far, each part a whole Parquet file: a killed run loses what came after
+its last part, and goes on from there. What needs all tokens at once (percentiles, min-max, budgets over the batch) is
+worked out when the parts are put together.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from .report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
+from .select import SCOPES, resolve_rule, rule_fields, select
+from .types import Rollout, TokenScores, TopTokens
+from .vocabulary import token_bytes
+
+SCHEMA_VERSION = 1
+TOP_TOKENS = 5
+# Tokens of a part, which is a row group of tokens.parquet too.
+PART_TOKENS = 2**16
+TOKENS_FILE, ROLLOUTS_FILE, SIDECAR_FILE = "tokens.parquet", "rollouts.parquet", "records.json"
+STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
+
+_PARTS = "parts"
+_VERSIONS = ("tipdistill", "torch", "transformers", "pyarrow")
+_TOP = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("probability", pa.float32())]))
+ROLLOUTS_SCHEMA = pa.schema(
+    [
+        ("rollout", pa.int32()),
+        ("prompt_id", pa.int32()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("tokens", pa.int32()),
+        ("finished", pa.bool_()),
+    ]
+)
+
+
+def tokens_schema(rules: Sequence[str] = ("soft_or",)) -> pa.Schema:
+    """Columns of tokens.parquet, in order; docs/records.md says what each holds.
+
+    Args:
+        rules: the first is the main rule (`kept`, `score`), each further one adds kept_<rule> and score_<rule>.
+
+    Example:
+        >>> tokens_schema(["soft_or", "q3"]).names[-4:]
+        ['student_top5', 'teacher_top5', 'kept_q3', 'score_q3']
+    """
+    return pa.schema(
+        [
+            *((name, pa.int32()) for name in ("rollout", "position", "prompt_id", "token_id")),
+            ("token", pa.string()),
+            ("token_bytes", pa.binary()),
+            *((name, pa.float32()) for name in STATISTICS),
+            ("quadrant", pa.int8()),
+            ("kept", pa.bool_()),
+            ("score", pa.float32()),
+            ("student_top5", _TOP),
+            ("teacher_top5", _TOP),
+            *(
+                column
+                for rule in rules[1:]
+                for column in ((f"kept_{rule}", pa.bool_()), (f"score_{rule}", pa.float32()))
+            ),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class About:
+    """What records are of; written into records.json as it stands.
+
+    Args:
+        student, teacher: names or directories of the models.
+        vocabulary: V, the vocabulary they share; entropy / log V is the normalised entropy.
+        rules: selection rules by name, the main one first.
+        retention: share of the tokens that each rule keeps, in (0, 1].
+        scope: "rollout" or "batch" (all the records).
+        seed: of the sampling, and of rules that draw.
+        temperature: of the sampling; it divides the logits of both models.
+        entropy_threshold, divergence_threshold: borders of the quadrants, see `tipdistill.quadrants`.
+        step: optimiser steps taken, for records of a training run; None otherwise.
+        settings: anything else that shaped the records, of JSON's types.
+
+    Raises:
+        ValueError: an unknown rule or scope, a rule twice, or no rule.
+    """
+
+    student: str
+    teacher: str
+    vocabulary: int
+    rules: Sequence[str] = ("soft_or",)
+    retention: float = 0.5
+    scope: str = "rollout"
+    seed: int = 0
+    temperature: float = 1.0
+    entropy_threshold: float = ENTROPY_THRESHOLD
+    divergence_threshold: float = DIVERGENCE_THRESHOLD
+    step: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rules or len(set(self.rules)) < len(self.rules):
+            raise ValueError(f"rules must name at least one rule, each once, got {list(self.rules)}.")
+        for rule in self.rules:
+            resolve_rule(rule)
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}.")
+
+    def fields(self) -> tuple[str, ...]:
+        """Statistics to score: those of the schema and those that the rules read.
+
+        Example:
+            >>> About("s", "t", 9, rules=["soft_or", "gradient_norm"]).fields()[-2:]
+            ('entropy_norm', 'gradient_norm')
+        """
+        read = [rule_fields(rule) or () for rule in self.rules]
+        return tuple(dict.fromkeys([*STATISTICS, "entropy_norm", *(name for names in read for name in names)]))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a training step did with the tokens of its rollouts, where records are not to choose for themselves.
+
+    Attributes:
+        quadrant: int8 [N].
+        kept: bool [N].
+        score: float [N].
+    """
+
+    quadrant: Tensor
+    kept: Tensor
+    score: Tensor
+
+
+class RecordsWriter:
+    """Writes records as rollouts are scored, in memory that does not grow with their number.
+
+    Args:
+        directory: of the records, made if need be. Earlier records in it stay until the new ones are complete.
+        tokenizer: the student's.
+        about: what the records are of.
+        part_tokens: tokens of a part.
+
+    Raises:
+        ValueError: `directory` holds parts of records with other settings.
+
+    Example:
+        >>> import tempfile
+        >>> from tipdistill.tasks.arithmetic import build_tokenizer
+        >>> top = TopTokens(torch.zeros(2, 5, dtype=torch.int64), torch.full((2, 5), 0.2))
+        >>> directory, about = tempfile.mkdtemp(), About("student", "teacher", vocabulary=18)
+        >>> scores = TokenScores(**{name: torch.zeros(2) for name in about.fields()})
+        >>> with RecordsWriter(directory, build_tokenizer(), about) as writer:
+        ...     writer.write([Rollout(0, "1+1=", (1, 10, 1, 11), (2, 16), True)], scores, top, top)
+        >>> open_records(directory).tokens.read(["token", "quadrant"]).to_pydict()
+        {'token': ['2', '$'], 'quadrant': [4, 4]}
+    """
+
+    def __init__(self, directory: str | Path, tokenizer: Any, about: About, part_tokens: int = PART_TOKENS) -> None:
+        self.directory, self.about, self.part_tokens = Path(directory), about, part_tokens
+        self._parts = self.directory / _PARTS
+        self._pieces = token_bytes(tokenizer)
+        self._texts, self._bytes = _texts(self._pieces)
+        self._extra = [name for name in about.fields() if name not in (*STATISTICS, "entropy_norm")]
+        self._tokens: list[pa.Table] = []
+        self._rollouts: list[pa.Table] = []
+        self._begin()
+        self._number = len(_part_files(self._parts, TOKENS_FILE))
+        self.rollouts = sum(_parquet(path).metadata.num_rows for path in _part_files(self._parts, ROLLOUTS_FILE))
+        """Rollouts written so far; after a resume those of the parts that were found."""
+
+    def __enter__(self) -> RecordsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        else:  # keep what there is; the same run goes on from here
+            self.flush()
+
+    def write(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: TokenScores,
+        student_top: TopTokens,
+        teacher_top: TopTokens,
+        choice: Choice | None = None,
+    ) -> None:
+        """Take scored rollouts.
+
+        Args:
+            rollouts: R of them, N completion tokens together.
+            scores: the statistics `about.fields()`, [N] each, in the order of the rollouts' tokens.
+            student_top, teacher_top: likeliest tokens of both models, [N, 5].
+            choice: quadrant, choice and score of the main rule, where they are not to be worked out over all the
+                records; for every call or for none.
+
+        Raises:
+            ValueError: a statistic is NaN or infinite (with the rollout and the token).
+        """
+        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        numbers = np.arange(self.rollouts, self.rollouts + len(rollouts), dtype=np.int32)
+        if sum(lengths) == 0:
+            raise ValueError("there is no completion token to record: every rollout is empty.")
+        token_ids = np.concatenate([np.asarray(rollout.completion_ids, np.int32) for rollout in rollouts])
+        columns: dict[str, Any] = {
+            "rollout": np.repeat(numbers, lengths),
+            "position": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            "prompt_id": np.repeat(np.asarray([rollout.prompt_id for rollout in rollouts], np.int32), lengths),
+            "token_id": token_ids,
+            "token": _take(self._texts, token_ids),
+            "token_bytes": _take(self._bytes, token_ids),
+        }
+        for name in (*STATISTICS, *self._extra):
+            columns[name] = _numbers(scores.require(name).float())
+            self._check_finite(name, columns[name], columns["rollout"], columns["position"])
+        if choice is not None:
+            columns |= {"quadrant": _numbers(choice.quadrant), "kept": _numbers(choice.kept)}
+            columns["score"] = _numbers(choice.score.float())
+        for name, top in (("student_top5", student_top), ("teacher_top5", teacher_top)):
+            columns[name] = self._top(top)
+        self._tokens.append(pa.table(columns))
+        self._rollouts.append(
+            pa.table(
+                {
+                    "rollout": numbers,
+                    "prompt_id": [rollout.prompt_id for rollout in rollouts],
+                    "prompt": [_as_text(rollout.prompt.encode("utf-8", "replace")) for rollout in rollouts],
+                    "completion": [self._text_of(rollout.completion_ids) for rollout in rollouts],
+                    "tokens": lengths,
+                    "finished": [rollout.finished for rollout in rollouts],
+                },
+                schema=ROLLOUTS_SCHEMA,
+            )
+        )
+        self.rollouts += len(rollouts)
+        if sum(len(table) for table in self._tokens) >= self.part_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held in memory as a part."""
+        if not self._tokens:
+            return
+        # tokens first: a part counts once its rollouts are there
+        for name, tables in ((TOKENS_FILE, self._tokens), (ROLLOUTS_FILE, self._rollouts)):
+            _write_table(_part(self._parts, name, self._number), [pa.concat_tables(tables)])
+        self._number += 1
+        self._tokens, self._rollouts = [], []
+
+    def close(self) -> None:
+        """Put the parts together into the records and remove them.
+
+        Raises:
+            ValueError: nothing was written.
+        """
+        self.flush()
+        _assemble(self.directory, complete=True)
+        shutil.rmtree(self._parts)
+
+    def _begin(self) -> None:
+        """A fresh folder for parts, or that of the same records begun before."""
+        described = json.loads(json.dumps(asdict(self.about)))
+        try:
+            known = json.loads((self._parts / SIDECAR_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(self._parts, ignore_errors=True)  # begun, and killed before it had said what it was
+            self._parts.mkdir(parents=True)
+            _write_text(self._parts / SIDECAR_FILE, json.dumps(described))
+            return
+        differing = [name for name in described if known.get(name) != described[name]]
+        if differing:
+            raise ValueError(
+                f"{self._parts} holds unfinished records with other settings ({', '.join(differing)} differ): finish "
+                "them with the settings they had, remove the folder, or choose another output directory."
+            )
+        for path in _part_files(self._parts, TOKENS_FILE)[len(_part_files(self._parts, ROLLOUTS_FILE)) :]:
+            path.unlink()
+
+    def _check_finite(self, name: str, values: np.ndarray, rollout: np.ndarray, position: np.ndarray) -> None:
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise ValueError(
+                f"{name} is {values[bad[0]]} in rollout {rollout[bad[0]]}, token {position[bad[0]]}: one model gives "
+                "probability 0 to what the other can say, or has diverged. Check the weights and the dtype."
+            )
+
+    def _top(self, top: TopTokens) -> pa.Array:
+        token_ids = _numbers(top.token_ids.flatten().to(torch.int32))
+        entries = pa.StructArray.from_arrays(
+            [pa.array(token_ids), _take(self._texts, token_ids), pa.array(_numbers(top.probability.flatten().float()))],
+            fields=list(_TOP.value_type),
+        )
+        rows, count = top.token_ids.shape
+        return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * count), entries)
+
+    def _text_of(self, token_ids: Iterable[int]) -> str:
+        return _as_text(b"".join(self._pieces[index] if index < len(self._pieces) else b"" for index in token_ids))
+
+
+@dataclass(frozen=True)
+class Records:
+    """A directory of records, opened.
+
+    Attributes:
+        directory: where they lie.
+        tokens: one row per completion token, not read yet; rows in the order of rollout, then position.
+        rollouts: one row per rollout.
+        sidecar: records.json.
+    """
+
+    directory: Path
+    tokens: pq.ParquetFile
+    rollouts: pa.Table
+    sidecar: dict[str, Any]
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns of tokens.parquet (None: all of them), in memory.
+
+        Raises:
+            ValueError: no such column, or data that is damaged.
+        """
+        missing = [name for name in columns or () if name not in self.tokens.schema_arrow.names]
+        if missing:
+            raise ValueError(
+                f"{self.directory / TOKENS_FILE} has no column {', '.join(missing)}; it has "
+                f"{', '.join(self.tokens.schema_arrow.names)}."
+            )
+        try:
+            return self.tokens.read(columns=None if columns is None else list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{self.directory / TOKENS_FILE} is damaged: {str(error).splitlines()[0]} Score again."
+            ) from error
+
+    def scores(self) -> TokenScores:
+        """The statistics of every token, and the normalised entropy."""
+        table = self.read(STATISTICS)
+        values = {name: torch.from_numpy(table[name].to_numpy().copy()) for name in STATISTICS}
+        return TokenScores(**values, entropy_norm=values["entropy"] / np.log(self.sidecar["vocabulary"]))
+
+
+def open_records(directory: str | Path) -> Records:
+    """Open a directory of records, or say in one line why it holds none.
+
+    Where the writing was interrupted before any records were complete, those written so far are put together first
+    (`sidecar["complete"]` is then False).
+
+    Args:
+        directory: as written by `tipdistill score`, `TIPTrainer` or `RecordsWriter`.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: no records in it, or files that are empty, cut off, of another kind, or that do not belong together.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}.")
+    if not (directory / TOKENS_FILE).is_file():
+        if not _part_files(directory / _PARTS, ROLLOUTS_FILE):
+            raise ValueError(
+                f"{directory} holds no token records (no {TOKENS_FILE}). `tipdistill score` writes them, and "
+                "TIPTrainer into <output_dir>/records/step-<n>."
+            )
+        _assemble(directory, complete=False)
+    tokens = _parquet(directory / TOKENS_FILE)
+    needed = tokens_schema()
+    missing = [name for name in needed.names if name not in tokens.schema_arrow.names]
+    if missing:
+        raise ValueError(f"{directory / TOKENS_FILE} has no column {', '.join(missing)}: these are no token records.")
+    if tokens.metadata.num_rows == 0:
+        raise ValueError(f"{directory / TOKENS_FILE} holds no token: nothing was scored.")
+    for name in (ROLLOUTS_FILE, SIDECAR_FILE):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} has a {TOKENS_FILE} but no {name}: the records are not whole. Score again.")
+    rollouts = _parquet(directory / ROLLOUTS_FILE).read()
+    try:
+        sidecar = json.loads((directory / SIDECAR_FILE).read_text(encoding="utf-8"))
+        written, found = sidecar["schema_version"], sidecar["tokens"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / SIDECAR_FILE} is no sidecar of token records: {error}. Score again.") from error
+    if written > SCHEMA_VERSION:
+        raise ValueError(
+            f"{directory} was written with version {written} of the records, this tipdistill reads up to "
+            f"{SCHEMA_VERSION}: pip install --upgrade tipdistill."
+        )
+    counted = int(np.sum(rollouts["tokens"].to_numpy()))
+    if not tokens.metadata.num_rows == counted == found:
+        raise ValueError(
+            f"the files in {directory} do not belong together: {TOKENS_FILE} has {tokens.metadata.num_rows} tokens, "
+            f"{ROLLOUTS_FILE} {counted}, {SIDECAR_FILE} {found}. Score again."
+        )
+    return Records(directory, tokens, rollouts, sidecar)
+
+
+def joined_text(tokens: Sequence[str], raw: Sequence[bytes | None]) -> str:
+    """The text of consecutive tokens, characters that were split between them put together.
+
+    Args:
+        tokens: column `token`.
+        raw: column `token_bytes`.
+
+    Example:
+        >>> joined_text(["a", "�", "�"], [None, b"\\xf0\\x9f", b"\\x99\\x82"])
+        'a🙂'
+    """
+    return _as_text(b"".join(text.encode() if held is None else held for text, held in zip(tokens, raw, strict=True)))
+
+
+# Putting parts together.
+
+
+def _assemble(directory: Path, complete: bool) -> None:
+    parts = directory / _PARTS
+    about = About(**json.loads((parts / SIDECAR_FILE).read_text(encoding="utf-8")))
+    # a part whose rollouts are missing was never finished
+    count = len(_part_files(parts, ROLLOUTS_FILE))
+    if count == 0:
+        raise ValueError(f"nothing was scored, so there are no records to write to {directory}.")
+    opened = [_parquet(path) for path in _part_files(parts, TOKENS_FILE)[:count]]
+    added, scores = _choose(opened, about)
+    schema = tokens_schema(about.rules)
+
+    def pieces() -> Iterable[pa.Table]:
+        row = 0
+        for part in opened:
+            table = part.read()
+            for name, values in added.items():
+                table = table.append_column(name, pa.array(values[row : row + len(table)]))
+            row += len(table)
+            yield table.select(schema.names).cast(schema)
+
+    rollouts = pa.concat_tables([_parquet(path).read() for path in _part_files(parts, ROLLOUTS_FILE)])
+    quadrant = torch.from_numpy(added["quadrant"] if "quadrant" in added else _column(opened, "quadrant"))
+    described = {
+        "schema_version": SCHEMA_VERSION,
+        "complete": complete,
+        "rollouts": len(rollouts),
+        "tokens": len(quadrant),
+        "rule": about.rules[0],
+        **asdict(about),
+        "quadrants": {
+            f"q{number}": {"token_share": share, "divergence_share": mass}
+            for (number, share), mass in zip(
+                quadrant_shares(quadrant).items(),
+                quadrant_shares(quadrant, scores.require("reverse_kl")).values(),
+                strict=True,
+            )
+        },
+        "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+    }
+    _write_table(directory / ROLLOUTS_FILE, [rollouts])
+    _write_text(directory / SIDECAR_FILE, json.dumps(described, indent=2) + "\n")
+    _write_table(directory / TOKENS_FILE, pieces())
+
+
+def _choose(parts: Sequence[pq.ParquetFile], about: About) -> tuple[dict[str, np.ndarray], TokenScores]:
+    """Quadrants and every rule's choice over all tokens, but for what the parts hold already."""
+    held = parts[0].schema_arrow.names
+    wanted = [name for name in about.fields() if name != "entropy_norm"]
+    scores = TokenScores(**{name: torch.from_numpy(_column(parts, name)) for name in wanted})
+    scores = TokenScores(**dict(scores.present()), entropy_norm=scores.require("entropy") / np.log(about.vocabulary))
+    rollout = torch.from_numpy(_column(parts, "rollout").astype(np.int64))
+    added: dict[str, np.ndarray] = {}
+    if "quadrant" not in held:
+        added["quadrant"] = quadrants(scores, about.entropy_threshold, about.divergence_threshold).numpy()
+    for place, rule in enumerate(about.rules):
+        suffix = f"_{rule}" if place else ""
+        if f"kept{suffix}" in held:
+            continue
+        generator = torch.Generator().manual_seed(about.seed)
+        selection = select(scores, rule, about.retention, rollout, about.scope, generator)
+        added |= {f"kept{suffix}": selection.mask.numpy(), f"score{suffix}": selection.score.numpy()}
+    return added, scores
+
+
+def _column(parts: Sequence[pq.ParquetFile], name: str) -> np.ndarray:
+    return np.concatenate([part.read(columns=[name])[name].to_numpy() for part in parts])
+
+
+def _part(parts: Path, name: str, number: int) -> Path:
+    return parts / name.replace(".", f"-{number:05d}.")
+
+
+def _part_files(parts: Path, name: str) -> list[Path]:
+    return sorted(parts.glob(name.replace(".", "-*.")))
+
+
+# Files and text.
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        size = path.stat().st_size
+        state = "is empty" if size == 0 else f"({size:,} bytes) is cut off or no Parquet file"
+        raise ValueError(f"{path} {state}: it was not written to its end. Score again.") from error
+
+
+def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
+    """One row group per table, in one move, so that a killed run leaves no half of a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    writer: pq.ParquetWriter | None = None
+    try:
+        for table in tables:
+            writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    partial.replace(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _texts(pieces: Sequence[bytes]) -> tuple[pa.Array, pa.Array]:
+    """Text of every token id, and its bytes where they are no UTF-8; the last entry is for ids that no token has."""
+    texts, raw = [], []
+    for piece in (*pieces, b""):
+        text = _as_text(piece)
+        texts.append(text)
+        raw.append(None if text.encode() == piece else piece)
+    return pa.array(texts, pa.string()), pa.array(raw, pa.binary())
+
+
+def _take(values: pa.Array, token_ids: np.ndarray) -> pa.Array:
+    # rows that pad an lm_head have no token
+    return values.take(pa.array(np.minimum(token_ids, len(values) - 1)))
+
+
+def _as_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
+def _numbers(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+def _version(package: str) -> str:
+    if package == "tipdistill":
+        from . import __version__
+
+        return __version__
+    return version(package)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..types import DIVERGENCES, Head, TokenScores
 from . import chunked, reference
+from .top import top_tokens
 
-__all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores"]
+__all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores", "top_tokens"]
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
 _FIELDS = tuple(field.name for field in dataclass_fields(TokenScores))

@@ -1,4 +1,4 @@
-"""Do student and teacher speak of the same tokens? Asked before weights are loaded. And what does each token stand for?"""
+"""Do student and teacher speak of the same tokens (asked before weights are loaded), and what does each stand for?"""
 
 from __future__ import annotations
 

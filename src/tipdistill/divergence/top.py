@@ -44,7 +44,6 @@ def top_tokens(head: Head, k: int = 5, temperature: float = 1.0, vocabulary: int
     hidden, dtype = head.hidden.detach(), accumulation_dtype(head.hidden)
     projection = Projection.of(head, vocabulary, temperature)
     tokens, columns = _tile_shape(hidden, vocabulary)
-    scratch = torch.empty(tokens * columns, dtype=dtype, device=hidden.device)
     ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
     probability = torch.empty(len(hidden), k, dtype=dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -54,8 +53,7 @@ def top_tokens(head: Head, k: int = 5, temperature: float = 1.0, vocabulary: int
             where = ids.new_zeros(end - row, 0)
             normaliser = hidden.new_full((end - row,), -math.inf, dtype=dtype)
             for start, stop in _spans(vocabulary, columns):
-                tile = scratch[: (end - row) * (stop - start)].view(end - row, stop - start)
-                projection.logits(operand, start, stop, tile)
+                tile = projection.logits(operand, projection.rows(start, stop, operand), start)
                 largest = tile.topk(min(k, stop - start))
                 normaliser = torch.logaddexp(normaliser, tile.logsumexp(1))
                 best, where = torch.cat([best, largest.values], 1), torch.cat([where, largest.indices + start], 1)

@@ -1,8 +1,8 @@
 """Score + select + loss of two lm_heads, forward and backward: ours, plain PyTorch, TRL's, Liger's, on the same inputs.
 
 Every variant has a process of its own; rounds go through all of them in turn, and a ratio is the median over rounds of
-what two variants took in the same round, so that a machine that is busy for a while is busy for both. A variant that does
-not agree with the float64 reference is refused: it has no time.
+what two variants took in the same round, so that a machine that is busy for a while is busy for both. A variant that
+does not agree with the float64 reference is refused: it has no time.
 """
 
 from __future__ import annotations
@@ -24,16 +24,9 @@ from ..types import Head
 from .measure import Worker, environment, growth, matmul_rate, named, peak_bytes, spread, timed
 
 PEERS = ("plain", "trl", "liger")
-SELECTIONS = (
-    ("soft_or", 0.5),
-    ("soft_or", 0.2),
-    ("soft_or", 0.1),
-    ("entropy", 0.5),
-    ("entropy", 0.2),
-    ("entropy", 0.1),
-)
+RETENTIONS = (0.5, 0.2, 0.1)
 # Relative errors against float64 from the same inputs: loss and Frobenius norm of the gradients. Float32 sums of 10⁵
-# terms lose two or three of seven digits; bf16 gradients are rounded to 2⁻⁹, and a peer whose logits are bf16 loses more.
+# terms lose two or three of seven digits; bf16 gradients are rounded to 2⁻⁹, and a peer with bf16 logits loses more.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 # Scores closer than this may be ranked either way by a float32 score.
 RANKING_TOLERANCE = 1e-4
@@ -124,7 +117,8 @@ def variants_of(device: str) -> list[Variant]:
     peers = [Variant(name) for name in PEERS if name != "liger" or (device == "cuda" and find_spec("liger_kernel"))]
     engines = [name for name in ("chunked", "triton") if name in IMPLEMENTATIONS]
     engines = [name for name in engines if name == "chunked" or device == "cuda"]
-    return peers + [Variant(engine, *rule) for engine in engines for rule in (("all", 1.0), *SELECTIONS)]
+    rules = [("all", 1.0), *((rule, retention) for rule in ("soft_or", "entropy") for retention in RETENTIONS)]
+    return peers + [Variant(engine, *rule) for engine in engines for rule in rules]
 
 
 class HeadWork:
@@ -320,6 +314,8 @@ def measure(
                 say(f"{name}: refused, {refusal}")
                 found[name]["refused"] = refusal
                 workers.pop(name).close()
+            else:
+                say(f"{name}: agrees with float64")
         for number in range(rounds):
             for name, worker in workers.items():
                 taken[name].append(worker.ask("round"))
@@ -376,7 +372,7 @@ def _summary(runs: dict[str, dict[str, float]]) -> str:
 
 
 def _misranked(variant: Variant, student: Head, teacher: Head, rollout: Tensor, mask: Tensor) -> float:
-    """Share of the tokens that a top-k by float64 scores, ties within RANKING_TOLERANCE aside, would decide otherwise."""
+    """Share of the tokens that a top-k by float64 scores would decide otherwise, near ties aside."""
     fields = rule_fields(variant.rule) or ()
     parts = [
         token_scores(*_take(student, teacher, rows), fields=fields, impl="reference")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,19 +51,18 @@ def run_select(
         for number in range(rounds + 1):
             for rule in rules:
                 generator = torch.Generator(device).manual_seed(number)
-                seconds, _, _ = timed(
-                    lambda s=scores, o=rollout, r=rule, g=generator: select(s, r, RETENTION, o, generator=g), device
-                )
+                run = partial(select, scores, rule, RETENTION, rollout, generator=generator)
+                seconds, _, _ = timed(run, device)
                 if number:
                     taken.setdefault((rule, size), []).append(seconds)
         say(f"{size} tokens: " + ", ".join(f"{rule} {min(taken[rule, size]):.3g} s" for rule in rules))
     found = {}
     for rule in rules:
-        seconds = {size: spread(taken[rule, size]) for size in sizes}
-        medians = [seconds[size]["median"] for size in sizes]
+        spreads = {size: spread(taken[rule, size]) for size in sizes}
+        medians = [spreads[size]["median"] for size in sizes]
         found[rule] = {
-            "seconds": {str(size): value for size, value in seconds.items()},
-            "seconds_per_million": {str(size): seconds[size]["median"] / size * 1e6 for size in sizes},
+            "seconds": {str(size): value for size, value in spreads.items()},
+            "seconds_per_million": {str(size): spreads[size]["median"] / size * 1e6 for size in sizes},
             "growth": growth(sizes, medians) if len(sizes) > 1 else None,
         }
     return {

@@ -1,7 +1,7 @@
 """A whole training step of real architectures with random weights: plain PyTorch, TRL's trainer, ours.
 
-Every training runs in a process of its own; rounds go through the variants in turn. Completions have a fixed length, so that
-every variant trains on the same number of tokens.
+Every training runs in a process of its own; rounds go through the variants in turn. Completions have a fixed length, so
+that every variant trains on the same number of tokens.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,30 +31,35 @@ def update(document: Path, results: Path) -> bool:
         ValueError: a marker names no table; the nearest is given.
     """
     before = document.read_text(encoding="utf-8")
-    after = rendered(before, results)
+    after = rendered(before, results, document.parent)
     if after != before:
         document.write_text(after, encoding="utf-8")
     return after != before
 
 
-def rendered(text: str, results: Path) -> str:
+def rendered(text: str, results: Path, folder: Path) -> str:
     """The text of a document with its tables as the results give them.
 
+    Args:
+        text: Markdown.
+        results: the folder of the JSON files.
+        folder: that of the document, from which links start.
+
     Example:
-        >>> print(rendered("<!-- bench:select-cpu -->\\n<!-- /bench -->", Path("no/such/folder")))
+        >>> print(rendered("<!-- bench:select-cpu -->\\n<!-- /bench -->", Path("no/such/folder"), Path()))
         <!-- bench:select-cpu -->
         not measured
         <!-- /bench -->
     """
-    return _BLOCK.sub(lambda block: f"{block[1]}{table(block[2], results)}\n{block[3]}", text)
+    return _BLOCK.sub(lambda block: f"{block[1]}{table(block[2], results, folder)}\n{block[3]}", text)
 
 
-def table(name: str, results: Path) -> str:
+def table(name: str, results: Path, folder: Path) -> str:
     """One table by name, "not measured" where there is no result.
 
     Args:
         name: a key of TABLES, that is the name of the result's file.
-        results: the folder of the JSON files.
+        results, folder: as in `rendered`.
 
     Raises:
         ValueError: an unknown name; the nearest is given.
@@ -63,15 +69,15 @@ def table(name: str, results: Path) -> str:
     if not path.is_file():
         return NOT_MEASURED
     result = json.loads(path.read_text(encoding="utf-8"))
-    return make(result) + "\n\n" + _footnote(result, path.name)
+    return make(result) + "\n\n" + _footnote(result, path.name, os.path.relpath(path, folder))
 
 
-def _footnote(result: dict[str, Any], name: str) -> str:
+def _footnote(result: dict[str, Any], name: str, link: str) -> str:
     hardware, versions = result["hardware"], result["versions"]
     machine = hardware["gpu"] or f"{hardware['cpu']} ({hardware['cpu_capability']}), {hardware['threads']} thread(s)"
     packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "trl") if package in versions)
     commit = f", commit {result['commit']}" if result["commit"] else ""
-    return f"*{machine}; {packages}{commit}, {result['measured']}; [{name}](RESULTS/{name})*"
+    return f"*{machine}; {packages}{commit}, {result['measured']}; [{name}]({link})*"
 
 
 def _rows(header: list[str], rows: list[list[str]]) -> str:

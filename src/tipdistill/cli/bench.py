@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> int:
             print(f"{document}: {'rewritten' if changed else 'as the results have it'}")
         return 0
     given = {name: value for name, value in arguments.items() if value is not None}
-    result = {"head": _head, "step": run_step, "select": run_select}[what](**given)
+    runs: dict[str, Callable[..., dict[str, Any]]] = {"head": _head, "step": run_step, "select": run_select}
+    result = runs[what](**given)
     suffix = result["preset"]
     path = output or measure.RESULTS / f"{what}-{suffix}.json"
     measure.write(path, result)

@@ -30,7 +30,8 @@ RETENTIONS = (0.5, 0.2, 0.1)
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 # Scores closer than this may be ranked either way by a float32 score.
 RANKING_TOLERANCE = 1e-4
-REFERENCE_ROWS = 128
+# Elements of the reference's float64 tensors, so that its many steps do not each map fresh memory.
+REFERENCE_ELEMENTS = {"cpu": 3 * 2**20, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class HeadWork:
             misranked = _misranked(self.variant, student, teacher, self.rollout, mask)
         student.hidden.requires_grad_(), student.weight.requires_grad_()
         truth = torch.zeros((), dtype=torch.float64, device=loss.device)
-        for rows in mask.nonzero()[:, 0].split(REFERENCE_ROWS):
+        for rows in mask.nonzero()[:, 0].split(_reference_rows(student)):
             scores = token_scores(*_take(student, teacher, rows), fields=["divergence"], impl="reference")
             part = scores.require("divergence").sum() / mask.sum()
             part.backward()
@@ -376,7 +377,7 @@ def _misranked(variant: Variant, student: Head, teacher: Head, rollout: Tensor, 
     fields = rule_fields(variant.rule) or ()
     parts = [
         token_scores(*_take(student, teacher, rows), fields=fields, impl="reference")
-        for rows in torch.arange(len(mask), device=mask.device).split(REFERENCE_ROWS)
+        for rows in torch.arange(len(mask), device=mask.device).split(_reference_rows(student))
     ]
     scores = parts[0].map(lambda value: value)
     scores = type(scores)(**{name: torch.cat([getattr(part, name) for part in parts]) for name, _ in scores.present()})
@@ -390,6 +391,10 @@ def _misranked(variant: Variant, student: Head, teacher: Head, rollout: Tensor, 
         cut = own.sort(descending=True).values[count - 1]
         wrong += int((kept & (own < cut - RANKING_TOLERANCE)).sum() + (~kept & (own > cut + RANKING_TOLERANCE)).sum())
     return wrong / len(mask)
+
+
+def _reference_rows(student: Head) -> int:
+    return max(1, REFERENCE_ELEMENTS[student.hidden.device.type] // len(student.weight))
 
 
 def _double(head: Head) -> Head:

@@ -1,0 +1,858 @@
+"""The contract of `chunked` on CUDA: cuBLAS projects a tile, one Triton kernel reads it once and keeps every running sum.
+
+Scoring. A tile [tokens, columns] of both models' logits is projected by cuBLAS (half-precision operands, float32
+results) into scratch memory that every tile reuses; `_online_kernel` applies bias, scale, softcap and temperature while
+it reads the tile, and updates all sums of all asked statistics, one program per token. The alternative, matmul and
+reductions in one kernel so that logits never leave the SM, was not taken: two float32 accumulators fill the register
+file of a Hopper SM, and a Triton matmul runs below cuBLAS by more than what the one write and the one read of a tile
+cost, 16 bytes per logit pair against 2 (H_S + H_T) operations.
+
+Statistics that need the normalisers first (jsd, hellinger, signal_to_curvature), and the gradients of `FusedLoss`, look
+at the logits again. They are held for a block of tokens, as the difference from the running maximum: float16 for
+half-precision inputs, where an entry of weight then carries 11 significant bits where a bfloat16 logit has 8, float32
+for float32. Nothing is projected twice for them.
+
+Gradients. `_gradient_kernel` forms softmax terms, weight, scale and softcap slope of a tile in one pass, in the dtype of
+the hidden states; cuBLAS multiplies it with the lm_head (summed in float32 over the tiles) and with the hidden states.
+The backward of `TokenDivergence` takes all kept tokens at once and the vocabulary in tiles, so that a tile of the weight
+gradient is complete when it is formed: it is rounded once, and a float32 copy of [V, H] never exists.
+`FusedLoss` does without that copy where holding all tokens costs no more memory than it would.
+
+The host waits for the device where it must know a number: the finite check, once per call, and the count of kept rows,
+once per backward. On the first call for a kind of input a few tile shapes are timed (`_search`), unless
+`torch.use_deterministic_algorithms` is on: the shape sets the order of the sums, so a run that must repeat another bit
+for bit keeps the default one.
+
+Without a GPU the kernels run under TRITON_INTERPRET=1, which is how the tests run them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import Head
+from .chunked import NEGATIVE, SECOND_PASS, STATISTICS, Online, Projection, SecondPass, _even, _spans
+
+HALF = (torch.float16, torch.bfloat16)
+# Bytes of logits and of their gradients that are held at a time.
+WORKSPACE = 1024 * 2**20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a scratch tile, and how a kernel goes over a row of it."""
+
+    tokens: int
+    columns: int
+    block: int
+    warps: int
+
+
+TILE = Tile(2048, 8192, 2048, 8)
+# Smaller tiles stay in the 50 MB of a Hopper's L2 cache, larger ones fill the last wave of a matmul better.
+CANDIDATES = (
+    TILE,
+    Tile(2048, 8192, 4096, 8),
+    Tile(2048, 8192, 1024, 4),
+    Tile(1024, 4096, 2048, 8),
+    Tile(2048, 4096, 2048, 8),
+    Tile(4096, 4096, 2048, 8),
+)
+# A shape replaces the default where it is faster by more than what such a measurement scatters.
+WORTHWHILE = 0.95
+
+_found: dict[tuple[Any, ...], Tile] = {}
+
+# Rows of the kernels' sums; the names are those of `Online` and `SecondPass`, which turn them into statistics.
+ONLINE_SUMS = ("s_max", "p", "pa", "pd", "t_max", "q", "qb", "qd", "pp", "ppd", "ppdd", "s_token", "t_token")
+SECOND_SUMS = ("s_to_mixture", "t_to_mixture", "root", "gg", "sgg", "sg")
+NORMALISERS = ("s_max", "s_log", "t_max", "t_log")
+OF_GRADIENT = (*NORMALISERS, "reverse_kl", "s_to_mixture")
+
+_NEGATIVE = tl.constexpr(NEGATIVE)
+_LOWEST_HALF = tl.constexpr(-65504.0)  # the lowest float16
+
+
+@triton.jit
+def _logits(tile, bias, columns, inside, scale, cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """cap · tanh(scale · (projection + bias)), or without the tanh; −∞ becomes NEGATIVE, NaN stays."""
+    z = tl.load(tile + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    z *= scale
+    if CAPPED:
+        z = (1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)) * cap
+    return tl.where(z < _NEGATIVE, _NEGATIVE, z)
+
+
+@triton.jit
+def _online_kernel(
+    s_tile,
+    t_tile,
+    s_bias,
+    t_bias,
+    token_ids,
+    sums,
+    s_held,
+    t_held,
+    references,
+    start,
+    width,
+    tile_stride,
+    sums_stride,
+    held_stride,
+    blocks,
+    s_scale,
+    s_cap,
+    t_scale,
+    t_cap,
+    TEACHER: tl.constexpr,
+    S_BIAS: tl.constexpr,
+    T_BIAS: tl.constexpr,
+    S_CAPPED: tl.constexpr,
+    T_CAPPED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TEACHER_ENTROPY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FORWARD: tl.constexpr,
+    SQUARES: tl.constexpr,
+    HOLD: tl.constexpr,
+    HOLD_HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token, the columns [start, start + width): its running sums as in `Online`, moved when a maximum rises."""
+    row = tl.program_id(0).to(tl.int64)
+    s_tile += row * tile_stride
+    t_tile += row * tile_stride
+    sums += row
+    later = start > 0  # there are sums of earlier tiles
+    s_max = tl.load(sums, mask=later, other=_NEGATIVE)
+    p_sum = tl.load(sums + 1 * sums_stride, mask=later, other=0.0)
+    pa = tl.load(sums + 2 * sums_stride, mask=later & ENTROPY, other=0.0)
+    pd = tl.load(sums + 3 * sums_stride, mask=later & REVERSE, other=0.0)
+    t_max = tl.load(sums + 4 * sums_stride, mask=later & TEACHER, other=_NEGATIVE)
+    q_sum = tl.load(sums + 5 * sums_stride, mask=later & TEACHER, other=0.0)
+    qb = tl.load(sums + 6 * sums_stride, mask=later & TEACHER_ENTROPY, other=0.0)
+    qd = tl.load(sums + 7 * sums_stride, mask=later & FORWARD, other=0.0)
+    pp = tl.load(sums + 8 * sums_stride, mask=later & SQUARES, other=0.0)
+    ppd = tl.load(sums + 9 * sums_stride, mask=later & SQUARES, other=0.0)
+    ppdd = tl.load(sums + 10 * sums_stride, mask=later & SQUARES, other=0.0)
+    for offset in range(0, width, BLOCK):
+        columns = offset + tl.arange(0, BLOCK)
+        inside = columns < width
+        s = tl.where(
+            inside, _logits(s_tile, s_bias, columns, inside, s_scale, s_cap, S_BIAS, S_CAPPED), _NEGATIVE
+        )
+        above = tl.maximum(s_max, tl.max(s, axis=0))
+        s_shift = s_max - above
+        s_max = above
+        s_factor = tl.exp(s_shift)
+        a = s - s_max
+        p = tl.where(inside, tl.exp(a), 0.0)
+        if ENTROPY:
+            pa = s_factor * (pa + s_shift * p_sum) + tl.sum(p * a, axis=0)
+        if TEACHER:
+            t = tl.where(
+                inside, _logits(t_tile, t_bias, columns, inside, t_scale, t_cap, T_BIAS, T_CAPPED), _NEGATIVE
+            )
+            above = tl.maximum(t_max, tl.max(t, axis=0))
+            t_shift = t_max - above
+            t_max = above
+            t_factor = tl.exp(t_shift)
+            b = t - t_max
+            q = tl.where(inside, tl.exp(b), 0.0)
+            d = a - b
+            shift = s_shift - t_shift
+            if REVERSE:
+                pd = s_factor * (pd + shift * p_sum) + tl.sum(p * d, axis=0)
+            if SQUARES:
+                squared = p * p
+                square = s_factor * s_factor
+                ppdd = square * (ppdd + 2.0 * shift * ppd + shift * shift * pp) + tl.sum(squared * d * d, axis=0)
+                ppd = square * (ppd + shift * pp) + tl.sum(squared * d, axis=0)
+                pp = square * pp + tl.sum(squared, axis=0)
+            if TEACHER_ENTROPY:
+                qb = t_factor * (qb + t_shift * q_sum) + tl.sum(q * b, axis=0)
+            if FORWARD:
+                qd = t_factor * (qd + shift * q_sum) + tl.sum(q * d, axis=0)
+            q_sum = t_factor * q_sum + tl.sum(q, axis=0)
+            if HOLD:
+                if HOLD_HALF:
+                    a = tl.where(a < _LOWEST_HALF, _LOWEST_HALF, a)
+                    b = tl.where(b < _LOWEST_HALF, _LOWEST_HALF, b)
+                where = row * held_stride + start + columns
+                tl.store(s_held + where, a.to(s_held.dtype.element_ty), mask=inside)
+                tl.store(t_held + where, b.to(t_held.dtype.element_ty), mask=inside)
+                reference = 2 * (row * blocks + (start + offset) // BLOCK)
+                tl.store(references + reference, s_max)
+                tl.store(references + reference + 1, t_max)
+        p_sum = s_factor * p_sum + tl.sum(p, axis=0)
+    tl.store(sums, s_max)
+    tl.store(sums + 1 * sums_stride, p_sum)
+    tl.store(sums + 2 * sums_stride, pa)
+    tl.store(sums + 3 * sums_stride, pd)
+    tl.store(sums + 4 * sums_stride, t_max)
+    tl.store(sums + 5 * sums_stride, q_sum)
+    tl.store(sums + 6 * sums_stride, qb)
+    tl.store(sums + 7 * sums_stride, qd)
+    tl.store(sums + 8 * sums_stride, pp)
+    tl.store(sums + 9 * sums_stride, ppd)
+    tl.store(sums + 10 * sums_stride, ppdd)
+    if TOKENS:
+        column = tl.load(token_ids + row) - start
+        here = (column >= 0) & (column < width)
+        z = _logits(s_tile, s_bias, column, here, s_scale, s_cap, S_BIAS, S_CAPPED)
+        tl.store(sums + 11 * sums_stride, z, mask=here)
+        if TEACHER:
+            z = _logits(t_tile, t_bias, column, here, t_scale, t_cap, T_BIAS, T_CAPPED)
+            tl.store(sums + 12 * sums_stride, z, mask=here)
+
+
+@triton.jit
+def _log_mixture(log_s, log_t, log_of_student, log_of_teacher):
+    """log((1 − β) p + β q), with log(1 − β) and log β given."""
+    x = log_s + log_of_student
+    y = log_t + log_of_teacher
+    top = tl.maximum(x, y)
+    return top + tl.log(tl.exp(x - top) + tl.exp(y - top))
+
+
+@triton.jit
+def _second_kernel(
+    s_held,
+    t_held,
+    references,
+    of_rows,
+    sums,
+    width,
+    held_stride,
+    rows,
+    blocks,
+    log_of_student,
+    log_of_teacher,
+    MIXTURE: tl.constexpr,
+    HELLINGER: tl.constexpr,
+    CURVATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token, all columns: the sums of `SecondPass` from held logits and the normalisers."""
+    row = tl.program_id(0).to(tl.int64)
+    s_held += row * held_stride
+    t_held += row * held_stride
+    references += 2 * row * blocks
+    s_max = tl.load(of_rows + row)
+    s_log = tl.load(of_rows + 1 * rows + row)
+    t_max = tl.load(of_rows + 2 * rows + row)
+    t_log = tl.load(of_rows + 3 * rows + row)
+    s_to_mixture = s_max * 0.0
+    t_to_mixture = s_max * 0.0
+    root = s_max * 0.0
+    gg = s_max * 0.0
+    sgg = s_max * 0.0
+    sg = s_max * 0.0
+    for offset in range(0, width, BLOCK):
+        columns = offset + tl.arange(0, BLOCK)
+        inside = columns < width
+        reference = 2 * (offset // BLOCK)
+        log_s = tl.load(s_held + columns, mask=inside, other=0.0).to(tl.float32)
+        log_t = tl.load(t_held + columns, mask=inside, other=0.0).to(tl.float32)
+        log_s += (tl.load(references + reference) - s_max) - s_log
+        log_t += (tl.load(references + reference + 1) - t_max) - t_log
+        p = tl.where(inside, tl.exp(log_s), 0.0)
+        q = tl.where(inside, tl.exp(log_t), 0.0)
+        if MIXTURE:
+            log_m = _log_mixture(log_s, log_t, log_of_student, log_of_teacher)
+            s_to_mixture += tl.sum(p * (log_s - log_m), axis=0)
+            t_to_mixture += tl.sum(q * (log_t - log_m), axis=0)
+        if HELLINGER:
+            difference = tl.where(inside, tl.exp(0.5 * log_s) - tl.exp(0.5 * log_t), 0.0)
+            root += tl.sum(difference * difference, axis=0)
+        if CURVATURE:
+            g = p - q
+            gg += tl.sum(g * g, axis=0)
+            sgg += tl.sum(p * g * g, axis=0)
+            sg += tl.sum(p * g, axis=0)
+    tl.store(sums + row, s_to_mixture)
+    tl.store(sums + 1 * rows + row, t_to_mixture)
+    tl.store(sums + 2 * rows + row, root)
+    tl.store(sums + 3 * rows + row, gg)
+    tl.store(sums + 4 * rows + row, sgg)
+    tl.store(sums + 5 * rows + row, sg)
+
+
+@triton.jit
+def _gradient_kernel(
+    s_logits,
+    t_logits,
+    gradient,
+    s_bias,
+    t_bias,
+    references,
+    of_rows,
+    width,
+    stride,
+    gradient_stride,
+    rows,
+    blocks,
+    s_scale,
+    s_cap,
+    t_scale,
+    t_cap,
+    log_of_student,
+    log_of_teacher,
+    slope,
+    KIND: tl.constexpr,
+    S_BIAS: tl.constexpr,
+    T_BIAS: tl.constexpr,
+    S_CAPPED: tl.constexpr,
+    T_CAPPED: tl.constexpr,
+    HELD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token, one block of columns: factor · ∂D/∂(hidden @ weight.T), as in `chunked._gradient_tile`.
+
+    Each element of `gradient` is written by the program that has read the logits in its place, after reading them, so
+    `gradient` may be the memory of `s_logits` where an element takes the same bytes.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    s_logits += row * stride
+    t_logits += row * stride
+    if HELD:
+        reference = references + 2 * (row * blocks + block)
+        s = tl.load(s_logits + columns, mask=inside, other=0.0).to(tl.float32) + tl.load(reference)
+        t = tl.load(t_logits + columns, mask=inside, other=0.0).to(tl.float32) + tl.load(reference + 1)
+    else:
+        s = _logits(s_logits, s_bias, columns, inside, s_scale, s_cap, S_BIAS, S_CAPPED)
+        t = _logits(t_logits, t_bias, columns, inside, t_scale, t_cap, T_BIAS, T_CAPPED)
+    log_s = (s - tl.load(of_rows + row)) - tl.load(of_rows + 1 * rows + row)
+    log_t = (t - tl.load(of_rows + 2 * rows + row)) - tl.load(of_rows + 3 * rows + row)
+    mean = tl.load(of_rows + 4 * rows + row)
+    factor = tl.load(of_rows + 5 * rows + row)
+    p = tl.exp(log_s)
+    if KIND == "forward_kl":
+        g = p - tl.exp(log_t)
+    elif KIND == "reverse_kl":
+        g = p * ((log_s - log_t) - mean)
+    else:
+        g = p * ((log_s - _log_mixture(log_s, log_t, log_of_student, log_of_teacher)) - mean)
+    g *= factor
+    if S_CAPPED:
+        g *= 1.0 - (s * slope) * (s * slope)
+    tl.store(gradient + row * gradient_stride + columns, g.to(gradient.dtype.element_ty), mask=inside)
+
+
+def statistics(
+    student: Head,
+    teacher: Head | None,
+    fields: Sequence[str],
+    beta: float,
+    temperature: float,
+    token_ids: Tensor | None,
+    vocabulary: int,
+) -> dict[str, Tensor]:
+    """The asked statistics of every row, [N] each, and the normalisers that a backward needs."""
+    hidden = student.hidden.detach()
+    if not len(hidden):
+        return dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
+    s_head = Projection.of(student, vocabulary, temperature)
+    t_head = None if teacher is None else Projection.of(teacher, vocabulary, temperature)
+    t_hidden = None if teacher is None else teacher.hidden.detach()
+    second = not set(SECOND_PASS).isdisjoint(fields)
+    with torch.cuda.device_of(hidden):
+        scorer = _Scorer(s_head, t_head, fields, beta, hidden, t_hidden, _rows_held(hidden, vocabulary) if second else 0)
+        pieces = [scorer.score(span, token_ids) for span in _spans(len(hidden), scorer.tokens)]
+    return _joined(pieces)
+
+
+class TokenDivergence(torch.autograd.Function):
+    """[N] divergences whose backward projects again the rows with a gradient, and no others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        beta: float,
+        s_head: Projection,
+        t_head: Projection,
+        teacher_hidden: Tensor,
+        found: dict[str, Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
+        ctx.kind, ctx.beta, ctx.heads, ctx.found = kind, beta, (s_head, t_head), found
+        return found[kind].clone()  # a tensor of its own: the statistic of the same name carries no gradient
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        hidden, weight, bias, teacher_hidden = ctx.saved_tensors
+        s_head, t_head = ctx.heads
+        vocabulary, needs = len(s_head.weight), ctx.needs_input_grad[:3]
+        with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+            index = grad.nonzero()[:, 0]
+            rows = len(index)
+            s_hidden, t_hidden = hidden[index], teacher_hidden[index]
+            gradients = _Gradients(s_hidden, weight, bias, needs, vocabulary, blocks=1)
+            if rows:
+                found = {name: value[index] for name, value in ctx.found.items() if name in OF_GRADIENT}
+                factor = grad[index].float()
+                peak = _peak(factor, hidden.dtype)
+                of_rows = _of_rows(ctx.kind, ctx.beta, found, factor, peak, s_head)
+                half = hidden.dtype in HALF
+                columns = min(_aligned_down(WORKSPACE // (rows * (10 if half else 8))), vocabulary)
+                s_tile, t_tile = (torch.empty(rows * columns, device=hidden.device) for _ in range(2))
+                tile = torch.empty(rows * columns, dtype=hidden.dtype, device=hidden.device) if half else s_tile
+                for start, stop in _spans(vocabulary, columns):
+                    s_rows = s_head.weight[start:stop].to(hidden.dtype)
+                    s = _projected(s_hidden, s_rows, s_tile)
+                    t = _projected(t_hidden, t_head.weight[start:stop].to(t_hidden.dtype), t_tile)
+                    gradient = tile[: s.numel()].view_as(s)
+                    _form_gradient(ctx.kind, ctx.beta, s, t, gradient, of_rows, s_head, t_head, start, None, TILE)
+                    gradients.add(gradient, s_hidden, s_rows, slice(None), start)
+                gradients.rescale(peak)
+            of_kept, of_weight, of_bias = gradients.finish()
+            if of_kept is not None:
+                of_hidden = torch.zeros_like(hidden)
+                of_hidden[index] = of_kept
+                of_kept = of_hidden
+        return (of_kept, of_weight, of_bias, *(None,) * 6)
+
+
+class FusedLoss(torch.autograd.Function):
+    """Σ factor · divergence over rows that are all wanted: projected once, the gradient formed on the spot."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        beta: float,
+        s_head: Projection,
+        t_head: Projection,
+        teacher_hidden: Tensor,
+        factor: Tensor,
+        fields: Sequence[str],
+        token_ids: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        needs, vocabulary = ctx.needs_input_grad[:3], len(s_head.weight)
+        # "reverse_kl" always: its gradient needs the value, and the sum is nearly free
+        wanted = (kind, *fields, "reverse_kl")
+        spare = 4 * vocabulary * hidden.shape[1] if needs[1] else 0  # the float32 weight gradient of several blocks
+        pieces = []
+        with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+            hold = _rows_held(hidden, vocabulary, spare) if any(needs) or not set(SECOND_PASS).isdisjoint(wanted) else 0
+            scorer = _Scorer(s_head, t_head, wanted, beta, hidden, teacher_hidden, hold)
+            spans = list(_spans(len(hidden), scorer.tokens))
+            gradients = _Gradients(hidden, weight, bias, needs, vocabulary, blocks=len(spans))
+            peak = _peak(factor, hidden.dtype)
+            for row, end in spans:
+                found = scorer.score((row, end), token_ids)
+                pieces.append(found)
+                if not any(needs):
+                    continue
+                of_rows = _of_rows(kind, beta, found, factor[row:end].float(), peak, s_head)
+                gradient = scorer.gradient(kind, of_rows)
+                for start, stop in _spans(vocabulary, _aligned_down(vocabulary // 4)):
+                    s_rows = s_head.weight[start:stop].to(hidden.dtype)
+                    gradients.add(gradient[:, start:stop], hidden[row:end], s_rows, slice(row, end), start)
+            scorer.release()
+            gradients.rescale(peak)
+            ctx.gradients = gradients.finish()
+        if pieces:
+            found = _joined(pieces)
+        else:  # a rank without a kept token: a loss of 0 that still reaches the graph
+            found = dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
+        normaliser = found["s_log"] + found["t_log"]
+        divergence = found[kind]
+        statistics = [found[name] for name in fields]
+        ctx.mark_non_differentiable(divergence, normaliser, *statistics)
+        return ((divergence * factor).sum(), divergence, normaliser, *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradients of fused_divergence_loss were formed in its forward and handed out already: call it "
+                "again for a second backward, or use token_scores and selected_loss."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if value is None else value.mul_(grads[0].to(value.dtype)) for value in gradients), *(None,) * 8)
+
+
+class _Scorer:
+    """Scores spans of tokens in reused memory; with `hold`, keeps the logits of the last span of up to so many."""
+
+    def __init__(
+        self,
+        student: Projection,
+        teacher: Projection | None,
+        fields: Sequence[str],
+        beta: float,
+        s_hidden: Tensor,
+        t_hidden: Tensor | None,
+        hold: int,
+    ) -> None:
+        self.student, self.teacher, self.fields, self.beta = student, teacher, frozenset(fields), beta
+        self.s_hidden, self.t_hidden = s_hidden, t_hidden
+        self.second = [name for name in SECOND_PASS if name in self.fields]
+        self.vocabulary = len(student.weight)
+        self.held: list[Tensor] = []
+        self.references: Tensor | None = None
+        self.tile = _tile(self)
+        block, device = self.tile.block, s_hidden.device
+        self.tokens = min(hold or _even(len(s_hidden), self.tile.tokens), max(len(s_hidden), 1))
+        self.blocks = math.ceil(self.vocabulary / block)
+        # whole blocks: the held logits of a block share one reference
+        columns = max(1, self.tile.tokens * self.tile.columns // (self.tokens * block)) * block
+        self.columns = min(columns, self.vocabulary)
+        models = 1 if teacher is None else 2
+        self.scratch = [torch.empty(self.tokens * self.columns, device=device) for _ in range(models)]
+        if hold:
+            dtype = torch.float16 if s_hidden.dtype in HALF else torch.float32
+            shape = (self.tokens, _aligned_up(self.vocabulary))
+            self.held = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
+            self.references = torch.empty(2 * self.tokens * self.blocks, device=device)
+
+    def score(self, span: tuple[int, int], token_ids: Tensor | None) -> dict[str, Tensor]:
+        row, end = span
+        s_hidden = self.s_hidden[row:end]
+        t_hidden = None if self.t_hidden is None else self.t_hidden[row:end]
+        token_ids = None if token_ids is None else token_ids[row:end]
+        sums = torch.empty(len(ONLINE_SUMS), end - row, device=s_hidden.device)
+        for start, stop in _spans(self.vocabulary, self.columns):
+            self.take(s_hidden, t_hidden, token_ids, sums, start, stop, self.scratch, self.tile)
+        online = Online(0, self.fields, self.teacher is not None, s_hidden)
+        for name, value in zip(ONLINE_SUMS, sums, strict=True):
+            setattr(online, name, value)
+        found = online.finish()
+        if self.second:
+            found |= self.further(found)
+        return found
+
+    def take(
+        self,
+        s_hidden: Tensor,
+        t_hidden: Tensor | None,
+        token_ids: Tensor | None,
+        sums: Tensor,
+        start: int,
+        stop: int,
+        scratch: list[Tensor],
+        tile: Tile,
+    ) -> None:
+        """Project one tile and add it to the sums."""
+        rows, fields, student, teacher = len(s_hidden), self.fields, self.student, self.teacher
+        s = t = _projected(s_hidden, student.weight[start:stop].to(s_hidden.dtype), scratch[0])
+        if teacher is not None and t_hidden is not None:
+            t = _projected(t_hidden, teacher.weight[start:stop].to(t_hidden.dtype), scratch[1])
+        both = teacher is not None
+        squares = both and "gradient_norm" in fields
+        _online_kernel[(rows,)](
+            s,
+            t,
+            _bias(student, start, s),
+            _bias(teacher, start, s),
+            s if token_ids is None else token_ids,
+            sums,
+            *(self.held or (s, t)),
+            s if self.references is None else self.references,
+            start,
+            stop - start,
+            s.stride(0),
+            sums.stride(0),
+            self.held[0].stride(0) if self.held else 0,
+            self.blocks if self.held else 0,
+            *_scales(student),
+            *_scales(teacher),
+            TEACHER=both,
+            S_BIAS=student.bias is not None,
+            T_BIAS=teacher is not None and teacher.bias is not None,
+            S_CAPPED=student.softcap is not None,
+            T_CAPPED=teacher is not None and teacher.softcap is not None,
+            TOKENS=token_ids is not None,
+            ENTROPY="entropy" in fields,
+            TEACHER_ENTROPY=both and "teacher_entropy" in fields,
+            REVERSE=both and ("reverse_kl" in fields or squares),
+            FORWARD=both and "forward_kl" in fields,
+            SQUARES=squares,
+            HOLD=bool(self.held),
+            HOLD_HALF=bool(self.held) and self.held[0].dtype == torch.float16,
+            BLOCK=tile.block,
+            num_warps=tile.warps,
+        )
+
+    def further(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The statistics that need the normalisers, from the held logits."""
+        rows = len(found["s_log"])
+        sums = torch.empty(len(SECOND_SUMS), rows, device=self.s_hidden.device)
+        _second_kernel[(rows,)](
+            *self.held,
+            self.references,
+            torch.stack([found[name] for name in NORMALISERS]),
+            sums,
+            self.vocabulary,
+            self.held[0].stride(0),
+            rows,
+            self.blocks,
+            *_logs(self.beta),
+            MIXTURE="jsd" in self.fields,
+            HELLINGER="hellinger" in self.fields,
+            CURVATURE="signal_to_curvature" in self.fields,
+            BLOCK=self.tile.block,
+            num_warps=self.tile.warps,
+        )
+        further = SecondPass(found, self.second, self.beta)
+        for name, value in zip(SECOND_SUMS, sums, strict=True):
+            setattr(further, name, value)
+        return further.finish()
+
+    def gradient(self, kind: str, of_rows: Tensor) -> Tensor:
+        """The gradient at the logits of the last span, in the memory of the student's held logits."""
+        assert self.teacher is not None
+        s, t = (held[: of_rows.shape[1], : self.vocabulary] for held in self.held)
+        gradient = s.view(self.s_hidden.dtype)
+        _form_gradient(
+            kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, self.references, self.tile
+        )
+        return gradient
+
+    def release(self) -> None:
+        """Give back the memory before the gradients take their final form."""
+        self.scratch, self.held, self.references = [], [], None
+
+
+def _form_gradient(
+    kind: str,
+    beta: float,
+    s: Tensor,
+    t: Tensor,
+    gradient: Tensor,
+    of_rows: Tensor,
+    student: Projection,
+    teacher: Projection,
+    start: int,
+    references: Tensor | None,
+    tile: Tile,
+) -> None:
+    """Fill `gradient` [R, C] from held logits (`references` given) or from a projected tile of columns from `start`."""
+    rows, width = s.shape
+    blocks = math.ceil(width / tile.block)
+    _gradient_kernel[(rows, blocks)](
+        s,
+        t,
+        gradient,
+        _bias(student, start, of_rows),
+        _bias(teacher, start, of_rows),
+        of_rows if references is None else references,
+        of_rows,
+        width,
+        s.stride(0),
+        gradient.stride(0),
+        rows,
+        blocks,
+        *_scales(student),
+        *_scales(teacher),
+        *_logs(beta),
+        0.0 if student.softcap is None else student.temperature / student.softcap,
+        KIND=kind,
+        S_BIAS=student.bias is not None,
+        T_BIAS=teacher.bias is not None,
+        S_CAPPED=student.softcap is not None,
+        T_CAPPED=teacher.softcap is not None,
+        HELD=references is not None,
+        BLOCK=tile.block,
+        num_warps=tile.warps,
+    )
+
+
+class _Gradients:
+    """Gradients of hidden states [R, H], weight and bias, of what needs one; nothing is allocated for the rest."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], vocabulary: int, blocks: int
+    ) -> None:
+        self.like, self.first = (hidden, weight, bias), True
+        device = hidden.device
+        self.hidden = torch.zeros(hidden.shape, device=device) if needs[0] else None
+        self.weight = self.bias = None
+        if needs[1]:
+            # complete after one block, and so rounded as it is formed; a float16 one awaits its factor
+            complete = blocks == 1 and hidden.dtype != torch.float16
+            dtype = weight.dtype if complete else torch.float32
+            self.weight = torch.empty(weight.shape, dtype=dtype, device=device)
+            self.weight[vocabulary if blocks and len(hidden) else 0 :].zero_()
+        if bias is not None and needs[2]:
+            self.bias = torch.zeros(bias.shape, device=device)
+        self.rows_of_weight = 0
+
+    def add(self, gradient: Tensor, hidden: Tensor, weight: Tensor, rows: slice, start: int) -> None:
+        """Add the products of one tile: `rows` of the hidden states, the vocabulary from `start`."""
+        stop = start + gradient.shape[1]
+        if self.hidden is not None:
+            _add_product(self.hidden[rows], gradient, weight)
+        if self.weight is not None:
+            if start >= self.rows_of_weight:  # the first block of tokens: nothing to add to
+                _product(self.weight[start:stop], gradient.t(), hidden)
+                self.rows_of_weight = stop
+            else:
+                _add_product(self.weight[start:stop], gradient.t(), hidden)
+        if self.bias is not None:
+            self.bias[start:stop] += gradient.sum(0, dtype=torch.float32)
+
+    def rescale(self, peak: Tensor | None) -> None:
+        if peak is not None:
+            for value in (self.hidden, self.weight, self.bias):
+                if value is not None:
+                    value.mul_(peak.to(value.dtype))
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        values, self.hidden, self.weight, self.bias = (self.hidden, self.weight, self.bias), None, None, None
+        return tuple(
+            None if value is None or like is None else value.to(like.dtype)
+            for value, like in zip(values, self.like, strict=True)
+        )
+
+
+def _of_rows(
+    kind: str, beta: float, found: dict[str, Tensor], factor: Tensor, peak: Tensor | None, student: Projection
+) -> Tensor:
+    """[6, R] of the gradient kernel: the normalisers, the mean log ratio that it subtracts, and the factor."""
+    factor = (factor if peak is None else factor / peak) * student.scale
+    mean = found["reverse_kl" if kind == "reverse_kl" else "s_max"]  # of forward_kl none
+    if kind == "jsd":
+        factor, mean = factor * (1 - beta), found["s_to_mixture"]
+    return torch.stack([*(found[name] for name in NORMALISERS), mean, factor])
+
+
+def _peak(factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Float16 alone has too few exponents for a gradient of 1 / tokens: it is formed with factors up to 1."""
+    if dtype != torch.float16 or not len(factor):
+        return None
+    return factor.float().abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _projected(hidden: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
+    """hidden @ weight.T in float32, in the memory of `scratch`."""
+    rows, columns = len(hidden), len(weight)
+    out = scratch[: rows * columns].view(rows, columns)
+    _product(out, hidden, weight.t())
+    return out
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right, summed in float32."""
+    if out.dtype == left.dtype and (left.is_cuda or left.dtype == torch.float32):
+        torch.mm(left, right, out=out)
+    elif left.is_cuda and left.dtype in HALF and out.dtype == torch.float32:
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(left.float() @ right.float())
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in float32."""
+    if left.is_cuda and left.dtype in HALF:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+def _bias(head: Projection | None, start: int, otherwise: Tensor) -> Tensor:
+    return otherwise if head is None or head.bias is None else head.bias[start:]
+
+
+def _scales(head: Projection | None) -> tuple[float, float]:
+    """What multiplies the projection, and what multiplies the tanh of that."""
+    if head is None:
+        return 1.0, 1.0
+    if head.softcap is None:
+        return float(head.scale), 1.0
+    return head.logit_scale / head.softcap, head.softcap / head.temperature
+
+
+def _logs(beta: float) -> tuple[float, float]:
+    return (math.log(1 - beta), math.log(beta)) if 0 < beta < 1 else (0.0, 0.0)
+
+
+def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _aligned_up(columns: int) -> int:
+    """Rows of a multiple of 64 columns start on what cuBLAS and a cache line like."""
+    return math.ceil(columns / 64) * 64
+
+
+def _aligned_down(columns: int) -> int:
+    return max(64, columns // 64 * 64)
+
+
+def _rows_held(hidden: Tensor, vocabulary: int, spare: int = 0) -> int:
+    """Tokens whose logits are held at a time: all where they fit into the workspace and `spare` bytes."""
+    tokens = len(hidden)
+    of_token = 2 * vocabulary * (2 if hidden.dtype in HALF else 4)
+    if tokens * of_token <= WORKSPACE + spare:
+        return max(tokens, 1)
+    return _even(tokens, max(1, WORKSPACE // of_token))
+
+
+def _tile(scorer: _Scorer) -> Tile:
+    """The tile shape for a kind of input, timed once in a process."""
+    s_hidden, t_hidden = scorer.s_hidden, scorer.t_hidden
+    if not s_hidden.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return TILE
+    if len(s_hidden) < TILE.tokens or scorer.vocabulary < TILE.columns:
+        return TILE
+    key = (
+        torch.cuda.get_device_name(s_hidden.device),
+        s_hidden.dtype,
+        s_hidden.shape[1],
+        None if t_hidden is None else (t_hidden.dtype, t_hidden.shape[1]),
+    )
+    if key not in _found:
+        _found[key] = _search(scorer)
+    return _found[key]
+
+
+def _search(scorer: _Scorer) -> Tile:
+    """Time the first tile in each candidate shape; what is computed is thrown away."""
+    able = [tile for tile in CANDIDATES if tile.tokens <= len(scorer.s_hidden) and tile.columns <= scorer.vocabulary]
+    most, device = max(tile.tokens * tile.columns for tile in able), scorer.s_hidden.device
+    scratch = [torch.empty(most, device=device) for _ in range(1 if scorer.teacher is None else 2)]
+    times = {}
+    for tile in able:
+        s_hidden = scorer.s_hidden[: tile.tokens]
+        t_hidden = None if scorer.t_hidden is None else scorer.t_hidden[: tile.tokens]
+        sums = torch.empty(len(ONLINE_SUMS), tile.tokens, device=device)
+        run = partial(scorer.take, s_hidden, t_hidden, None, sums, 0, tile.columns, scratch, tile)
+        times[tile] = _milliseconds(run) / (tile.tokens * tile.columns)
+    best = min(times, key=times.__getitem__)
+    return best if times[best] < WORTHWHILE * times[TILE] else TILE
+
+
+def _milliseconds(run: Callable[[], None], repeats: int = 5) -> float:
+    run()  # compiles
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return min(begin.elapsed_time(end) for begin, end in events)

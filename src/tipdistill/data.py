@@ -142,6 +142,24 @@ def prompt_lengths(
         tokenizer: the student's.
         chat_template_kwargs: passed to the chat template.
     """
+    return [len(ids) for ids in encode_prompts(prompts, tokenizer, chat_template_kwargs)]
+
+
+def encode_prompts(
+    prompts: Sequence[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt as it is fed, chat template and generation prompt included.
+
+    Args:
+        prompts: all plain or all conversational.
+        tokenizer: the student's.
+        chat_template_kwargs: passed to the chat template.
+
+    Example:
+        >>> from tipdistill.tasks.arithmetic import build_tokenizer
+        >>> encode_prompts(["1+2="], build_tokenizer())
+        [[1, 10, 2, 11]]
+    """
     if _is_chat(prompts[0]):
         encoded = tokenizer.apply_chat_template(
             conversation=list(prompts),
@@ -152,7 +170,7 @@ def prompt_lengths(
         )
     else:
         encoded = tokenizer(text=list(prompts))
-    return [len(ids) for ids in encoded["input_ids"]]
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

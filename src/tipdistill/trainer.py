@@ -487,7 +487,7 @@ class TIPTrainer(DistillationTrainer):
             _trl.maybe_gather_lm_head_ctx(layers[1].weight, layers[1].bias),
         ):
             heads: list[Head | None] = [
-                None if hidden is None else _head(model, layer, hidden)
+                None if hidden is None else _trl.head(model, layer, hidden)
                 for model, layer, hidden in zip(
                     (student, teacher), layers, (student_hidden, teacher_hidden), strict=True
                 )
@@ -607,13 +607,6 @@ def _naming_rollouts(mask: Tensor, rollouts: Tensor) -> Iterator[None]:
         row, position = mask.nonzero()[error.token].tolist()
         where = f"rollout {int(rollouts[row])} of the batch, token {position}"
         raise NonFiniteLogitsError(error.token, where, error.cause) from None
-
-
-def _head(model: Any, layer: Any, hidden: Tensor) -> Head:
-    logit_scale, softcap = _trl.logit_transform(model.config)
-    weight = _trl.whole(layer.weight, hidden.dtype)
-    assert weight is not None
-    return Head(hidden.to(weight.device), weight, _trl.whole(layer.bias, hidden.dtype), logit_scale, softcap)
 
 
 def _take(head: Head, mask: Tensor) -> Head:

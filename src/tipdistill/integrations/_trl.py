@@ -19,6 +19,8 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
+from ..types import Head
+
 __all__ = [
     "ATTRIBUTES",
     "CALLED",
@@ -27,6 +29,7 @@ __all__ = [
     "EpochSampler",
     "create_model_from_path",
     "disable_dropout_in_model",
+    "head",
     "logit_transform",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",
@@ -104,6 +107,14 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
         else:
             scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
     return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def head(model: Any, layer: Any, hidden: Tensor) -> Head:
+    """Hidden states [N, H] with the lm_head `layer` that projects them, and what the model does to the logits."""
+    logit_scale, softcap = logit_transform(model.config)
+    weight = whole(layer.weight, hidden.dtype)
+    assert weight is not None
+    return Head(hidden.to(weight.device), weight, whole(layer.bias, hidden.dtype), logit_scale, softcap)
 
 
 def whole(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:

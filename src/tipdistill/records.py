@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
-from .select import SCOPES, resolve_rule, rule_fields, select
+from .select import SCOPES, kept_counts, rule_fields, select
 from .types import Rollout, TokenScores, TopTokens
 from .vocabulary import token_bytes
 
@@ -97,7 +97,7 @@ class About:
         settings: anything else that shaped the records, of JSON's types.
 
     Raises:
-        ValueError: an unknown rule or scope, a rule twice, or no rule.
+        ValueError: an unknown rule or scope, a rule twice, no rule, or a retention or threshold out of range.
     """
 
     student: str
@@ -116,8 +116,11 @@ class About:
     def __post_init__(self) -> None:
         if not self.rules or len(set(self.rules)) < len(self.rules):
             raise ValueError(f"rules must name at least one rule, each once, got {list(self.rules)}.")
+        one = torch.ones(1, dtype=torch.int64)
         for rule in self.rules:
-            resolve_rule(rule)
+            kept_counts(one, self.retention, rule)  # refuses an unknown rule, and a retention that is no share
+        nothing = TokenScores(entropy=torch.zeros(0), reverse_kl=torch.zeros(0))
+        quadrants(nothing, self.entropy_threshold, self.divergence_threshold)
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}.")
 

@@ -17,13 +17,12 @@ from typing import Any
 
 import yaml
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoProcessor
 from trl import get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..data import drop_long_prompts, load_prompts, nearest, prepare_prompts, prompt_lengths
-from ..vocabulary import check_same_tokenizer, shared_vocabulary
 from .arguments import EXTRAS, Request, as_yaml, build, read_arguments, require, write_config
+from .pair import check_chat_template, check_models
 
 
 def main(argv: list[str]) -> int:
@@ -189,25 +188,11 @@ def _as_dict(value: Any) -> dict[str, Any]:
 def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
     """Both tokenizers, once they and the lm_heads agree, and a line on each model. Loads no weights."""
     config, model = request.config, request.model
-    loaded, described = [], {}
-    for who, flag, name, revision in (
-        ("student", "--model_name_or_path", model.model_name_or_path, model.model_revision),
-        ("teacher", "--teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_revision),
-    ):
-        options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
-        try:
-            architecture = AutoConfig.from_pretrained(name, **options)
-            processor = AutoProcessor.from_pretrained(name, truncation_side="left", padding_side="left", **options)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the {who} could not be read ({flag} {name}): {error}") from error
-        rows = architecture.get_text_config().vocab_size
-        loaded.append((processor, rows))
-        described[who] = f"{name} ({architecture.model_type}, {rows:,} rows in its lm_head)"
-    (tokenizer, rows), (teacher_tokenizer, teacher_rows) = loaded
-    check_same_tokenizer(tokenizer, teacher_tokenizer)
-    size = len(getattr(tokenizer, "tokenizer", tokenizer))
-    shared = shared_vocabulary(rows, teacher_rows, num_tokens=size)
-    described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
+    _, (tokenizer, teacher_tokenizer), described = check_models(
+        ("--model_name_or_path", model.model_name_or_path, model.model_revision),
+        ("--teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_revision),
+        config.trust_remote_code,
+    )
     return tokenizer, teacher_tokenizer, described
 
 
@@ -233,11 +218,7 @@ def _prompts(request: Request, purpose: str, tokenizer: Any) -> tuple[Dataset | 
         if script.max_prompt_length is not None:
             raise ValueError("max_prompt_length counts tokens ahead, which a stream cannot: unset dataset_streaming.")
         return dataset, 0
-    if not isinstance(dataset[0]["prompt"], str) and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"the prompts are conversational{' (apply_chat)' if script.apply_chat else ''}, but the tokenizer of "
-            f"{request.model.model_name_or_path} has no chat template: use plain prompts or an instruction-tuned model."
-        )
+    check_chat_template(dataset[0]["prompt"], tokenizer, request.model.model_name_or_path, script.apply_chat)
     if script.max_prompt_length is None:
         return dataset, 0
     return drop_long_prompts(

@@ -1,0 +1,150 @@
+"""tipdistill score: rollouts of a student, scored beside a teacher, as token records. Trains nothing."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..records import SIDECAR_FILE, TOKENS_FILE, About, Records, RecordsWriter, open_records
+from ..report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
+from .pair import Pair, load_engine, load_models, pair_parser, read_pair
+
+
+def main(argv: list[str]) -> int:
+    """Score as the flags say; returns the exit code.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: anything that can be refused before weights are loaded.
+    """
+    options = _parser().read(argv)
+    directory = Path(options.output_dir)
+    if (directory / TOKENS_FILE).exists() and not options.overwrite_output_dir:
+        raise ValueError(
+            f"{directory} already holds token records: choose another --output_dir, or replace them with "
+            "--overwrite_output_dir."
+        )
+    about = about_of(options, options.rules.split(","), vocabulary=0)  # names and numbers, before any file is read
+    pair = read_pair(options)
+    about = about_of(options, about.rules, pair.vocabulary)
+    started = time.perf_counter()
+    with RecordsWriter(directory, pair.tokenizer, about) as writer:
+        print("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()), flush=True)
+        write_scored(options, pair, writer)
+    show(open_records(directory), time.perf_counter() - started)
+    return 0
+
+
+def _parser() -> Any:
+    parser = pair_parser("score", __doc__, max_prompts=100, max_new_tokens=1024)
+    add = parser.add_argument_group("records").add_argument
+    add("--rules", default="soft_or", help="selection rules, the main one first, separated by commas")
+    add("--retention", type=float, default=0.5, help="share of the tokens that each rule keeps, in (0, 1]")
+    add("--scope", default="rollout", help="where the budget is spent: rollout, or batch (all tokens)")
+    add("--entropy_threshold", type=float, default=ENTROPY_THRESHOLD, help="border of the quadrants, in ĥ")
+    add("--divergence_threshold", type=float, default=DIVERGENCE_THRESHOLD, help="border of the quadrants, nats")
+    add("--overwrite_output_dir", action="store_true", help="replace the records that are there")
+    return parser
+
+
+_SETTINGS = (
+    "dataset",
+    "dataset_config",
+    "dataset_split",
+    "prompt_column",
+    "prompt_template",
+    "apply_chat",
+    "max_prompt_length",
+    "max_prompts",
+    "num_generations",
+    "max_new_tokens",
+    "batch_size",
+    "use_vllm",
+    "dtype",
+    "model_revision",
+    "teacher_revision",
+)
+
+
+def about_of(options: argparse.Namespace, rules: Any, vocabulary: int) -> About:
+    """What the records of these flags are of."""
+    return About(
+        student=options.model,
+        teacher=options.teacher,
+        vocabulary=vocabulary,
+        rules=tuple(rules),
+        retention=options.retention,
+        scope=options.scope,
+        seed=options.seed,
+        temperature=options.temperature,
+        entropy_threshold=options.entropy_threshold,
+        divergence_threshold=options.divergence_threshold,
+        settings={name: getattr(options, name) for name in _SETTINGS},
+    )
+
+
+def write_scored(options: argparse.Namespace, pair: Pair, writer: RecordsWriter) -> None:
+    """Load the models, sample and score batch by batch, from where the writer stands."""
+    from ..rollout import generate, score_rollouts
+
+    student, teacher = load_models(options)
+    engine = load_engine(options, student)
+    total = len(pair.prompts) * options.num_generations
+    batches = generate(
+        engine,
+        pair.tokenizer,
+        pair.prompts,
+        samples=options.num_generations,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        first_batch=-(-writer.rollouts // options.batch_size),
+        forbidden=pair.forbidden,
+    )
+    with _progress() as progress:
+        task = progress.add_task("rollouts scored", total=total, completed=writer.rollouts)
+        for rollouts in batches:
+            scored = score_rollouts(
+                student,
+                teacher,
+                rollouts,
+                writer.about.fields(),
+                temperature=options.temperature,
+                tokens_per_forward=options.tokens_per_forward,
+            )
+            writer.write(rollouts, scored.scores, scored.student_top, scored.teacher_top)
+            progress.update(task, completed=writer.rollouts)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def show(records: Records, seconds: float) -> None:
+    """Quadrants and what each rule keeps, as tables."""
+    sidecar, console = records.sidecar, Console()
+    console.print(
+        f"{sidecar['tokens']:,} tokens of {sidecar['rollouts']:,} rollouts in {seconds:.0f} s: {records.directory}"
+    )
+    table = Table("quadrant", "tokens", "divergence")
+    for number, name in NAMES.items():
+        shares = sidecar["quadrants"][f"q{number}"]
+        table.add_row(f"Q{number} {name}", f"{shares['token_share']:.1%}", f"{shares['divergence_share']:.1%}")
+    console.print(table)
+    table = Table("rule", "tokens kept", "divergence kept", title=f"at retention {sidecar['retention']:g}")
+    for place, rule in enumerate(sidecar["rules"]):
+        column = f"kept_{rule}" if place else "kept"
+        columns = records.read([column, "reverse_kl"])
+        kept, divergence = columns[column].to_numpy(), columns["reverse_kl"].to_numpy()
+        total = float(divergence.sum(dtype=float))
+        share = float(divergence[kept].sum(dtype=float)) / total if total else 0.0
+        table.add_row(rule, f"{kept.mean():.1%}", f"{share:.1%}")
+    console.print(table)
+    console.print(f"Look at them: tipdistill report {records.directory} · settings: {SIDECAR_FILE}", soft_wrap=True)

@@ -44,12 +44,19 @@ def load_prompts(
         ...     load_prompts(path, column="problem")["prompt"][:]
         ['1 + 1 =', '1 + 2 =']
     """
+    return prepare_prompts(load_rows(source, split, config, streaming), column, template, as_chat, name=str(source))
+
+
+def load_rows(
+    source: str | Path, split: str = "train", config: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """The rows of a hub dataset, a file or a directory, as they are; the arguments are those of `load_prompts`."""
     splits = _load_splits(source, config, streaming)
     if split not in splits:
         raise ValueError(
             f"{source} has no split {split!r}, its splits are {', '.join(splits)}.{nearest(split, list(splits))}"
         )
-    return prepare_prompts(splits[split], column, template, as_chat, name=str(source))
+    return splits[split]
 
 
 def prepare_prompts(

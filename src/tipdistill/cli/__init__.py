@@ -14,6 +14,7 @@ COMMANDS = {
     "score": (".score", "roll a student out, score its tokens beside a teacher, write token records"),
     "train": (".train", "distil a student from a recipe: --config F.yaml [--field value]"),
     "bench": (".bench", "measure the engine beside its peers: head, step or select; `bench table` writes the tables"),
+    "eval": (".eval", "mean@k, pass@k and maj@k of a model on tasks, answers checked"),
     "recipes": (".recipes", "list the packaged recipes; `recipes show NAME` prints one"),
 }
 

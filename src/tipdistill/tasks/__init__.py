@@ -1,1 +1,182 @@
-"""Tasks with a verifier, to distil on and to measure."""
+"""Tasks with a verifier, to distil on and to measure.
+
+    TASKS["mine"] = {"dataset": "owner/name", "split": "test", "problem": "question", "answer": "solution"}
+    TASKS["sums"] = {"problems": [("1 + 1 =", "2")], "prompt": "own"}
+
+A task is named by its key in `TASKS`; by a file, `mine.jsonl`, or `math500=copy.jsonl` for a local copy of a known one;
+or by the dotted path of a `Task`, of a mapping as above, or of a function without arguments that returns either.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..data import load_rows, nearest
+from ..evaluate.task import Problem, Task
+
+__all__ = ["TASKS", "load_task"]
+
+PROBLEM_COLUMNS = ("problem", "question", "prompt")
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_OF_TASK = {field.name for field in fields(Task)} - {"name", "problems"}
+_OF_SOURCE = {"dataset", "config", "split", "problem", "answer", "reference", "problems"}
+
+
+def _arithmetic() -> dict[str, Any]:
+    from .arithmetic import COMPLETION_TOKENS, DIGITS, problems, prompt_of
+
+    return {
+        "problems": [(prompt_of(a, b), f"{a + b:0{DIGITS + 1}d}") for a, b in problems(256, 0, held_out=True)],
+        "prompt": "own",
+        "chat": False,
+        "check": lambda response, answer: response.partition(">")[2] == f"{answer}$",
+        "extract": lambda response: response.partition(">")[2] or None,
+        "special_tokens": True,
+        "max_new_tokens": COMPLETION_TOKENS,
+    }
+
+
+def _after_hashes(row: Mapping[str, Any]) -> str:
+    return row["answer"].rpartition("####")[2].strip()
+
+
+# name: a mapping of `Task`'s fields, with "problems" or a hub dataset, or a function that returns one.
+TASKS: dict[str, Mapping[str, Any] | Callable[[], Any] | Task] = {
+    "math500": {"dataset": "HuggingFaceH4/MATH-500", "split": "test"},
+    "aime24": {"dataset": "HuggingFaceH4/aime_2024", "split": "train"},
+    "aime25": {"dataset": "math-ai/aime25", "split": "test"},
+    "gsm8k": {
+        "dataset": "openai/gsm8k",
+        "config": "main",
+        "split": "test",
+        "problem": "question",
+        "reference": _after_hashes,
+    },
+    "arithmetic": _arithmetic,
+}
+
+
+def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
+    """A task by name, file or dotted path.
+
+    Args:
+        name: a key of `TASKS`; a JSONL, JSON or Parquet file with a column "problem" (or "question", "prompt") and a
+            column "answer"; "key=file", the task `key` with the problems of a file; or the dotted path of a task.
+        limit: take the first so many problems; None: all.
+        changes: fields of `Task` that replace the task's own; None leaves them.
+
+    Raises:
+        ValueError: an unknown name (the nearest are given), a mapping or a row that makes no task (with its number).
+        FileNotFoundError: no such file.
+
+    Example:
+        >>> task = load_task("arithmetic", limit=2)
+        >>> task.check("...>12345$", "12345"), len(task.problems)
+        (True, 2)
+    """
+    key, equals, path = name.partition("=")
+    if equals:
+        task = _from_mapping(key, {**_mapping(key, TASKS.get(key, {})), "dataset": path, "split": "train"}, local=True)
+    elif key in TASKS:
+        task = _from_object(key, TASKS[key])
+    elif Path(key).suffix in _SUFFIXES:
+        task = _from_mapping(Path(key).stem, {"dataset": key, "split": "train"}, local=True)
+    else:
+        task = _from_object(key, _imported(key))
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"limit is a number of problems, at least 1, got {limit}.")
+        task = replace(task, problems=task.problems[:limit])
+    return replace(task, **{field: value for field, value in changes.items() if value is not None})
+
+
+def _from_object(name: str, found: Any) -> Task:
+    found = found if isinstance(found, (Task, Mapping)) or not callable(found) else found()
+    if isinstance(found, Task):
+        return found
+    return _from_mapping(name, _mapping(name, found))
+
+
+def _mapping(name: str, found: Any) -> Mapping[str, Any]:
+    found = found if isinstance(found, Mapping) or not callable(found) else found()
+    if not isinstance(found, Mapping):
+        raise ValueError(f"the task {name!r} is a {type(found).__name__}, not a Task or a mapping of its fields.")
+    known = sorted(_OF_TASK | _OF_SOURCE)
+    for key in found:
+        if key not in known:
+            raise ValueError(f"the task {name!r} has an unknown field {key!r}.{nearest(str(key), known)}")
+    return found
+
+
+def _from_mapping(name: str, mapping: Mapping[str, Any], local: bool = False) -> Task:
+    if "dataset" in mapping:
+        rows = load_rows(mapping["dataset"], mapping.get("split", "test"), None if local else mapping.get("config"))
+        problems = _of_rows(str(mapping["dataset"]), rows, mapping)
+    elif "problems" in mapping:
+        problems = tuple(_problem(name, index, *pair) for index, pair in enumerate(mapping["problems"]))
+    else:
+        raise ValueError(f"the task {name!r} needs 'problems', pairs of problem and answer, or a 'dataset'.")
+    return Task(name, problems, **{key: value for key, value in mapping.items() if key in _OF_TASK})
+
+
+def _of_rows(source: str, rows: Any, mapping: Mapping[str, Any]) -> tuple[Problem, ...]:
+    columns = rows.column_names
+    problem = _column(source, columns, (mapping.get("problem"), *PROBLEM_COLUMNS))
+    answer = _column(source, columns, (mapping.get("answer"), "answer"))
+    reference = mapping.get("reference")
+    found = []
+    for index, row in enumerate(rows):
+        value = row[answer]
+        if reference is not None and isinstance(value, str) and "####" in value:
+            value = reference(row)
+        found.append(_problem(source, index, row[problem], value))
+    return tuple(found)
+
+
+def _column(source: str, columns: Sequence[str], wanted: Sequence[str | None]) -> str:
+    names = [name for name in dict.fromkeys(wanted) if name is not None]
+    for name in names:
+        if name in columns:
+            return name
+    raise ValueError(
+        f"{source} has no column {' or '.join(map(repr, names))}, its columns are {', '.join(columns)}."
+        f"{nearest(names[0], list(columns))}"
+    )
+
+
+def _problem(source: str, index: int, text: Any, answer: Any) -> Problem:
+    where = f"{source}, row {index} (counting from 0)"
+    if isinstance(text, str):
+        plain = text
+    elif isinstance(text, list) and text and all(isinstance(message, Mapping) for message in text):
+        plain = text[-1].get("content")
+    else:
+        plain = None
+    if not isinstance(plain, str) or not plain.strip():
+        raise ValueError(f"{where}: a problem is a text, or a list of messages, that is not empty; got {text!r:.60}.")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise ValueError(f"{where}: an answer is a text or a number that is not empty, got {answer!r:.60}.")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return Problem(text, str(answer))
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.replace(":", ".").rpartition(".")
+    near = difflib.get_close_matches(path, TASKS, n=2)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    unknown = (
+        f"there is no task {path!r}; there are {', '.join(TASKS)}, files ({', '.join(_SUFFIXES)}) with problem and "
+        f"answer, and the dotted path of a task.{hint}"
+    )
+    if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(unknown)
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{unknown} As a path: {error}; its folder must be on PYTHONPATH.") from error

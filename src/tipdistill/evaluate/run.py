@@ -1,0 +1,332 @@
+"""Sample, keep, check, count: what `tipdistill eval` does with a task and an engine.
+
+A directory D holds `eval.json` (what was asked for), `samples/<task>.jsonl` (one completion a line, appended as it is
+sampled, with its verdict once it is checked) and `metrics.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .answers import Verifiers
+from .engines import Engine, Sampling
+from .metrics import deviation_over_samples, majority, mean_at_k, pass_at_k
+from .task import Task
+
+OnProgress = Callable[[str, int, int], None]
+_VERSIONS = ("tipdistill", "math-verify", "torch", "transformers")
+
+
+def run(
+    tasks: Sequence[Task],
+    open_engine: Callable[[], Engine],
+    output_dir: str | Path,
+    num_samples: int = 1,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    pass_k: Sequence[int] | None = None,
+    settings: dict[str, Any] | None = None,
+    resume: bool = False,
+    regrade: bool = False,
+    verifiers: Verifiers | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Sample every problem of every task `num_samples` times, check the answers and write `metrics.json`.
+
+    Each completion has a seed that is a function of (seed, task, problem, sample) alone.
+
+    Args:
+        tasks: with different names.
+        open_engine: called once, and only where completions are missing.
+        output_dir: D, see above.
+        num_samples: k, completions per problem.
+        sampling: how they are drawn; a task's own `max_new_tokens` comes first.
+        seed: of the sampling.
+        pass_k: which pass@k to report; None: the powers of two up to `num_samples`, and `num_samples`.
+        settings: further facts to write down (the model's name); resuming needs the same.
+        resume: go on with the evaluation that D holds.
+        regrade: check the kept samples again.
+        verifiers: who checks; None: as many processes as there are cores, at most 4.
+        on_progress: called with what is done ("sample" or "check" and the task), how much of it and how much in all.
+
+    Returns:
+        What `metrics.json` holds: {"tasks": {name: numbers}, "settings": ...}.
+
+    Raises:
+        ValueError: k larger than the samples, tasks of one name, a directory in use, samples of other settings, or a
+            samples file that is damaged (with the line).
+    """
+    sampling = sampling or Sampling()
+    ks = _ks(num_samples, pass_k)
+    names = [task.name for task in tasks]
+    if not tasks or len(set(names)) < len(names):
+        raise ValueError(f"tasks must be at least one, each of another name; got {', '.join(names) or 'none'}.")
+    root = Path(output_dir)
+    asked = {
+        **(settings or {}),
+        "sampling": asdict(sampling),
+        "seed": seed,
+        "tasks": {task.name: task.fingerprint() for task in tasks},
+    }
+    _claim(root, asked, resume or regrade)
+    engine: Engine | None = None
+    own = verifiers is None
+    verifiers = verifiers or Verifiers()
+    figures: dict[str, Any] = {}
+    try:
+        for task in tasks:
+            path = root / "samples" / f"{_file_name(task.name)}.jsonl"
+            rows = read_samples(path, len(task.problems))
+            missing = [
+                (problem, sample)
+                for problem in range(len(task.problems))
+                for sample in range(num_samples)
+                if (problem, sample) not in rows
+            ]
+            if missing:
+                engine = engine or open_engine()
+                for row in _sample(task, engine, missing, path, sampling, seed, num_samples, on_progress):
+                    rows[row["problem"], row["sample"]] = row
+            graded = _grade(task, rows, verifiers, regrade, on_progress)
+            if graded:
+                _write(path, "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
+            figures[task.name] = summarise(task, rows, num_samples, ks, verifiers)
+    finally:
+        if own:
+            verifiers.close()
+    metrics = {"tasks": figures, "num_samples": num_samples, "settings": asked, "versions": _versions()}
+    _write(root / "metrics.json", json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n")
+    return metrics
+
+
+def read_samples(path: Path, problems: int) -> dict[tuple[int, int], dict[str, Any]]:
+    """The samples that a file holds, by (problem, sample).
+
+    A last line that a killed run left unfinished is cut off the file, and sampled again.
+
+    Args:
+        path: JSONL; it need not exist.
+        problems: how many the task has.
+
+    Raises:
+        ValueError: any other line is no sample of the task; it is named.
+    """
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            key = row["problem"], row["sample"]
+            if not 0 <= key[0] < problems or not isinstance(row["response"], str):
+                raise ValueError
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: no sample of this task. Remove the line, and it is sampled again."
+            ) from error
+        rows.setdefault(key, row)
+    return rows
+
+
+def summarise(
+    task: Task,
+    rows: dict[tuple[int, int], dict[str, Any]],
+    num_samples: int,
+    ks: Sequence[int],
+    verifiers: Verifiers,
+) -> dict[str, Any]:
+    """The numbers of one task, from its checked samples.
+
+    Args:
+        task: the task.
+        rows: samples with verdicts, by (problem, sample).
+        num_samples: k; samples beyond are left out.
+        ks: of pass@k.
+        verifiers: say which answers are equivalent.
+    """
+    table = [[rows[problem, sample] for sample in range(num_samples)] for problem in range(len(task.problems))]
+    correct = [[row["correct"] for row in samples] for samples in table]
+    every = [row for samples in table for row in samples]
+    mean, error = mean_at_k(correct)
+    elected = []
+    for samples in table:
+        answers = [row["answer"] if row["decided"] else None for row in samples]
+        votes: list[Any] = answers if task.check is not None else verifiers.groups(answers)
+        winner = majority(votes)
+        elected.append(winner is not None and samples[winner]["correct"])
+    return {
+        "problems": len(table),
+        "num_samples": num_samples,
+        "mean_at_k": mean,
+        "standard_error": error,
+        "deviation_over_samples": deviation_over_samples(correct),
+        "pass_at_k": {str(k): fmean(pass_at_k(num_samples, sum(row), k) for row in correct) for k in ks},
+        "maj_at_k": fmean(elected),
+        "mean_tokens": fmean(row["tokens"] for row in every),
+        "truncated": fmean(not row["finished"] for row in every),
+        "unanswered": fmean(row["answer"] is None for row in every),
+        "undecided": sum(not row["decided"] for row in every),
+    }
+
+
+def _ks(num_samples: int, pass_k: Sequence[int] | None) -> list[int]:
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples must be an integer ≥ 1, got {num_samples!r}.")
+    if pass_k is None:
+        return sorted({*(2**power for power in range(num_samples.bit_length())), num_samples})
+    for k in pass_k:
+        if not 1 <= k <= num_samples:
+            raise ValueError(f"pass@{k} needs {k} samples of each problem, and num_samples is {num_samples}.")
+    return sorted(set(pass_k))
+
+
+def _claim(root: Path, asked: dict[str, Any], go_on: bool) -> None:
+    path = root / "eval.json"
+    if not path.exists():
+        if (root / "samples").exists() and any((root / "samples").iterdir()):
+            raise ValueError(
+                f"{root} holds samples and no eval.json, which says what they are: name another directory."
+            )
+        _write(path, json.dumps(asked, indent=2) + "\n")
+        return
+    if not go_on:
+        raise ValueError(
+            f"{root} holds an evaluation already: resume continues it (--resume), or name another directory."
+        )
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: use another directory.") from error
+    for name in {**kept, **asked}:
+        if name != "tasks" and kept.get(name) != asked.get(name):
+            raise ValueError(
+                f"{root} was sampled with {name} = {kept.get(name)!r}, and {asked.get(name)!r} is asked for: the "
+                "samples of both would not compare. Name another directory."
+            )
+    for name, fingerprint in asked["tasks"].items():
+        if kept.get("tasks", {}).get(name, fingerprint) != fingerprint:
+            raise ValueError(
+                f"{root} was sampled with other problems, prompts or lengths of {name!r}: name another directory."
+            )
+    _write(path, json.dumps({**asked, "tasks": {**kept.get("tasks", {}), **asked["tasks"]}}, indent=2) + "\n")
+
+
+def _sample(
+    task: Task,
+    engine: Engine,
+    missing: list[tuple[int, int]],
+    path: Path,
+    sampling: Sampling,
+    seed: int,
+    num_samples: int,
+    on_progress: OnProgress | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the missing samples as rows, each of them on the disk by then."""
+    if task.max_new_tokens is not None:
+        sampling = Sampling(sampling.temperature, sampling.top_p, task.max_new_tokens)
+    prompts = [task.prompt_of(task.problems[problem]) for problem, _ in missing]
+    seeds = [_seed(seed, task.name, problem, sample) for problem, sample in missing]
+    total = len(task.problems) * num_samples
+    done = total - len(missing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens):
+            rows = [
+                {
+                    "problem": missing[found.index][0],
+                    "sample": missing[found.index][1],
+                    "prompt": prompts[found.index],
+                    "reference": task.problems[missing[found.index][0]].answer,
+                    "response": found.text,
+                    "tokens": found.tokens,
+                    "finished": found.finished,
+                }
+                for found in completions
+            ]
+            # lone surrogates that a server may send are no UTF-8
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.write(text.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+            done += len(rows)
+            if on_progress is not None:
+                on_progress(f"sample {task.name}", done, total)
+            yield from rows
+
+
+def _grade(
+    task: Task,
+    rows: dict[tuple[int, int], dict[str, Any]],
+    verifiers: Verifiers,
+    regrade: bool,
+    on_progress: OnProgress | None,
+) -> int:
+    """Put a verdict into every row that has none; returns how many."""
+    ungraded = [row for _, row in sorted(rows.items()) if regrade or "correct" not in row]
+    done = 0
+    for start in range(0, len(ungraded), 64):
+        some = ungraded[start : start + 64]
+        if task.check is not None:
+            for row in some:
+                answer = task.extract(row["response"]) if task.extract is not None else row["response"]
+                correct = bool(task.check(row["response"], row["reference"]))
+                row.update(answer=answer, correct=correct, decided=True)
+        else:
+            verdicts = verifiers.judge([(row["response"], row["reference"]) for row in some])
+            for row, verdict in zip(some, verdicts, strict=True):
+                row.update(answer=verdict.answer, correct=verdict.correct, decided=verdict.decided)
+        done += len(some)
+        if on_progress is not None:
+            on_progress(f"check {task.name}", done, len(ungraded))
+    return done
+
+
+def _seed(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
+
+
+def _file_name(task: str) -> str:
+    return "".join(character if character.isalnum() or character in "-_." else "_" for character in task)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONS:
+        try:
+            found[package] = version(package)
+        except ImportError:
+            continue
+    return found
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null, where a number does not exist (a deviation of one)."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inside) for inside in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

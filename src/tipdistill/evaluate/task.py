@@ -1,0 +1,85 @@
+"""A task: problems, how they are put to a model, and how a response is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+PROMPTS = ("boxed", "own")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked and what is right.
+
+    Attributes:
+        text: the problem, a string or a list of messages.
+        answer: the reference answer.
+    """
+
+    text: Any
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems with a verifier.
+
+    Attributes:
+        name: how files and tables call it.
+        problems: at least one.
+        prompt: "boxed" asks for the answer in a box, "own" puts the problem as it stands, anything else is a template
+            with "{problem}" in it.
+        chat: put the prompt as a user's message through the chat template; None: where the tokenizer has one.
+        check: (response, answer) → bool; None: `tipdistill.evaluate.is_correct`.
+        extract: response → the answer that it gives or None, for maj@k beside a `check`; None: the whole response.
+        special_tokens: whether `check` sees special tokens, the end of the sequence among them.
+        max_new_tokens: longest completion, in tokens; None: the caller's.
+
+    Raises:
+        ValueError: no problem, or a template without "{problem}".
+
+    Example:
+        >>> task = Task("sums", (Problem("1 + 1 =", "2"),), prompt="own")
+        >>> task.prompt_of(task.problems[0])
+        '1 + 1 ='
+    """
+
+    name: str
+    problems: tuple[Problem, ...]
+    prompt: str = "boxed"
+    chat: bool | None = None
+    check: Callable[[str, str], bool] | None = None
+    extract: Callable[[str], str | None] | None = None
+    special_tokens: bool = False
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.problems:
+            raise ValueError(f"task {self.name!r} has no problem.")
+        if self.prompt not in PROMPTS and "{problem}" not in self.prompt:
+            raise ValueError(
+                f"a prompt is one of {', '.join(PROMPTS)}, or a template with '{{problem}}' in it; got {self.prompt!r}."
+            )
+
+    def prompt_of(self, problem: Problem) -> Any:
+        """The text, or the messages, that a model is given."""
+        template = {"boxed": BOXED, "own": "{problem}"}.get(self.prompt, self.prompt)
+        if isinstance(problem.text, str):
+            return template.replace("{problem}", problem.text)  # not str.format: \boxed{} has braces of its own
+        *before, last = problem.text
+        return [*before, {**last, "content": template.replace("{problem}", last["content"])}]
+
+    def fingerprint(self) -> str:
+        """A hash of the problems and of how they are put, so that samples of another set are not taken for these."""
+        content = [
+            self.prompt,
+            self.chat,
+            self.max_new_tokens,
+            [[problem.text, problem.answer] for problem in self.problems],
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -362,6 +362,27 @@ def test_evaluation_measures_all_tokens_whatever_the_rule(make, prompts):
     assert losses[0] == losses[1] == losses[2] > 0
 
 
+def test_the_time_of_an_evaluation_is_no_part_of_a_step(make, prompts, monkeypatch):
+    generate = DistillationTrainer._generate_and_score_completions
+
+    def slow_in_evaluation(self, inputs):
+        if not self.model.training:
+            time.sleep(2)
+        return generate(self, inputs)
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", slow_in_evaluation)
+    trainer = make(eval_strategy="steps", eval_steps=1, extra={"eval_dataset": prompts.select(range(8))})
+    trainer.train()
+    assert all(seconds < 2 for seconds in steps(trainer, "time/rollout")[0])
+
+
+def test_tokens_trained_on_are_counted_and_not_averaged(make):
+    each, last = make(max_steps=4, logging_steps=1), make(max_steps=4, logging_steps=4)
+    for trainer in (each, last):
+        trainer.train()
+    assert steps(last, "selection/trained_tokens")[0] == steps(each, "selection/trained_tokens")[0][-1:]
+
+
 def test_nan_logits_name_the_rollout_and_token(make):
     trainer = make(max_steps=1)
     inner = trainer._get_last_hidden_state

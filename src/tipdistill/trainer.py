@@ -205,9 +205,11 @@ class TIPTrainer(DistillationTrainer):
     # Score and select, once per generation batch.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:  # an evaluation is no part of a step's time
+            return super()._generate_and_score_completions(inputs)
         with self._clock("rollout"):
             batch = super()._generate_and_score_completions(inputs)
-        if not self.model.training or self.args.normalization == "micro_batch":
+        if self.args.normalization == "micro_batch":
             return batch
         if self._keeps_all and not self.args.teacher_offload:
             return batch
@@ -521,13 +523,14 @@ class TIPTrainer(DistillationTrainer):
         figures = metrics(sums)
         totals = dict(zip(TALLIED, sums.tolist(), strict=True))
         self._monitor.trained_tokens += round(totals["kept"])
-        figures["selection/trained_tokens"] = self._monitor.trained_tokens
         figures |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         figures["tokens_per_second"] = totals["tokens"] / max(sum(self._seconds.values()), 1e-9)
-        figures["memory/peak_gib"] = peak_memory_gib()
         self._seconds.clear()
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
+        # TRL logs the mean of what it finds here, and of these the last is meant
+        self._metrics["train"]["selection/trained_tokens"] = [self._monitor.trained_tokens]
+        self._metrics["train"]["memory/peak_gib"] = [peak_memory_gib()]
         if "selection/dropped_divergence" in figures:
             warning = self._monitor.observe(figures["selection/dropped_divergence"])
             if warning:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,6 +319,63 @@ def test_tool_results_are_never_selected_or_scored(make, monkeypatch):
     assert steps(trainer, "selection/trained_tokens") == [[seen["tokens"]]]
 
 
+def test_a_micro_batch_of_tool_results_alone_is_passed_over(make, monkeypatch):
+    inner = DistillationTrainer._generate_and_score_completions
+
+    def with_tools(self, inputs):
+        batch = inner(self, inputs)
+        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+        batch["tool_mask"][3] = 0
+        return batch
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", with_tools)
+    whole = make(normalization="micro_batch", selection_rule="divergence", max_steps=1)
+    split = make(
+        normalization="micro_batch",
+        selection_rule="divergence",
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+    )
+    for trainer in (whole, split):
+        trainer.train()
+    names = ("loss", "grad_norm", "reverse_kl", "selection/trained_tokens")
+    for found, expected in zip(steps(split, *names), steps(whole, *names), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("pad_to_multiple_of", [None, 8])
+def test_no_forward_of_the_scoring_pass_is_larger_than_scoring_tokens(make, pad_to_multiple_of):
+    trainer = make(scoring_tokens=100, pad_to_multiple_of=pad_to_multiple_of)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        lengths = torch.randint(1, 31, (12, 2), generator=draw)
+        lengths[0] = torch.tensor([90, 30])  # longer than the limit: alone
+        batch = {
+            "prompt_mask": (torch.arange(96).flip(0) < lengths[:, :1]).long(),
+            "completion_mask": (torch.arange(32) < lengths[:, 1:]).long(),
+        }
+        pieces = list(trainer._scoring_rows(batch))
+        assert sorted(torch.cat(pieces).tolist()) == list(range(12))
+        for rows in pieces:
+            trimmed, _ = trainer._trimmed(
+                {name: mask[rows] for name, mask in batch.items()}, batch["completion_mask"][rows].bool()
+            )
+            assert len(rows) == 1 or sum(mask.numel() for mask in trimmed.values()) <= 100
+        if pad_to_multiple_of is None:
+            assert len(pieces) < 12
+
+
+def test_ranks_with_fewer_pieces_score_in_as_many_forwards(make, monkeypatch):
+    trainer = make(scoring_tokens=1000)
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda pieces: torch.tensor([*pieces.tolist(), 5]))
+    batch = {name: torch.ones(6, 4, dtype=torch.int64) for name in ("prompt_mask", "completion_mask")}
+    pieces = list(trainer._scoring_rows(batch))
+    assert len(pieces) == 5
+    assert sorted(torch.cat(pieces).tolist()) == list(range(6))
+    assert all(len(rows) for rows in pieces)
+
+
 def test_an_offloaded_teacher_is_not_run_in_the_loss(make, monkeypatch):
     trainer = make(selection_rule="all", teacher_offload=True, max_steps=1, scoring_tokens=10_000)
     calls = []
@@ -398,6 +456,22 @@ def test_nan_logits_name_the_rollout_and_token(make):
         trainer.train()
 
 
+@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+def test_a_teacher_that_fails_on_kept_rows_names_their_rollout(make, normalization):
+    """An entropy rule projects the teacher after selection alone, for rows that are no longer numbered in sequence."""
+    trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=0, normalization=normalization)
+    inner = trainer._teacher_hidden
+
+    def poisoned(batch, multimodal=None):
+        hidden = inner(batch, multimodal).clone()
+        hidden[3] = math.nan
+        return hidden
+
+    trainer._teacher_hidden = poisoned
+    with pytest.raises(ValueError, match="rollout 3 of the batch"):
+        trainer.train()
+
+
 def test_a_completion_of_length_0_is_refused(make, monkeypatch):
     monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, ids, *a: [[1, 2]] * 5 + [[]] * 3)
     with pytest.raises(ValueError, match="rollout 5 of the batch has a completion of length 0"):
@@ -420,6 +494,24 @@ def test_a_completion_of_length_0_is_refused(make, monkeypatch):
 def test_bad_arguments_get_one_clear_error(make, arguments, error, message):
     with pytest.raises(error, match=message):
         make(**arguments)
+
+
+def test_a_stream_cannot_repeat_prompts(make, prompts):
+    with pytest.raises(ValueError, match="num_generations = 4 repeats prompts, which a stream does not"):
+        make(dataset=prompts.to_iterable_dataset(), num_generations=4)
+
+
+def test_rows_that_the_teacher_lacks_are_kept_from_vllm_beside_what_was_biased(make, tiny_model_dir, tiny_tokenizer):
+    rows = len(tiny_tokenizer)
+    trainer = make(*(str(tiny_model_dir("qwen2", who, vocab_rows=rows + 4)) for who in ("student", "teacher")))
+    trainer.use_vllm = True
+    trainer.vllm_generation = SimpleNamespace(generation_kwargs={"logit_bias": {3: -1.0}, "seed": 1})
+    smaller = AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen2", "teacher", vocab_rows=rows + 2))
+    trainer._share_vocabulary(smaller)
+    assert trainer.vllm_generation.generation_kwargs == {
+        "logit_bias": {3: -1.0, rows + 2: -100.0, rows + 3: -100.0},
+        "seed": 1,
+    }
 
 
 def test_a_teacher_is_needed(pair, prompts, tmp_path):
@@ -496,6 +588,18 @@ def test_an_interrupted_save_is_passed_over(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-best").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_the_count_of_tokens_goes_on_after_a_resume(make, tmp_path, restore):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight = make(output_dir=tmp_path / "run", **settings)
+    straight.train()
+    resumed = make(output_dir=tmp_path / "run", restore_callback_states_from_checkpoint=restore, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    name = "selection/trained_tokens"
+    assert steps(resumed, name) == steps(straight, name)
+    assert resumed._monitor.baseline == straight._monitor.baseline
 
 
 def test_resuming_without_a_checkpoint_says_so(make):

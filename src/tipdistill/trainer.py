@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import time
 from collections import defaultdict
@@ -115,13 +114,18 @@ class TIPTrainer(DistillationTrainer):
             check_same_tokenizer(processing_class, teacher_processing_class)
 
         _check_fills_a_batch(train_dataset, args)
+        if isinstance(train_dataset, IterableDataset) and args.num_generations > 1:
+            raise ValueError(
+                f"num_generations = {args.num_generations} repeats prompts, which a stream does not: give a Dataset or "
+                "num_generations = 1."
+            )
         if args.teacher_offload and (args.deepspeed_plugin is not None or args.fsdp_plugin_args is not None):
             raise ValueError(
                 "teacher_offload moves a whole teacher; FSDP and DeepSpeed shard it already. Use their own CPU offload "
                 "(fsdp_offload_params, offload_param) and leave teacher_offload off."
             )
 
-        self._monitor = TrainingMonitor(args.drift_factor, args.retention, args.drift_retention)
+        monitor = TrainingMonitor(args.drift_factor, args.retention, args.drift_retention)
         super().__init__(
             model=model,
             teacher_model=None,  # TRL refuses a teacher whose vocabulary is padded differently, so it is prepared here
@@ -129,7 +133,7 @@ class TIPTrainer(DistillationTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[self._monitor, *(callbacks or [])],
+            callbacks=[monitor, *(callbacks or [])],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
@@ -165,14 +169,19 @@ class TIPTrainer(DistillationTrainer):
             )
         surplus = list(range(self._vocabulary, rows))
         if surplus and self.use_vllm:
-            self.generation_kwargs["logit_bias"] = dict.fromkeys(surplus, -100.0)
+            given = self.vllm_generation.generation_kwargs
             self.vllm_generation.generation_kwargs = {
-                **(self.args.generation_kwargs or {}),
-                "logit_bias": self.generation_kwargs["logit_bias"],
+                **given,
+                "logit_bias": {**(given.get("logit_bias") or {}), **dict.fromkeys(surplus, -100.0)},
             }
         elif surplus:  # the teacher has no embedding for these rows, so the student must not sample them
             suppressed = sorted({*(self.generation_config.suppress_tokens or []), *surplus})
             self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = suppressed
+
+    @property
+    def _monitor(self) -> TrainingMonitor:
+        # restore_callback_states_from_checkpoint puts another in the place of the one that was passed
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TrainingMonitor))
 
     def _plain_student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -291,19 +300,30 @@ class TIPTrainer(DistillationTrainer):
 
     def _scoring_rows(self, batch: dict[str, Any]) -> Iterator[Tensor]:
         """Row indices of each scoring forward, the same number of forwards on every rank (sharded engines need it)."""
-        lengths = batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
-        order = torch.argsort(lengths, descending=True, stable=True)
-        count = len(order)
+        widths = list(zip(*(batch[f"{part}_mask"].sum(1).tolist() for part in ("prompt", "completion")), strict=True))
+        order = sorted(range(len(widths)), key=lambda row: -sum(widths[row]))
         if self.args.scoring_tokens:
-            pieces, row = 0, 0
-            while row < count:  # rows are sorted, so the first of a piece is its longest
-                row += max(1, self.args.scoring_tokens // int(lengths[order[row]]))
-                pieces += 1
+            if self.pad_to_multiple_of is not None:  # nothing is trimmed
+                widths = [(batch["prompt_mask"].shape[1], batch["completion_mask"].shape[1])] * len(widths)
+            pieces: list[list[int]] = [[]]
+            for row in order:
+                # side by side, prompts are as wide as the widest of them, and so are completions
+                prompt, completion = (
+                    max(parts) for parts in zip(*(widths[i] for i in [*pieces[-1], row]), strict=True)
+                )
+                if pieces[-1] and (len(pieces[-1]) + 1) * (prompt + completion) > self.args.scoring_tokens:
+                    pieces.append([])
+                pieces[-1].append(row)
         else:
-            pieces = math.ceil(count / self.args.per_device_train_batch_size)
-        pieces = int(self.accelerator.gather(torch.tensor([pieces], device=lengths.device)).max())
-        for rows in torch.tensor_split(order, pieces):
-            yield rows.sort().values  # ascending, the order in which a mask over [B, T] reads
+            size = self.args.per_device_train_batch_size
+            pieces = [order[first : first + size] for first in range(0, len(order), size)]
+        device = batch["prompt_mask"].device
+        count = int(self.accelerator.gather(torch.tensor([len(pieces)], device=device)).max())
+        while len(pieces) < count:
+            largest = pieces.pop(max(range(len(pieces)), key=lambda index: len(pieces[index])))
+            pieces += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        for piece in pieces:
+            yield torch.tensor(sorted(piece), device=device)  # ascending, the order in which a mask over [B, T] reads
 
     def _score_rows(
         self,
@@ -417,24 +437,27 @@ class TIPTrainer(DistillationTrainer):
             "temperature": self.temperature,
             "denominator": num_items_in_batch,
         }
-        with (
-            self._heads(unwrapped_student, hidden[rows], teacher_hidden) as (student, teacher),
-            _naming_rollouts(rows, torch.arange(len(rows))),
-        ):
+        rollouts = torch.arange(len(rows))
+        with self._heads(unwrapped_student, hidden[rows], teacher_hidden) as (student, teacher):
             assert teacher is not None
             if weight is not None:  # selected already, over the whole generation batch
-                loss = fused_divergence_loss(student, teacher, weight[rows], **options)
+                with _naming_rollouts(rows, rollouts):
+                    loss = fused_divergence_loss(student, teacher, weight[rows], **options)
                 entropy = inputs["token_entropy"][:, : mask.shape[1]][mask]
                 return loss, entropy.sum(), mask.sum()
             selection = None
-            if self.model.training and not self._keeps_all:
-                scores, selection = self._score_and_select(student, teacher, rows, batch["completion_ids"][rows])
+            # a micro-batch may hold nothing but what tools wrote
+            if self.model.training and not self._keeps_all and len(student.hidden):
+                with _naming_rollouts(rows, rollouts):
+                    scores, selection = self._score_and_select(student, teacher, rows, batch["completion_ids"][rows])
                 kept = selection.mask
-                loss = fused_divergence_loss(
-                    _take(student, kept), _take(teacher, kept), selection.weight[kept], **options
-                )
+                with _naming_rollouts(rows.masked_scatter(rows, kept), rollouts):
+                    loss = fused_divergence_loss(
+                        _take(student, kept), _take(teacher, kept), selection.weight[kept], **options
+                    )
             else:  # every token: one pass gives the loss and the statistics
-                loss, scores = fused_divergence_loss(student, teacher, fields=_LOGGED_FIELDS, **options)
+                with _naming_rollouts(rows, rollouts):
+                    loss, scores = fused_divergence_loss(student, teacher, fields=_LOGGED_FIELDS, **options)
         if self.model.training:
             sums = tally(scores, selection)
             self._sums = sums if self._sums is None else self._sums + sums

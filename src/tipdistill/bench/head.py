@@ -21,7 +21,7 @@ from ..divergence import IMPLEMENTATIONS, token_scores
 from ..loss import fused_divergence_loss, selected_loss
 from ..select import RULES, kept_counts, needs_teacher, rule_fields, select
 from ..types import Head
-from .measure import Worker, environment, growth, matmul_rate, named, peak_bytes, spread, timed
+from .measure import Worker, environment, growth, matmul_rate, named, peak_bytes, spread, time_split, timed
 
 PEERS = ("plain", "trl", "liger")
 RETENTIONS = (0.5, 0.2, 0.1)
@@ -160,11 +160,13 @@ class HeadWork:
         seconds, processor, _ = timed(self.run, self.settings.device)
         return {"seconds": seconds, "processor_seconds": processor, "matmul_rate": rate}
 
-    def memory(self) -> dict[str, int]:
-        self.run()
+    def memory(self) -> dict[str, Any]:
+        """Bytes that one run takes and that its gradients are, and the shares of its time by kind of operation."""
+        split = time_split(self.run, self.settings.device)
         self.student.hidden.grad = self.student.weight.grad = None
         gradients = self.student.hidden.nbytes + self.student.weight.nbytes
-        return {"extra_bytes": peak_bytes(self.run, self.settings.device), "gradient_bytes": gradients}
+        extra = peak_bytes(self.run, self.settings.device)
+        return {"extra_bytes": extra, "gradient_bytes": gradients, "time_split": split}
 
     def errors(self) -> dict[str, float]:
         """Relative errors of loss and gradients against float64, and the share of tokens that were ranked wrongly."""

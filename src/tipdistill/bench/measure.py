@@ -155,6 +155,31 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
     return peak
 
 
+_KINDS = {
+    "matmul": ("mm", "addmm", "addmm_", "_linear_pointwise", "bmm"),
+    "exponential": ("exp", "exp_", "_log_softmax", "_log_softmax_backward_data", "tanh_"),
+}
+
+
+def time_split(run: Callable[[], Any], device: str) -> dict[str, float]:
+    """Shares of one run's time on the device by kind of operation: matmul, exponential, other (passes and the rest).
+
+    Example:
+        >>> split = time_split(lambda: torch.randn(64, 64) @ torch.randn(64, 64), "cpu")
+        >>> sorted(split), round(sum(split.values()), 6)
+        (['exponential', 'matmul', 'other'], 1.0)
+    """
+    with torch.profiler.profile() as profile:
+        run()
+    taken = dict.fromkeys((*_KINDS, "other"), 0.0)
+    for event in profile.key_averages():
+        name = event.key.rsplit("::", 1)[-1]
+        kind = next((kind for kind, names in _KINDS.items() if name in names), "other")
+        taken[kind] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    total = sum(taken.values()) or 1.0
+    return {kind: microseconds / total for kind, microseconds in taken.items()}
+
+
 def matmul_rate(hidden: torch.Tensor, weight: torch.Tensor, seconds: float = 0.05) -> float:
     """Flops per second of tiles of a projection, by whichever of torch's matmuls is faster here.
 

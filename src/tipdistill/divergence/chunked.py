@@ -467,13 +467,17 @@ class _Rows:
     s_hidden: Tensor
     t_hidden: Tensor
     factor: Tensor
+    online: Online
 
     @staticmethod
-    def of(span: tuple[int, int], hidden: Tensor, teacher_hidden: Tensor, factor: Tensor, dtype: torch.dtype) -> _Rows:
+    def of(
+        span: tuple[int, int], hidden: Tensor, teacher_hidden: Tensor, factor: Tensor, fields: Sequence[str]
+    ) -> _Rows:
         rows = slice(*span)
         s_hidden = _operand(hidden[rows], hidden)
         t_hidden = _operand(teacher_hidden[rows], teacher_hidden).to(s_hidden)
-        return _Rows(span[0], s_hidden, t_hidden, factor[rows].to(dtype))
+        online = Online(len(s_hidden), fields, True, hidden)
+        return _Rows(span[0], s_hidden, t_hidden, factor[rows].to(online.p.dtype), online)
 
 
 class FusedLoss(torch.autograd.Function):
@@ -501,7 +505,7 @@ class FusedLoss(torch.autograd.Function):
         tokens = _even(len(hidden), max(1, workspace // (2 * vocabulary * dtype.itemsize)))
         columns = _tile_shape(hidden[:tokens], vocabulary)[1]
         kept = Gradients.zeros(hidden, weight, bias, needs)
-        wanted = {kind, *fields}
+        wanted = {kind, "reverse_kl", *fields}  # whose gradient needs its value; the sum is nearly free
         second = [name for name in SECOND_PASS if name in wanted]
         held: dict[int, tuple[Tensor, Tensor]] = {}
         scratch = [torch.empty(tokens * columns, dtype=dtype, device=hidden.device) for _ in range(3)]
@@ -510,26 +514,25 @@ class FusedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             # One sweep over the vocabulary forms the gradients of the rows scored before and, in the place of their
             # logits, projects the next: a tile of the lm_head is fetched once for both.
-            for span in (*_spans(len(hidden), tokens), None):
-                rows = None if span is None else _Rows.of(span, hidden, teacher_hidden, factor, dtype)
-                # "reverse_kl" always: its gradient needs the value, and the sum is nearly free
-                online = None if rows is None else Online(len(rows.factor), (*wanted, "reverse_kl"), True, hidden)
+            spans: list[tuple[int, int] | None] = [*_spans(len(hidden), tokens)]
+            for span in (*spans, None) if any(needs) else spans:
+                rows = None if span is None else _Rows.of(span, hidden, teacher_hidden, factor, tuple(wanted))
                 for start, stop in _spans(vocabulary, columns):
                     s_rows = s_head.rows(start, stop, hidden)
                     if scored is not None and any(needs):
                         gradient = _gradient_tile(kind, beta, *held.pop(start), pieces[-1], scored.factor, s_head)
                         kept.add(gradient, scored.s_hidden, s_rows, scored.first, start)
                         del gradient  # its memory is the next tile's
-                    if rows is not None and online is not None:
+                    if rows is not None:
                         s = s_head.logits(rows.s_hidden, s_rows, start)
                         t = t_head.logits(rows.t_hidden, t_head.rows(start, stop, rows.t_hidden), start)
                         held[start] = s, t
                         if token_ids is not None:
-                            online.take_tokens(s, t, token_ids[rows.first :][: len(s)], start, stop)
+                            rows.online.take_tokens(s, t, token_ids[rows.first :][: len(s)], start, stop)
                         a, b, exponential = (buffer[: s.numel()].view_as(s) for buffer in scratch)
-                        online.update(s, t, a, b, exponential)
-                if rows is not None and online is not None:
-                    found = online.finish()
+                        rows.online.update(s, t, a, b, exponential)
+                if rows is not None:
+                    found = rows.online.finish()
                     if second:
                         further = SecondPass(found, second, beta)
                         for tiles in held.values():

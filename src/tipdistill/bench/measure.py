@@ -72,6 +72,8 @@ def _serve(connection: Any, build: Callable[..., Any], arguments: tuple[Any, ...
             connection.send((True, getattr(work, command)()))
         except Exception:
             connection.send((False, traceback.format_exc(limit=-3)))
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the other variants' processes share the device
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

@@ -122,10 +122,13 @@ def fused_divergence_loss(
         weight = torch.ones(rows, device=student.hidden.device)
     elif weight.shape != (rows,):
         raise ValueError(f"weight must be [{rows}], one per token, got {list(weight.shape)}.")
-    elif not bool(((weight >= 0) & torch.isfinite(weight)).all()):
+    elif not weight.is_cuda and not bool(((weight >= 0) & torch.isfinite(weight)).all()):
         raise ValueError("weights must be finite and ≥ 0.")
     dtype = torch.promote_types(torch.float32, student.hidden.dtype)
-    factor = weight.to(dtype) / _denominator(weight.to(dtype), denominator)
+    weight = weight.to(dtype)
+    # numbers on a GPU are looked at in fused_rows, together with the logits, so that the host waits once
+    on_gpu = isinstance(denominator, Tensor) and denominator.is_cuda
+    factor = weight / (denominator if on_gpu else _denominator(weight, denominator))
     loss, scores = fused_rows(student, teacher, factor, divergence, beta, temperature, fields, token_ids, impl)
     return (loss, scores) if fields else loss
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import fields as dataclass_fields
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from .top import top_tokens
 
 __all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores", "top_tokens"]
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 _FIELDS = tuple(field.name for field in dataclass_fields(TokenScores))
 _OF_STUDENT = {"entropy", "entropy_norm", "student_logprob"}
 _DEFAULT = (
@@ -30,6 +33,9 @@ _DEFAULT = (
     "teacher_logprob",
 )
 _OF_TOKENS = ("student_logprob", "teacher_logprob")
+_OF_TRITON = {torch.float32, torch.bfloat16, torch.float16}
+# torch.mm of half-precision operands with a float32 result
+_MIXED_MATMUL = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 _NO_DISTRIBUTION = (
@@ -77,7 +83,8 @@ def token_scores(
         token_ids: int64 [N], the sampled tokens, for student_logprob and teacher_logprob.
         fields: names of the statistics wanted, see `TokenScores`; None: those of the paper, that is all but jsd,
             hellinger, gradient_norm and signal_to_curvature. Nothing else is computed.
-        impl: "chunked" (tiles, any device), "reference" (full logits, any dtype up to float64) or "auto", the fastest.
+        impl: "chunked" (tiles, any device), "triton" (CUDA, float32 and half precision), "reference" (full logits, any
+            dtype up to float64) or "auto": triton where it can be had, and chunked elsewhere.
 
     Returns:
         TokenScores, each statistic float32 [N] (float64 where the hidden states are float64).
@@ -95,26 +102,29 @@ def token_scores(
         tensor(True)
     """
     vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
+    engine = _engine(impl, student, teacher)
     wanted = _wanted(fields, teacher, token_ids)
     if _OF_STUDENT.issuperset(wanted):
         teacher = None  # nobody asked for it, so it is not projected
     if impl == "reference":
         for head in (student, teacher):
             if head is not None:
-                _check_finite(reference.logits(head, vocabulary, temperature).detach().logsumexp(-1))
+                normaliser = reference.logits(head, vocabulary, temperature).detach().logsumexp(-1)
+                _check_rows(normaliser, vocabulary, token_ids)
         return reference.token_scores(student, teacher, divergence, beta, temperature, token_ids, wanted)
     computed = tuple(divergence if name == "divergence" else name for name in wanted)
     if "entropy_norm" in wanted:
         computed += ("entropy",)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        found = chunked.statistics(student, teacher, computed, beta, temperature, token_ids, vocabulary)
-    _check_finite(found["s_log"] if teacher is None else found["s_log"] + found["t_log"])
+        found = engine.statistics(student, teacher, computed, beta, temperature, token_ids, vocabulary)
+    normaliser = found["s_log"] if teacher is None else found["s_log"] + found["t_log"]
+    _check_rows(normaliser, vocabulary, token_ids)
     values = {name: found[name] for name in wanted if name in found}
     if "entropy_norm" in wanted:
         values["entropy_norm"] = found["entropy"] / math.log(vocabulary)
     if "divergence" in wanted:
         assert teacher is not None
-        values["divergence"] = chunked.TokenDivergence.apply(
+        values["divergence"] = engine.TokenDivergence.apply(
             student.hidden,
             student.weight,
             student.bias,
@@ -149,18 +159,20 @@ def fused_rows(
         0.0
     """
     vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
+    engine = _engine(impl, student, teacher)
     wanted = _wanted(fields, teacher, token_ids)
     if impl == "reference":
         scores = token_scores(
             student, teacher, divergence, beta, temperature, token_ids, tuple({*wanted, "divergence"}), impl
         )
-        _check_finite(scores.require("divergence").detach(), _IMPOSSIBLE)
+        divergences = scores.require("divergence").detach()
+        _check_rows(torch.zeros_like(divergences), vocabulary, divergence=divergences, factor=factor)
         loss = (scores.require("divergence") * factor).sum()
         return loss, TokenScores(**{name: getattr(scores, name).detach() for name in wanted})
     computed = tuple(
         dict.fromkeys({"divergence": divergence, "entropy_norm": "entropy"}.get(name, name) for name in wanted)
     )
-    loss, of_rows, normaliser, *values = chunked.FusedLoss.apply(
+    loss, of_rows, normaliser, *values = engine.FusedLoss.apply(
         student.hidden,
         student.weight,
         student.bias,
@@ -173,14 +185,46 @@ def fused_rows(
         computed,
         token_ids,
     )
-    _check_finite(normaliser)
-    _check_finite(of_rows, _IMPOSSIBLE)
+    _check_rows(normaliser, vocabulary, token_ids, of_rows, factor)
     found = dict(zip(computed, values, strict=True))
     if "divergence" in wanted:
         found["divergence"] = found[divergence]
     if "entropy" in found:
         found["entropy_norm"] = found["entropy"] / math.log(vocabulary)
     return loss, TokenScores(**{name: found[name] for name in wanted})
+
+
+def _engine(impl: str, student: Head, teacher: Head | None) -> ModuleType:
+    """The module that computes: `triton` where it was asked for or is the fastest, else `chunked`."""
+    if impl == "triton" or (impl == "auto" and student.hidden.is_cuda):
+        obstacle = _triton_obstacle(student, teacher)
+        if obstacle is None:
+            from . import triton  # imported where it is used: the package is not everywhere
+
+            return triton
+        if impl == "triton":
+            raise ValueError(f"impl='triton' {obstacle} Or ask for impl='auto', which takes it where it can be had.")
+    return chunked
+
+
+def _triton_obstacle(student: Head, teacher: Head | None) -> str | None:
+    """Why the Triton kernels cannot take these inputs, and what to do; None where they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not student.hidden.is_cuda
+    if not (student.hidden.is_cuda or interpreted):
+        return f"needs a CUDA device, and the tensors are on {student.hidden.device}: move them to one."
+    if torch.version.hip is not None:
+        return "is written and measured for CUDA, not for ROCm: use impl='chunked'."
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton: pip install triton."
+    dtypes = {tensor.dtype for head in (student, teacher) if head is not None for tensor in (head.hidden, head.weight)}
+    if not dtypes <= _OF_TRITON:
+        return "takes float32, bfloat16 and float16: use impl='chunked' for other dtypes."
+    half = student.hidden.dtype != torch.float32 or (teacher is not None and teacher.hidden.dtype != torch.float32)
+    if half and not interpreted and not _MIXED_MATMUL:
+        return "needs torch 2.8 or newer for half precision: pip install -U torch."
+    if not interpreted and torch.cuda.get_device_capability(student.hidden.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 (Ampere) or newer: use impl='chunked'."
+    return None
 
 
 def _wanted(fields: Sequence[str] | None, teacher: Head | None, token_ids: Tensor | None) -> tuple[str, ...]:
@@ -243,10 +287,8 @@ def _check(
             raise ValueError(
                 f"token_ids must be int64 [{len(student.hidden)}], got {token_ids.dtype} {list(token_ids.shape)}."
             )
-        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary:
-            raise ValueError(
-                f"token_ids must lie in [0, {vocabulary}), got {int(token_ids.min())} to {int(token_ids.max())}."
-            )
+        if not token_ids.is_cuda:  # on a GPU a look waits for the device: see _check_rows
+            _check_token_ids(token_ids, vocabulary)
     return vocabulary
 
 
@@ -276,11 +318,35 @@ def _check_head(name: str, head: Head) -> None:
         raise ValueError(f"the {name}'s logit_scale must be finite, got {head.logit_scale}.")
 
 
-def _check_finite(of_rows: Tensor, cause: str = _NO_DISTRIBUTION) -> None:
-    bad = ~torch.isfinite(of_rows)
-    if bad.any():
-        token = int(bad.nonzero()[0, 0])
-        raise NonFiniteLogitsError(token, f"token {token} of {len(of_rows)}", cause)
+def _check_token_ids(token_ids: Tensor, vocabulary: int) -> None:
+    if ((token_ids < 0) | (token_ids >= vocabulary)).any():
+        raise ValueError(
+            f"token_ids must lie in [0, {vocabulary}), got {int(token_ids.min())} to {int(token_ids.max())}."
+        )
+
+
+def _check_rows(
+    normaliser: Tensor,
+    vocabulary: int,
+    token_ids: Tensor | None = None,
+    divergence: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> None:
+    """Refuse what only the numbers show, all [N], after one look: on a GPU each look waits for the device."""
+    bad = ~torch.isfinite(normaliser if divergence is None else normaliser + divergence)
+    if token_ids is not None:
+        bad |= (token_ids < 0) | (token_ids >= vocabulary)
+    if factor is not None:
+        bad |= ~((factor >= 0) & torch.isfinite(factor))
+    if not bad.any():
+        return
+    if token_ids is not None:
+        _check_token_ids(token_ids, vocabulary)
+    if factor is not None and not bool(((factor >= 0) & torch.isfinite(factor)).all()):
+        raise ValueError("weights must be finite and ≥ 0, and their denominator positive.")
+    token = int(bad.nonzero()[0, 0])
+    cause = _IMPOSSIBLE if torch.isfinite(normaliser[token]) else _NO_DISTRIBUTION
+    raise NonFiniteLogitsError(token, f"token {token} of {len(bad)}", cause)
 
 
 def _nearest(name: str, allowed: Sequence[str]) -> str:

@@ -150,9 +150,7 @@ def _online_kernel(
     for offset in range(0, width, BLOCK):
         columns = offset + tl.arange(0, BLOCK)
         inside = columns < width
-        s = tl.where(
-            inside, _logits(s_tile, s_bias, columns, inside, s_scale, s_cap, S_BIAS, S_CAPPED), _NEGATIVE
-        )
+        s = tl.where(inside, _logits(s_tile, s_bias, columns, inside, s_scale, s_cap, S_BIAS, S_CAPPED), _NEGATIVE)
         above = tl.maximum(s_max, tl.max(s, axis=0))
         s_shift = s_max - above
         s_max = above
@@ -162,9 +160,7 @@ def _online_kernel(
         if ENTROPY:
             pa = s_factor * (pa + s_shift * p_sum) + tl.sum(p * a, axis=0)
         if TEACHER:
-            t = tl.where(
-                inside, _logits(t_tile, t_bias, columns, inside, t_scale, t_cap, T_BIAS, T_CAPPED), _NEGATIVE
-            )
+            t = tl.where(inside, _logits(t_tile, t_bias, columns, inside, t_scale, t_cap, T_BIAS, T_CAPPED), _NEGATIVE)
             above = tl.maximum(t_max, tl.max(t, axis=0))
             t_shift = t_max - above
             t_max = above
@@ -372,7 +368,9 @@ def statistics(
     t_hidden = None if teacher is None else teacher.hidden.detach()
     second = not set(SECOND_PASS).isdisjoint(fields)
     with torch.cuda.device_of(hidden):
-        scorer = _Scorer(s_head, t_head, fields, beta, hidden, t_hidden, _rows_held(hidden, vocabulary) if second else 0)
+        scorer = _Scorer(
+            s_head, t_head, fields, beta, hidden, t_hidden, _rows_held(hidden, vocabulary) if second else 0
+        )
         pieces = [scorer.score(span, token_ids) for span in _spans(len(hidden), scorer.tokens)]
     return _joined(pieces)
 

@@ -18,6 +18,7 @@ CPU = {"use_cpu": True, "bf16": False}
         ({"num_generations": 0}, "num_generations must be an integer ≥ 1"),
         ({"num_generations": 3, "per_device_train_batch_size": 8}, "must divide the generation batch"),
         ({"score_logging_steps": -1}, "score_logging_steps must be an integer ≥ 0"),
+        ({"record_rollouts": -1}, "record_rollouts must be an integer ≥ 0"),
         ({"scoring_tokens": -1}, "scoring_tokens must be an integer ≥ 0"),
         ({"drift_factor": 0.5}, "drift_factor must be 0"),
         ({"drift_retention": 0}, r"drift_retention must be in \(0, 1\], got 0"),

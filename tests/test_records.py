@@ -28,7 +28,7 @@ from tipdistill.records import (
     open_records,
     tokens_schema,
 )
-from tipdistill.types import Rollout, TokenScores, TopTokens
+from tipdistill.types import Rollout, Scored, TokenScores, TopTokens
 from tipdistill.vocabulary import token_bytes
 
 VOCABULARY = 400
@@ -53,19 +53,14 @@ def draw(about, lengths, vocabulary, seed=0):
         )
         for _ in range(2)
     ]
-    return rollouts, TokenScores(**scores), *top
+    return rollouts, Scored(TokenScores(**scores), *top)
 
 
 def rows(batch, first, last):
     """Rollouts [first, last) of a drawn batch."""
-    rollouts, scores, *tops = batch
+    rollouts, scored = batch
     edges = np.cumsum([0, *(len(rollout.completion_ids) for rollout in rollouts)])
-    part = slice(edges[first], edges[last])
-    return (
-        rollouts[first:last],
-        scores.map(lambda value: value[part]),
-        *(TopTokens(top.token_ids[part], top.probability[part]) for top in tops),
-    )
+    return rollouts[first:last], scored.map(lambda value: value[edges[first] : edges[last]])
 
 
 @pytest.fixture
@@ -77,7 +72,8 @@ def test_what_is_written_is_what_was_scored(tmp_path, tiny_tokenizer, batch):
     with RecordsWriter(tmp_path, tiny_tokenizer, ABOUT) as writer:
         writer.write(*batch)
     records = open_records(tmp_path)
-    rollouts, scores, student_top, teacher_top = batch
+    rollouts, scored = batch
+    scores = scored.scores
     assert records.tokens.schema_arrow.equals(tokens_schema(ABOUT.rules))
     assert records.rollouts.schema.equals(ROLLOUTS_SCHEMA)
     table = records.read().to_pydict()
@@ -89,7 +85,7 @@ def test_what_is_written_is_what_was_scored(tmp_path, tiny_tokenizer, batch):
     for name in STATISTICS:
         assert table[name] == scores.require(name).tolist()
     pieces = token_bytes(tiny_tokenizer)
-    for name, top in (("student_top5", student_top), ("teacher_top5", teacher_top)):
+    for name, top in (("student_top5", scored.student_top), ("teacher_top5", scored.teacher_top)):
         for row, cell in enumerate(table[name]):
             assert [entry["token_id"] for entry in cell] == top.token_ids[row].tolist()
             assert [entry["probability"] for entry in cell] == top.probability[row].tolist()
@@ -127,11 +123,11 @@ def test_parts_make_no_difference(tmp_path, tiny_tokenizer, batch):
 
 def test_a_training_step_hands_its_own_choice_over(tmp_path, tiny_tokenizer, batch):
     about = About("student", "teacher", VOCABULARY, step=20)
-    rollouts, scores, *tops = batch
-    count = len(scores)
+    rollouts, scored = batch
+    count = len(scored.scores)
     choice = Choice(torch.full((count,), 3, dtype=torch.int8), torch.arange(count) % 2 == 0, torch.arange(count) / 2)
     with RecordsWriter(tmp_path, tiny_tokenizer, about) as writer:
-        writer.write(rollouts, scores, *tops, choice)
+        writer.write(rollouts, scored, choice)
     records = open_records(tmp_path)
     assert records.read(["kept"])["kept"].to_pylist() == choice.kept.tolist()
     assert records.read(["score"])["score"].to_pylist() == choice.score.tolist()
@@ -143,8 +139,8 @@ def test_scores_come_back(tmp_path, tiny_tokenizer, batch):
     with RecordsWriter(tmp_path, tiny_tokenizer, ABOUT) as writer:
         writer.write(*batch)
     scores = open_records(tmp_path).scores()
-    torch.testing.assert_close(scores.entropy_norm, batch[1].entropy_norm)
-    assert torch.equal(scores.reverse_kl, batch[1].reverse_kl)
+    torch.testing.assert_close(scores.entropy_norm, batch[1].scores.entropy_norm)
+    assert torch.equal(scores.reverse_kl, batch[1].scores.reverse_kl)
 
 
 # Text.
@@ -180,9 +176,9 @@ def test_a_character_split_between_tokens_is_whole_again(tmp_path, tiny_tokenize
     text = "né 🙂\n<|end|>"
     ids = tuple(tiny_tokenizer(text)["input_ids"])
     about = About("s", "t", VOCABULARY)
-    _, scores, *tops = draw(about, [len(ids)], len(tiny_tokenizer))
+    _, scored = draw(about, [len(ids)], len(tiny_tokenizer))
     with RecordsWriter(tmp_path, tiny_tokenizer, about) as writer:
-        writer.write([Rollout(0, "p", (1,), ids, True)], scores, *tops)
+        writer.write([Rollout(0, "p", (1,), ids, True)], scored)
     records = open_records(tmp_path)
     table = records.read(["token", "token_bytes"]).to_pydict()
     assert joined_text(table["token"], table["token_bytes"]) == text
@@ -289,10 +285,10 @@ def test_parts_of_other_settings_are_not_mixed_in(tmp_path, tiny_tokenizer, batc
 
 
 def test_statistics_that_are_not_finite_are_named(tmp_path, tiny_tokenizer, batch):
-    rollouts, scores, *tops = batch
-    scores.reverse_kl[9] = torch.inf
+    rollouts, scored = batch
+    scored.scores.reverse_kl[9] = torch.inf
     with pytest.raises(ValueError, match="reverse_kl is inf in rollout 2, token 1"):
-        RecordsWriter(tmp_path, tiny_tokenizer, ABOUT).write(rollouts, scores, *tops)
+        RecordsWriter(tmp_path, tiny_tokenizer, ABOUT).write(rollouts, scored)
 
 
 def test_nothing_written_is_an_error(tmp_path, tiny_tokenizer):
@@ -302,7 +298,7 @@ def test_nothing_written_is_an_error(tmp_path, tiny_tokenizer):
     top = TopTokens(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0, 5))
     writer = RecordsWriter(tmp_path, tiny_tokenizer, ABOUT)
     with pytest.raises(ValueError, match="no completion token"):
-        writer.write([Rollout(0, "", (1,), (), False)], empty, top, top)
+        writer.write([Rollout(0, "", (1,), (), False)], Scored(empty, top, top))
 
 
 @pytest.mark.parametrize(

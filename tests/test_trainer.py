@@ -19,6 +19,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 import tipdistill.trainer
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.records import open_records
 from tipdistill.trainer import last_complete_checkpoint
 
 PLAIN = {
@@ -605,3 +606,70 @@ def test_the_count_of_tokens_goes_on_after_a_resume(make, tmp_path, restore):
 def test_resuming_without_a_checkpoint_says_so(make):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         make().train(resume_from_checkpoint=True)
+
+
+# Records of a run.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"normalization": "micro_batch", "selection_rule": "random"},
+        {"selection_rule": "entropy_sampling", "teacher_offload": True},
+        {"selection_rule": "all"},
+    ],
+    ids=str,
+)
+def test_records_change_nothing_of_the_training(make, tmp_path, settings):
+    """Same losses, same gradient norms, same weights, with sampled rollouts, whether records are written or not."""
+    settings = {**settings, "generation_kwargs": None, "gradient_accumulation_steps": 2, "max_steps": 3}
+    runs = []
+    for count in (0, 5):
+        trainer = make(output_dir=tmp_path / str(count), record_rollouts=count, score_logging_steps=2, **settings)
+        trainer.train()
+        runs.append((steps(trainer, "loss", "grad_norm"), [p.detach().clone() for p in trainer.model.parameters()]))
+    (without, weights), (recorded, weights_recorded) = runs
+    assert without == recorded
+    assert all(torch.equal(*pair) for pair in zip(weights, weights_recorded, strict=True))
+    assert not (tmp_path / "0" / "records").exists()
+    assert sorted(path.name for path in (tmp_path / "5" / "records").iterdir()) == ["step-0", "step-2"]
+
+
+def test_records_are_what_the_step_did(make, tmp_path, pair):
+    trainer = make(record_rollouts=4, score_logging_steps=1, max_steps=1, num_generations=2, retention=0.3)
+    seen = []
+    original = trainer._generate_and_select
+    trainer._generate_and_select = lambda inputs: seen.append(original(inputs)) or seen[-1]
+    before = copy.deepcopy(trainer.model).eval()
+    trainer.train()
+    records = open_records(tmp_path / "run" / "records" / "step-0")
+    (batch,) = seen
+    mask = batch["completion_mask"].bool()
+    rows = [0, 2, 4, 6]  # one rollout of each prompt
+    assert records.rollouts["prompt_id"].to_pylist() == [0, 1, 2, 3]
+    table = records.read().to_pydict()
+    assert table["token_id"] == [index for row in rows for index in batch["completion_ids"][row][mask[row]].tolist()]
+    assert table["kept"] == [bool(w > 0) for row in rows for w in batch["selection_weight"][row][mask[row]].tolist()]
+    entropy = torch.cat([batch["token_entropy"][row][mask[row]] for row in rows])
+    torch.testing.assert_close(torch.tensor(table["entropy"]), entropy, rtol=1e-5, atol=1e-6)
+    # probabilities of the models themselves
+    ids = torch.cat([batch["prompt_ids"][0][batch["prompt_mask"][0].bool()], batch["completion_ids"][0][mask[0]]])
+    first = int(batch["prompt_mask"][0].sum()) - 1
+    for name, model in (("student", before), ("teacher", AutoModelForCausalLM.from_pretrained(pair[1]).eval())):
+        with torch.no_grad():
+            likeliest = model(ids[None]).logits[0, first].softmax(-1).topk(5)
+        top = table[f"{name}_top5"][0]
+        torch.testing.assert_close(torch.tensor([entry["probability"] for entry in top]), likeliest.values)
+        assert [entry["token_id"] for entry in top] == likeliest.indices.tolist()
+    assert records.sidecar["step"] == 0
+    assert records.sidecar["settings"] == {"normalization": "batch", "num_generations": 2}
+
+
+def test_records_that_cannot_be_written_do_not_stop_a_run(make, tmp_path, caplog):
+    trainer = make(record_rollouts=2, max_steps=1)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "records").write_text("in the way")
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert "no token records were written" in caplog.text

@@ -29,6 +29,8 @@ class TIPConfig(DistillationConfig):
         teacher_offload: move the teacher's backbone to the CPU between scoring passes ("batch" only).
         score_logging_steps: every this many steps compute all statistics even where the rule reads fewer (entropy
             rules never project the teacher's dropped rows otherwise); 0 never does.
+        record_rollouts: rollouts of the main process whose token records are written on these steps, to
+            `<output_dir>/records/step-<n>/` (docs/records.md); 0 writes none.
         scoring_tokens: tokens (prompt, completion and padding) per forward of the scoring pass; 0 takes
             `per_device_train_batch_size` rollouts at a time.
         drift_factor: warn when the mean divergence of the dropped tokens exceeds this multiple of where it began; 0
@@ -62,6 +64,10 @@ class TIPConfig(DistillationConfig):
         default=10,
         metadata={"help": "Every this many steps compute all statistics, even those the rule does not read."},
     )
+    record_rollouts: int = field(
+        default=8,
+        metadata={"help": "Rollouts to write token records of, every score_logging_steps; 0: none."},
+    )
     scoring_tokens: int = field(
         default=0,
         metadata={"help": "Tokens per forward of the scoring pass; 0: per_device_train_batch_size rollouts."},
@@ -88,7 +94,12 @@ class TIPConfig(DistillationConfig):
             raise ValueError("drift_retention acts on the drift guard's warning, and drift_factor = 0 turns that off.")
         _one_of("selection_scope", self.selection_scope, SCOPES)
         _one_of("normalization", self.normalization, NORMALIZATIONS)
-        for name, least in (("num_generations", 1), ("score_logging_steps", 0), ("scoring_tokens", 0)):
+        for name, least in (
+            ("num_generations", 1),
+            ("score_logging_steps", 0),
+            ("record_rollouts", 0),
+            ("scoring_tokens", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")

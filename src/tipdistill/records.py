@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .select import SCOPES, kept_counts, rule_fields, select
-from .types import Rollout, TokenScores, TopTokens
+from .types import Rollout, Scored, TokenScores, TopTokens
 from .vocabulary import token_bytes
 
 SCHEMA_VERSION = 1
@@ -169,7 +169,7 @@ class RecordsWriter:
         >>> directory, about = tempfile.mkdtemp(), About("student", "teacher", vocabulary=18)
         >>> scores = TokenScores(**{name: torch.zeros(2) for name in about.fields()})
         >>> with RecordsWriter(directory, build_tokenizer(), about) as writer:
-        ...     writer.write([Rollout(0, "1+1=", (1, 10, 1, 11), (2, 16), True)], scores, top, top)
+        ...     writer.write([Rollout(0, "1+1=", (1, 10, 1, 11), (2, 16), True)], Scored(scores, top, top))
         >>> open_records(directory).tokens.read(["token", "quadrant"]).to_pydict()
         {'token': ['2', '$'], 'quadrant': [4, 4]}
     """
@@ -199,17 +199,15 @@ class RecordsWriter:
     def write(
         self,
         rollouts: Sequence[Rollout],
-        scores: TokenScores,
-        student_top: TopTokens,
-        teacher_top: TopTokens,
+        scored: Scored,
         choice: Choice | None = None,
     ) -> None:
         """Take scored rollouts.
 
         Args:
             rollouts: R of them, N completion tokens together.
-            scores: the statistics `about.fields()`, [N] each, in the order of the rollouts' tokens.
-            student_top, teacher_top: likeliest tokens of both models, [N, 5].
+            scored: the statistics `about.fields()` and both models' 5 likeliest tokens, in the order of the rollouts'
+                tokens.
             choice: quadrant, choice and score of the main rule, where they are not to be worked out over all the
                 records; for every call or for none.
 
@@ -230,12 +228,12 @@ class RecordsWriter:
             "token_bytes": _take(self._bytes, token_ids),
         }
         for name in (*STATISTICS, *self._extra):
-            columns[name] = _numbers(scores.require(name).float())
+            columns[name] = _numbers(scored.scores.require(name).float())
             self._check_finite(name, columns[name], columns["rollout"], columns["position"])
         if choice is not None:
             columns |= {"quadrant": _numbers(choice.quadrant), "kept": _numbers(choice.kept)}
             columns["score"] = _numbers(choice.score.float())
-        for name, top in (("student_top5", student_top), ("teacher_top5", teacher_top)):
+        for name, top in (("student_top5", scored.student_top), ("teacher_top5", scored.teacher_top)):
             columns[name] = self._top(top)
         self._tokens.append(pa.table(columns))
         self._rollouts.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers import GenerationConfig
 from .data import encode_prompts
 from .divergence import NonFiniteLogitsError, token_scores, top_tokens
 from .integrations import _trl
-from .types import Head, Rollout, TokenScores, TopTokens
+from .types import Head, Rollout, Scored, TokenScores, TopTokens
 
 TOP_TOKENS = 5
 
@@ -161,20 +160,6 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[int]]:
     return batches
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What both models say of the completion tokens of some rollouts, in the order of the rollouts' tokens.
-
-    Attributes:
-        scores: statistics, float [N] each.
-        student_top, teacher_top: the likeliest tokens of both, [N, k].
-    """
-
-    scores: TokenScores
-    student_top: TopTokens
-    teacher_top: TopTokens
-
-
 @torch.no_grad()
 def score_rollouts(
     student: Any,
@@ -215,21 +200,7 @@ def score_rollouts(
     # rows as the micro-batches have them → rows as the rollouts have them
     spans = torch.arange(sum(map(_length, rollouts))).split(list(map(_length, rollouts)))
     order = torch.cat([spans[place] for places in batches for place in places]).argsort()
-
-    def joined(of: Callable[[Scored], Tensor]) -> Tensor:
-        return torch.cat([of(piece) for piece in pieces])[order]
-
-    def top_of(of: Callable[[Scored], TopTokens]) -> TopTokens:
-        return TopTokens(joined(lambda piece: of(piece).token_ids), joined(lambda piece: of(piece).probability))
-
-    def statistic(name: str) -> Tensor:
-        return joined(lambda piece: piece.scores.require(name))
-
-    return Scored(
-        TokenScores(**{name: statistic(name) for name, _ in pieces[0].scores.present()}),
-        top_of(lambda piece: piece.student_top),
-        top_of(lambda piece: piece.teacher_top),
-    )
+    return joined(pieces).map(lambda value: value[order])
 
 
 def _score(
@@ -242,17 +213,10 @@ def _score(
     top: int,
 ) -> Scored:
     """One micro-batch; `numbers` is how an error calls its rollouts."""
-    head, teacher_head = (head_of(model, hidden_states(model, rollouts)) for model in (student, teacher))
-    vocabulary = min(len(head.weight), len(teacher_head.weight))
+    heads = [head_of(model, hidden_states(model, rollouts)) for model in (student, teacher)]
     sampled = torch.tensor([index for rollout in rollouts for index in rollout.completion_ids])
     try:
-        scores = token_scores(
-            head,
-            teacher_head,
-            temperature=temperature,
-            token_ids=sampled.to(head.hidden.device),
-            fields=fields,
-        )
+        return score_heads(heads[0], heads[1], sampled, fields, temperature, top)
     except NonFiniteLogitsError as error:
         token = error.token
         for number, rollout in zip(numbers, rollouts, strict=True):
@@ -260,9 +224,42 @@ def _score(
                 raise NonFiniteLogitsError(token, f"rollout {number}, token {token}", error.cause) from None
             token -= _length(rollout)
         raise
-    tops = [top_tokens(one, min(top, vocabulary), temperature, vocabulary) for one in (head, teacher_head)]
+
+
+@torch.no_grad()
+def score_heads(
+    student: Head, teacher: Head, sampled: Tensor, fields: Sequence[str], temperature: float, top: int = TOP_TOKENS
+) -> Scored:
+    """Statistics of N tokens and the likeliest tokens of both models, on the CPU.
+
+    Args:
+        student, teacher: heads of the N tokens.
+        sampled: int64 [N], the tokens themselves.
+        fields: names of statistics, see `TokenScores`.
+        temperature: divides both models' logits.
+        top: how many of the likeliest tokens.
+    """
+    vocabulary = min(len(student.weight), len(teacher.weight))
+    scores = token_scores(
+        student, teacher, temperature=temperature, token_ids=sampled.to(student.hidden.device), fields=fields
+    )
+    tops = [top_tokens(head, min(top, vocabulary), temperature, vocabulary) for head in (student, teacher)]
+    return Scored(scores.detach(), tops[0], tops[1]).map(Tensor.cpu)
+
+
+def joined(pieces: Sequence[Scored]) -> Scored:
+    """The rows of several pieces, one after the other."""
+
+    def top(of: Callable[[Scored], TopTokens]) -> TopTokens:
+        return TopTokens(
+            torch.cat([of(piece).token_ids for piece in pieces]), torch.cat([of(piece).probability for piece in pieces])
+        )
+
+    names = [name for name, _ in pieces[0].scores.present()]
     return Scored(
-        scores.detach().map(Tensor.cpu), *(TopTokens(one.token_ids.cpu(), one.probability.cpu()) for one in tops)
+        TokenScores(**{name: torch.cat([piece.scores.require(name) for piece in pieces]) for name in names}),
+        top(lambda piece: piece.student_top),
+        top(lambda piece: piece.teacher_top),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -32,13 +33,17 @@ from .divergence import NonFiniteLogitsError, token_scores
 from .integrations import _trl
 from .loss import fused_divergence_loss
 from .monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
+from .records import About, Choice, RecordsWriter
+from .report.taxonomy import quadrants
+from .rollout import Scored, joined, score_heads
 from .select import kept_counts, needs_teacher, rule_fields, select
-from .types import Head, Selection, TokenScores
+from .types import Head, Rollout, Selection, TokenScores
 from .vocabulary import check_same_tokenizer, shared_vocabulary
 
 logger = get_logger(__name__)
 
 _LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
+_PREPARATION = ("rollout", "score", "select", "record")
 
 
 class TIPTrainer(DistillationTrainer):
@@ -154,6 +159,7 @@ class TIPTrainer(DistillationTrainer):
         self._seconds: dict[str, float] = defaultdict(float)
         self._sums: Tensor | None = None
         self._sums_are_global = False
+        self._choice: Choice | None = None
         self.add_callback(_StepEnd(self._seconds, self._log_step))
 
     def _share_vocabulary(self, teacher: PreTrainedModel) -> None:
@@ -216,6 +222,13 @@ class TIPTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:  # an evaluation is no part of a step's time
             return super()._generate_and_score_completions(inputs)
+        batch = self._generate_and_select(inputs)
+        if self.args.record_rollouts and self._is_full_step():
+            with self._clock("record"):
+                self._record(batch)
+        return batch
+
+    def _generate_and_select(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._clock("rollout"):
             batch = super()._generate_and_score_completions(inputs)
         if self.args.normalization == "micro_batch":
@@ -242,13 +255,15 @@ class TIPTrainer(DistillationTrainer):
             ]
         return batch
 
+    def _is_full_step(self) -> bool:
+        every = self.args.score_logging_steps
+        return every > 0 and self.state.global_step % every == 0
+
     def _fields_now(self) -> tuple[str, ...]:
         """Statistics to compute at this step: the rule's own, and the logged ones where they cost no projection."""
-        every = self.args.score_logging_steps
-        full_step = every > 0 and self.state.global_step % every == 0
         if self._rule_fields is None:
             return ()
-        if self._reads_teacher or full_step:
+        if self._reads_teacher or self._is_full_step():
             return tuple(dict.fromkeys((*self._rule_fields, *_LOGGED_FIELDS)))
         return tuple(dict.fromkeys((*self._rule_fields, "entropy", "entropy_norm")))
 
@@ -367,6 +382,8 @@ class TIPTrainer(DistillationTrainer):
         weight[everywhere] = selection.weight
         batch["num_items_in_batch"] = selection.weight.sum()
         self._sums, self._sums_are_global = tally(flat, selection), True
+        if flat.reverse_kl is not None:
+            self._choice = Choice(quadrants(flat), selection.mask, selection.score)
         first = self.accelerator.process_index * len(mask)
         return weight[first : first + len(mask), : mask.shape[1]]
 
@@ -410,6 +427,80 @@ class TIPTrainer(DistillationTrainer):
         total = self.accelerator.gather(torch.tensor([kept], device=self.accelerator.device)).sum()
         for micro_batch in self._buffered_inputs:
             micro_batch["num_items_in_batch"] = total
+
+    # What a few rollouts looked like, on disk.
+
+    @torch.no_grad()
+    def _record(self, batch: dict[str, Any]) -> None:
+        """Write token records of `record_rollouts` rollouts of the main process. Changes nothing of the training."""
+        choice, self._choice = self._choice, None
+        if any(key in batch for key in _trl.MULTIMODAL_KEYS):
+            return
+        mask = _loss_mask(batch)
+        count = min(self.args.record_rollouts, len(mask))
+        sample = (torch.arange(count, device=mask.device) * len(mask)) // count  # evenly: neighbours share a prompt
+        about = About(
+            student=_name_of(self._plain_student()),
+            teacher=_name_of(self.accelerator.unwrap_model(self.teacher_model)),
+            vocabulary=self._vocabulary,
+            rules=(self.args.selection_rule,),
+            retention=self._monitor.retention,
+            scope=self.args.selection_scope,
+            seed=self.args.seed,
+            temperature=self.temperature,
+            step=self.state.global_step,
+            settings={"normalization": self.args.normalization, "num_generations": self.args.num_generations},
+        )
+        student = self._plain_student()
+        self.model.eval()
+        try:
+            # every rank takes part, since sharded engines need all of them for a forward
+            pieces = [
+                self._forward_redirection(
+                    self.model_wrapped, student, self._score_sample, student, batch, mask, rows, about.fields()
+                )
+                for rows in sample.split(self.args.per_device_train_batch_size)
+            ]
+        finally:
+            self.model.train()
+            if self.args.teacher_offload:
+                self._offload_teacher()
+        if not self.accelerator.is_main_process:
+            return
+        if choice is not None:  # this rank's rollouts come first in the global choice
+            inside = torch.zeros_like(mask)
+            inside[sample] = mask[sample]
+            inside = inside[mask]
+            choice = Choice(*(value[: len(inside)][inside] for value in (choice.quadrant, choice.kept, choice.score)))
+        directory = Path(self.args.output_dir) / "records" / f"step-{self.state.global_step}"
+        try:
+            shutil.rmtree(directory, ignore_errors=True)  # of a run that was resumed from before this step
+            with RecordsWriter(directory, self._tokenizer, about) as writer:
+                writer.write([self._rollout(batch, mask, row) for row in sample.tolist()], joined(pieces), choice)
+        except (OSError, ValueError) as error:
+            logger.warning(f"Step {self.state.global_step}: no token records were written to {directory}: {error}")
+
+    def _score_sample(
+        self, student: Any, batch: dict[str, Any], mask: Tensor, rows: Tensor, fields: tuple[str, ...]
+    ) -> Scored:
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        piece, mask = self._trimmed({key: batch[key][rows] for key in keys}, mask[rows])
+        with self.accelerator.autocast():
+            student_hidden, teacher_hidden = self._hidden(student, piece)[mask], self._teacher_hidden(piece)[mask]
+        with self._heads(student, student_hidden, teacher_hidden) as (head, teacher_head):
+            assert teacher_head is not None
+            return score_heads(head, teacher_head, piece["completion_ids"][mask], fields, self.temperature)
+
+    def _rollout(self, batch: dict[str, Any], mask: Tensor, row: int) -> Rollout:
+        prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+        completion_ids = batch["completion_ids"][row][mask[row]].tolist()
+        return Rollout(
+            prompt_id=row // self.args.num_generations,
+            prompt=self._tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            prompt_ids=tuple(prompt_ids),
+            completion_ids=tuple(completion_ids),
+            finished=completion_ids[-1:] == [self._tokenizer.eos_token_id],
+        )
 
     # The loss of one micro-batch.
 
@@ -530,10 +621,10 @@ class TIPTrainer(DistillationTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         started, before = (
             time.perf_counter(),
-            sum(self._seconds[name] for name in ("rollout", "score", "select")),
+            sum(self._seconds[name] for name in _PREPARATION),
         )
         loss = super().training_step(model, inputs, num_items_in_batch)
-        prepared = sum(self._seconds[name] for name in ("rollout", "score", "select")) - before
+        prepared = sum(self._seconds[name] for name in _PREPARATION) - before
         self._seconds["loss"] += time.perf_counter() - started - prepared
         return loss
 

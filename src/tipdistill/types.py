@@ -138,6 +138,28 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What both models say of N tokens.
+
+    Attributes:
+        scores: statistics, float [N] each.
+        student_top, teacher_top: the likeliest tokens of both, [N, k].
+    """
+
+    scores: TokenScores
+    student_top: TopTokens
+    teacher_top: TopTokens
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Scored:
+        """Apply `function` to every tensor (index, move)."""
+        tops = [
+            TopTokens(function(one.token_ids), function(one.probability))
+            for one in (self.student_top, self.teacher_top)
+        ]
+        return Scored(self.scores.map(function), tops[0], tops[1])
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which tokens are trained on, and with what weight.
 

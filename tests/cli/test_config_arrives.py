@@ -20,6 +20,7 @@ from trl import DistillationConfig, ScriptArguments
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.cli import main
 from tipdistill.cli.arguments import TIPScriptArguments
+from tipdistill.records import open_records
 
 BASE = {
     "use_cpu": True,
@@ -54,6 +55,10 @@ class Run:
     def prompts(self) -> set[str]:
         rows = zip(self.batches[0]["prompt_ids"], self.batches[0]["prompt_mask"], strict=True)
         return {self.trainer.processing_class.decode(ids[mask.bool()]) for ids, mask in rows}
+
+    def recorded(self) -> int:
+        (directory,) = self.root.glob("run/records/step-*")
+        return len(open_records(directory).rollouts)
 
     def kept(self) -> torch.Tensor:
         return self.batches[0]["selection_weight"] > 0
@@ -122,6 +127,7 @@ OURS = {
         [True, True],
         {"selection_rule": "entropy"},
     ),
+    "record_rollouts": Case(3, lambda run: run.recorded(), 8, 3),
     "scoring_tokens": Case(64, lambda run: max(rows * tokens for rows, tokens in run.scored_shapes) <= 64, False, True),
     # at a learning rate that trains next to nothing the dropped divergence only fluctuates: never threefold, and in
     # fifteen steps above its mean all the same

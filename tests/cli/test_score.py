@@ -1,4 +1,4 @@
-"""`tipdistill score`: records of a pair, the same after an interruption, and all that is wrong refused before weights."""
+"""`tipdistill score`: records of a pair, the same after an interruption; what is wrong is refused before weights."""
 
 import json
 

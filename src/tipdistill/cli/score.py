@@ -118,7 +118,7 @@ def write_scored(options: argparse.Namespace, pair: Pair, writer: RecordsWriter)
                 temperature=options.temperature,
                 tokens_per_forward=options.tokens_per_forward,
             )
-            writer.write(rollouts, scored.scores, scored.student_top, scored.teacher_top)
+            writer.write(rollouts, scored)
             progress.update(task, completed=writer.rollouts)
 
 

@@ -44,15 +44,31 @@ def top_k(score: Tensor, group: Tensor, counts: Tensor) -> Tensor:
         >>> top_k(torch.tensor([1.0, 2.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1])).tolist()
         [False, True, False, True]
     """
+    return ranks(score, group) < counts[group]
+
+
+def ranks(score: Tensor, group: Tensor) -> Tensor:
+    """Place of each token among those of its group, 0 for the highest score; of equal scores the earlier token wins.
+
+    Args:
+        score: float [N], finite.
+        group: int64 [N] in [0, G), in any order.
+
+    Returns:
+        int64 [N].
+
+    Example:
+        >>> ranks(torch.tensor([1.0, 2.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1])).tolist()
+        [2, 0, 1, 0]
+    """
     # + 0.0 makes −0.0 equal to 0.0 for every device's sort
     order = torch.argsort(score + 0.0, descending=True, stable=True)
     order = order[torch.argsort(group[order], stable=True)]
-    sizes = torch.bincount(group, minlength=len(counts))
+    sizes = torch.bincount(group)
     starts = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(score), device=score.device) - starts[group[order]]
-    mask = torch.empty(len(score), dtype=torch.bool, device=score.device)
-    mask[order] = rank < counts[group[order]]
-    return mask
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(score), device=score.device) - starts[group[order]]
+    return rank
 
 
 def race(weight: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,0 +1,219 @@
+"""Token records → what the page shows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ..select import resolve_rule
+from ..types import Selection, TokenScores
+from .budgets import RETENTIONS, computable_rules, keep_levels, ranking
+from .reading import Records
+from .taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrants
+from .texts import joined_texts, shown_bytes
+
+STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
+
+@dataclass(frozen=True)
+class RuleChoice:
+    """A rule and what it would keep.
+
+    Attributes:
+        name: as `select` takes it.
+        level: uint8 [N], see `keep_levels`.
+        score: float32 [N].
+        recorded: ranked by the score that was recorded, not recomputed.
+    """
+
+    name: str
+    level: np.ndarray
+    score: np.ndarray
+    recorded: bool
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The statistics of all tokens of one set of records.
+
+    Attributes:
+        records: where they come from.
+        rollout: int64 [N] in 0..R−1, ascending.
+        numbers: int [R], what the records call each rollout.
+        position, token_id: int [N].
+        scores: statistics, float32 [N] each.
+        quadrant: int8 [N], by the thresholds.
+        thresholds: (ĥ, nats).
+        differing: share of the tokens whose recorded quadrant is another one.
+        retentions: ascending to 1.
+        rules: in the order to offer them.
+        kept: what was recorded as kept, rule → bool [N].
+    """
+
+    records: Records
+    rollout: Tensor
+    numbers: np.ndarray
+    position: np.ndarray
+    token_id: np.ndarray
+    scores: TokenScores
+    quadrant: Tensor
+    thresholds: tuple[float, float]
+    differing: float
+    retentions: tuple[float, ...]
+    rules: tuple[RuleChoice, ...]
+    kept: dict[str, np.ndarray]
+
+    def selection(self, rule: str, retention: float) -> Selection:
+        """What a rule of `rules` keeps at one of `retentions`."""
+        choice = next(choice for choice in self.rules if choice.name == rule)
+        mask = torch.from_numpy(choice.level <= self.retentions.index(retention))
+        return Selection(mask, mask.float(), torch.from_numpy(choice.score))
+
+    @cached_property
+    def _text_columns(self) -> tuple[pa.Array, pa.Array | None]:
+        has_bytes = "token_bytes" in self.records.tokens.schema_arrow.names
+        table = self.records.tokens.read(columns=["token", *(["token_bytes"] if has_bytes else [])])
+        return table["token"].combine_chunks(), table["token_bytes"].combine_chunks() if has_bytes else None
+
+    def tokens_of(self, mask: np.ndarray) -> tuple[pa.Array, list[bytes | None]]:
+        """Text of each token of a mask (bytes that are no text written out as bytes), and those bytes."""
+        texts, raw = (None if column is None else column.filter(pa.array(mask)) for column in self._text_columns)
+        if raw is None or raw.null_count == len(raw):
+            return texts, [None] * len(texts)
+        pieces = raw.to_pylist()
+        shown = [text if piece is None else shown_bytes(piece) for text, piece in zip(texts.to_pylist(), pieces, strict=True)]
+        return pa.array(shown, type=pa.string()), pieces
+
+    def texts(self, rows: slice) -> list[str]:
+        """Text of neighbouring tokens of one rollout, characters put together."""
+        texts, raw = (None if column is None else column[rows].to_pylist() for column in self._text_columns)
+        joined = {} if raw is None else joined_texts(raw)
+        return [joined.get(place, text) for place, text in enumerate(texts)]
+
+
+def load_dataset(records: Records, rule: str | None = None, retention: float | None = None, seed: int = 0) -> Dataset:
+    """Read the statistics of every token, and rank them by every rule that they suffice for.
+
+    Args:
+        records: as opened.
+        rule: to offer first; None: the one that was recorded.
+        retention: to offer in addition to `RETENTIONS`, in (0, 1].
+        seed: of the rules that draw.
+
+    Raises:
+        ValueError: statistics that are NaN or infinite, rows in no order, a rule that the records do not suffice for.
+    """
+    path, sidecar = records.directory / "tokens.parquet", records.sidecar
+    names = records.tokens.schema_arrow.names
+    extra = [name for name in names if name.startswith(("kept_", "score_"))]
+    wanted = [name for name in ("rollout", "position", "token_id", *STATISTICS, "kept", "score", *extra) if name in names]
+    try:
+        table = records.tokens.read(columns=wanted)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} cannot be read to its end: {str(error).splitlines()[0]}. Score again.") from error
+    column = {name: table[name].combine_chunks() for name in wanted}
+    numbers, inverse = np.unique(column["rollout"].to_numpy(), return_inverse=True)
+    if bool((np.diff(inverse) < 0).any()):
+        raise ValueError(f"the rows of {path} are not in the order of their rollouts: sort by rollout, position.")
+    rollout = torch.from_numpy(inverse.astype(np.int64))
+    statistics = {name: _finite(column[name], name, path) for name in STATISTICS if name in column}
+    for name in ("entropy", "reverse_kl"):
+        if statistics[name] is None:
+            raise ValueError(f"{path} has no {name} of some tokens: they were scored without the teacher.")
+    scores = TokenScores(**{name: torch.from_numpy(value) for name, value in statistics.items() if value is not None})
+    # every rule reads ratios of entropies, so that log V, where it is unknown, drops out
+    scores = replace(scores, entropy_norm=scores.require("entropy"))
+
+    thresholds = (
+        float(sidecar.get("entropy_threshold", ENTROPY_THRESHOLD)),
+        float(sidecar.get("divergence_threshold", DIVERGENCE_THRESHOLD)),
+    )
+    quadrant = quadrants(scores, *thresholds)
+    differing = 0.0
+    if "quadrant" in names:
+        recorded = records.tokens.read(columns=["quadrant"])["quadrant"].to_numpy()
+        differing = float((recorded != quadrant.numpy()).mean())
+
+    recorded_rule = str(sidecar.get("rule", "")) or None
+    given = retention if retention is not None else sidecar.get("retention")
+    retentions = tuple(sorted({*RETENTIONS, *([float(given)] if given is not None else [])}))
+    rules = _rules(scores, rollout, retentions, column, recorded_rule, path, seed)
+    first = rule or recorded_rule
+    if rule is not None and rule not in [choice.name for choice in rules]:
+        raise ValueError(
+            f"the records in {records.directory} do not suffice for the rule {rule!r}; they do for "
+            f"{', '.join(choice.name for choice in rules)}. `tipdistill score --rules {rule}` records its scores."
+        )
+    rules = tuple(sorted(rules, key=lambda choice: choice.name != first))
+    kept = {name: column[name].to_numpy(zero_copy_only=False) for name in wanted if name.startswith("kept")}
+    return Dataset(
+        records=records,
+        rollout=rollout,
+        numbers=numbers,
+        position=column["position"].to_numpy(),
+        token_id=column["token_id"].to_numpy(),
+        scores=scores,
+        quadrant=quadrant,
+        thresholds=thresholds,
+        differing=differing,
+        retentions=retentions,
+        rules=rules,
+        kept={(recorded_rule or "recorded") if name == "kept" else name[5:]: mask for name, mask in kept.items()},
+    )
+
+
+def _finite(values: pa.Array, name: str, path: Path) -> np.ndarray | None:
+    """float32 [N], or None where some were not computed."""
+    if values.null_count:
+        return None
+    array = np.array(values.to_numpy(), dtype=np.float32)
+    if not np.isfinite(array).all():
+        first = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(
+            f"{name} is {array[first]} in row {first} of {path}: the logits of a model were not finite, or one gives "
+            "probability 0 to what the other can say. Such a token has no place on the map."
+        )
+    return array
+
+
+def _rules(
+    scores: TokenScores,
+    rollout: Tensor,
+    retentions: Sequence[float],
+    column: dict[str, pa.Array],
+    recorded_rule: str | None,
+    path: Path,
+    seed: int,
+) -> tuple[RuleChoice, ...]:
+    """Rules by their recorded scores (the whole batch's normalisation is in them), then those that can be recomputed."""
+    found: dict[str, RuleChoice] = {}
+    recorded = {name[6:]: name for name in column if name.startswith("score_")}
+    if recorded_rule is not None and "score" in column:
+        recorded = {recorded_rule: "score"} | recorded
+    computable = computable_rules(scores)
+    for name in [*computable, *(name for name in recorded if name not in computable)]:
+        try:
+            resolved = resolve_rule(name)
+        except ValueError:
+            resolved = None  # a rule of somebody's own, whose code need not be here
+        if resolved is not None and resolved.budget == "all":
+            continue
+        score = None
+        if name in recorded and (resolved is None or resolved.budget == "top"):
+            score = _finite(column[recorded[name]], recorded[name], path)
+        if score is not None:
+            order = kept_by = torch.from_numpy(score)
+        elif name in computable:
+            kept_by, order = ranking(scores, name, torch.Generator().manual_seed(seed))
+        else:
+            continue
+        complement = resolved is not None and resolved.complement
+        level = keep_levels(order, rollout, retentions, complement=complement)
+        found[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None)
+    return tuple(found.values())

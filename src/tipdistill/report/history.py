@@ -1,0 +1,113 @@
+"""What a run logged: its training history, from wherever it was left."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_ACCURACY = re.compile(r"(^|[_/])(accuracy|mean@\d+|pass@\d+|maj@\d+)", re.IGNORECASE)
+_NOT_SERIES = {"step", "epoch", "total_flos"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The history of one run.
+
+    Attributes:
+        name: how the report calls it.
+        series: metric → ([steps], [values]), finite values only.
+    """
+
+    name: str
+    series: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+
+
+def is_accuracy(metric: str) -> bool:
+    """Whether a metric is an accuracy, by its name.
+
+    Example:
+        >>> [is_accuracy(name) for name in ("accuracy", "eval_math500/mean@16", "loss", "time/rollout")]
+        [True, True, False, False]
+    """
+    return _ACCURACY.search(metric) is not None
+
+
+def read_runs(directory: Path) -> list[Run]:
+    """The histories in a directory: a run's own, its newest readable checkpoint's, a demo cell's, or a demo's cells.
+
+    Args:
+        directory: of a run (`trainer_state.json`, `checkpoint-*/trainer_state.json`), of a demo (`cells/*/metrics.json`)
+            or of one of its cells (`metrics.json`).
+
+    Returns:
+        No run where there is no history.
+
+    Raises:
+        ValueError: a history that is there cannot be read.
+    """
+    name = directory.resolve().name
+    for path in (directory / "trainer_state.json", *_checkpoints(directory)):
+        if path.is_file():
+            try:
+                return [Run(name, _series(_read(path)["log_history"]))]
+            except (ValueError, KeyError, TypeError) as error:
+                if path.parent == directory:
+                    raise ValueError(f"{path} is no trainer state that can be read: {error}") from error
+                # an interrupted save; an older checkpoint may be whole
+    if (directory / "metrics.json").is_file():
+        return [_cell(directory / "metrics.json", name)]
+    cells = sorted((directory / "cells").glob("*/metrics.json"))
+    return [_cell(path, path.parent.name) for path in cells]
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    numbered = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    newest_first = sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return [path / "trainer_state.json" for path in newest_first]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _cell(path: Path, name: str) -> Run:
+    """A demo's cell: its history, and the accuracies before and after, which are measured outside of it."""
+    try:
+        held = _read(path)
+        series = _series(held["history"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no history that can be read: {error}") from error
+    row = held.get("row")
+    if isinstance(row, dict):
+        name = f"{row['name']} {100 * row['retention']:.0f} %" if {"name", "retention"} <= row.keys() else name
+        last = max((steps[-1] for steps, _ in series.values()), default=0)
+        measured = [(0, _before(path)), (last, row.get("accuracy"))]
+        points = [(step, float(value)) for step, value in measured if isinstance(value, int | float)]
+        if points and "accuracy" not in series:
+            series["accuracy"] = ([step for step, _ in points], [value for _, value in points])
+    return Run(name, series)
+
+
+def _before(path: Path) -> Any:
+    try:
+        return _read(path.parents[2] / "before.json").get("accuracy")
+    except (OSError, ValueError, AttributeError, IndexError):
+        return None
+
+
+def _series(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Metric → points. A step that was logged twice (a resumed run) counts as it was logged last."""
+    points: dict[str, dict[int, float]] = {}
+    for place, entry in enumerate(entries, start=1):
+        step = int(entry.get("step", place))
+        for metric, value in entry.items():
+            if metric in _NOT_SERIES or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if math.isfinite(value):
+                points.setdefault(metric, {})[step] = float(value)
+    return {metric: ([*sorted(at)], [at[step] for step in sorted(at)]) for metric, at in points.items()}

@@ -1,0 +1,159 @@
+"""The report: one HTML file that holds everything it shows and asks nothing of any network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .dataset import Dataset, load_dataset
+from .figures import draw_figures
+from .pack import Pack, script_json
+from .payload import dataset_payload
+from .reading import open_records
+from .sources import Sources, find_sources
+
+MAX_TOKENS = 100_000
+SCRIPTS = ("core.js", "map.js", "tokens.js", "charts.js", "main.js")
+# what the paper reports over its pairs (Table 1's quadrants)
+PAPER_SHARES = {"q4": (0.40, 0.47), "q1+q2": (0.40, 0.52), "q3": (0.03, 0.15)}
+
+
+def write_report(
+    paths: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    rule: str | None = None,
+    retention: float | None = None,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+    figures: bool = True,
+) -> Path:
+    """Write one self-contained HTML page of token records and training histories, and each figure as PNG and SVG.
+
+    Args:
+        paths: directories of token records, of runs, of a demo; several are shown beside each other.
+        output: the page; None: report.html in the first directory. Figures go into a folder beside it that is called
+            after it ("report-figures").
+        rule: shown first; None: the recorded one.
+        retention: shown first, in (0, 1]; None: the recorded one.
+        max_tokens: of the token view, over all records; map, shares and confusions are always of all tokens.
+        seed: of the rollouts drawn for the token view, and of the rules that draw.
+        figures: write the PNG and SVG files too.
+
+    Returns:
+        The page's path; it is written in full or not at all.
+
+    Raises:
+        ValueError: nothing to report, records that are empty or cut off, statistics that are not finite, a rule that
+            they do not suffice for.
+        FileNotFoundError: a path is not there.
+
+    Example:
+        >>> write_report(["runs/qwen3"])  # doctest: +SKIP
+        PosixPath('runs/qwen3/report.html')
+    """
+    if retention is not None and not 0 < retention <= 1:
+        raise ValueError(f"retention is the share of the tokens that is kept, a number in (0, 1], got {retention!r}.")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+    sources = find_sources(paths)
+    output = Path(output) if output is not None else _home(Path(paths[0])) / "report.html"
+    if output.is_dir():
+        raise ValueError(f"{output} is a directory; name the page's file, for example {output / 'report.html'}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = output.with_name(f"{output.stem}-figures")
+    pack, sets = Pack(), []
+    share = max_tokens // max(1, len(sources.records))
+    for name, directory in sources.records.items():
+        dataset = load_dataset(open_records(directory), rule, retention, seed)
+        sets.append({"name": name, **dataset_payload(dataset, pack, max(1, share), seed)})
+        if figures:
+            draw_figures(folder, name if len(sources.records) > 1 else "", sets[-1], dataset, *_first(dataset, retention))
+    if figures and sources.runs:
+        from .figures import draw_training
+
+        draw_training(folder, sources.runs)
+    data = {
+        "sets": sets,
+        "runs": [{"name": run.name, "series": run.series} for run in sources.runs],
+        "probes": [{"name": name, "probe": _probe(path)} for name, path in sources.probes.items()],
+        "retention": retention,
+        "paper": PAPER_SHARES,
+        "blob": pack.text(),
+    }
+    _write(output, _render(sources, data))
+    return output
+
+
+def _home(path: Path) -> Path:
+    return path.parent if path.name == "tokens.parquet" else path
+
+
+def _first(dataset: Dataset, retention: float | None) -> tuple[str, float]:
+    """The rule and the retention that are shown first."""
+    wanted = retention if retention is not None else dataset.records.sidecar.get("retention", 0.5)
+    return dataset.rules[0].name, min(dataset.retentions, key=lambda one: abs(one - float(wanted)))
+
+
+def _probe(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Run `tipdistill probe` again, or remove it.") from error
+
+
+def _render(sources: Sources, data: dict[str, Any]) -> str:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    from tipdistill import __version__
+
+    folder = files("tipdistill") / "report" / "page"
+    scripts = [(folder / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        (folder / "report.html.j2").read_text(encoding="utf-8")
+    )
+    # nothing but our own scripts runs, whatever a rollout holds, and nothing at all is fetched
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {' '.join(map(_hash, scripts))}",
+            f"style-src {_hash(style)}",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+    return template.render(
+        title=", ".join(dict.fromkeys([*sources.records, *(run.name for run in sources.runs), *sources.probes])),
+        policy=policy,
+        style=Markup(style),
+        scripts=[Markup(script) for script in scripts],
+        data=Markup(script_json(data)),
+        left_out=sources.left_out,
+        version=__version__,
+        sets=data["sets"],
+        runs=data["runs"],
+        probes=data["probes"],
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write in full or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""What lies in the directories that a report is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .history import Run, read_runs
+
+MOST_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a report shows.
+
+    Attributes:
+        records: name → directory of token records, in the order to offer them.
+        runs: training histories.
+        probes: name → probe.json.
+        left_out: record directories of a run that are not shown, since it has too many.
+    """
+
+    records: dict[str, Path] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    probes: dict[str, Path] = field(default_factory=dict)
+    left_out: int = 0
+
+
+def find_sources(paths: Sequence[str | Path]) -> Sources:
+    """Token records, training histories and probes under the paths given.
+
+    Of a run with more than six sets of records, the first, the last and those evenly between are taken.
+
+    Args:
+        paths: each a records directory (or its tokens.parquet), a run's output directory, a demo's, or one of its cells.
+
+    Raises:
+        ValueError: no path, the same twice, or nothing to report in one of them.
+        FileNotFoundError: a path is not there.
+    """
+    if not paths:
+        raise ValueError("a report needs a directory: of token records, of a run, or several of them.")
+    found = Sources()
+    directories = [path.parent if (path := Path(given)).name == "tokens.parquet" else path for given in paths]
+    names = _names(directories)
+    left_out = 0
+    for directory, name in zip(directories, names, strict=True):
+        if not directory.exists():
+            raise FileNotFoundError(f"there is no {directory}.")
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is a file; give the directory of a run or of token records.")
+        steps = _steps(directory)
+        taken = _spread(steps)
+        left_out += len(steps) - len(taken)
+        sets = {name if path == directory else f"{name} · {path.name}": path for path in taken}
+        runs = read_runs(directory)
+        probes = {f"{name}": path for path in _probes(directory)}
+        if not (sets or runs or probes):
+            raise ValueError(
+                f"{directory} holds neither token records (tokens.parquet, or records/step-*/ of a run) nor a training "
+                "history (trainer_state.json, checkpoint-*/, or a demo's metrics.json) nor a probe.json. `tipdistill "
+                "score` writes token records; TIPTrainer does with score_logging_steps."
+            )
+        found.records.update(sets)
+        found.runs.extend(Run(name, run.series) for run in runs) if len(runs) == 1 and len(paths) > 1 and not _is_cell(
+            directory
+        ) else found.runs.extend(runs)
+        found.probes.update(probes)
+    return Sources(found.records, found.runs, found.probes, left_out)
+
+
+def _is_cell(directory: Path) -> bool:
+    return (directory / "metrics.json").is_file()
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The last part of each path, and as many of those before it as tell them apart."""
+    parts = [directory.resolve().parts for directory in directories]
+    if len(set(parts)) < len(parts):
+        twice = next(directory for directory, one in zip(directories, parts, strict=True) if parts.count(one) > 1)
+        raise ValueError(f"{twice} was given twice.")
+    depth = 1
+    while len({one[-depth:] for one in parts}) < len(parts):
+        depth += 1
+    return ["/".join(one[-depth:]).lstrip("/") or "/" for one in parts]
+
+
+def _steps(directory: Path) -> list[Path]:
+    """Directories of records in `directory`: itself, its records/, or its records/step-*/ in order."""
+    for own in (directory, directory / "records"):
+        if (own / "tokens.parquet").is_file():
+            return [own] if own == directory else [own]
+    steps = [path for path in (directory / "records").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    steps += [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    held = [path for path in steps if (path / "tokens.parquet").is_file()]
+    return sorted(held, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _spread(steps: list[Path]) -> list[Path]:
+    if len(steps) <= MOST_STEPS:
+        return steps
+    last = len(steps) - 1
+    return [steps[round(place * last / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
+
+
+def _probes(directory: Path) -> list[Path]:
+    return [path for path in (directory / "probe.json", directory / "records" / "probe.json") if path.is_file()][:1]

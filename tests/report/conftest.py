@@ -1,0 +1,91 @@
+"""Token records made from nothing, in the schema that `tipdistill score` writes."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+CHOICE = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("probability", pa.float32())]))
+
+
+def write_records(directory, tokens, prompts=None, *, sidecar=None, seed=0, shared=None, row_group_size=None):
+    """Records of rollouts given as lists of tokens (str, or bytes that are no UTF-8), with drawn statistics.
+
+    Args:
+        directory: made where there is none.
+        tokens: one list per rollout.
+        prompts: one per rollout.
+        sidecar: records.json.
+        seed: of the statistics.
+        shared: what the columns of the same name hold instead, each [N].
+        row_group_size: of the Parquet file.
+
+    Returns:
+        The columns.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(seed)
+    flat = [token for rollout in tokens for token in rollout]
+    count, lengths = len(flat), [len(rollout) for rollout in tokens]
+    vocabulary = {text: number for number, text in enumerate(dict.fromkeys(flat))}
+    texts = [token.decode("utf-8", "replace") if isinstance(token, bytes) else token for token in vocabulary]
+    columns = {
+        "rollout": np.repeat(np.arange(len(tokens)), lengths).astype(np.int32),
+        "position": np.concatenate([np.arange(length) for length in lengths] or [[]]).astype(np.int32),
+        "prompt_id": np.repeat(np.arange(len(tokens)), lengths).astype(np.int32),
+        "token_id": np.array([vocabulary[token] for token in flat], dtype=np.int32),
+        "entropy": (2 * draw.random(count) ** 6).astype(np.float32),
+        "reverse_kl": (5 * draw.random(count) ** 10).astype(np.float32),
+        "forward_kl": (6 * draw.random(count) ** 10).astype(np.float32),
+        "teacher_entropy": draw.random(count).astype(np.float32),
+        "student_logprob": np.log(draw.random(count)).astype(np.float32),
+        "teacher_logprob": np.log(draw.random(count)).astype(np.float32),
+        "quadrant": np.ones(count, dtype=np.int8),
+        "kept": draw.random(count) < 0.5,
+        "score": draw.random(count).astype(np.float32),
+    } | (shared or {})
+    table = {name: pa.array(values) for name, values in columns.items()}
+    table["token"] = pa.array([texts[number] for number in columns["token_id"]], type=pa.string())
+    table["token_bytes"] = pa.array([token if isinstance(token, bytes) else None for token in flat], type=pa.binary())
+    for whose in ("student", "teacher"):
+        if f"{whose}_top5" not in (shared or {}):
+            ids = draw.integers(0, max(1, len(texts)), (count, 5))
+            probability = np.sort(draw.dirichlet(np.full(6, 0.3), count), axis=1)[:, ::-1][:, :5]
+            table[f"{whose}_top5"] = choices(ids, probability, texts)
+    pq.write_table(pa.table(table), directory / "tokens.parquet", row_group_size=row_group_size)
+    whole = [b"".join(t if isinstance(t, bytes) else t.encode() for t in rollout).decode("utf-8", "replace") for rollout in tokens]
+    pq.write_table(
+        pa.table(
+            {
+                "rollout": pa.array(range(len(tokens)), pa.int32()),
+                "prompt_id": pa.array(range(len(tokens)), pa.int32()),
+                "prompt": pa.array(prompts or [f"prompt {number}" for number in range(len(tokens))], pa.string()),
+                "completion": pa.array(whole, pa.string()),
+                "tokens": pa.array(lengths, pa.int32()),
+                "finished": pa.array([True] * len(tokens)),
+            }
+        ),
+        directory / "rollouts.parquet",
+    )
+    (directory / "records.json").write_text(json.dumps(sidecar or {"rule": "soft_or", "retention": 0.5}))
+    return table
+
+
+def choices(ids, probability, texts):
+    """A top-5 column from ids and probabilities, both [N, 5]."""
+    items = pa.StructArray.from_arrays(
+        [
+            pa.array(ids.ravel().astype(np.int32)),
+            pa.array(texts, pa.string()).take(pa.array(ids.ravel())),
+            pa.array(probability.ravel().astype(np.float32)),
+        ],
+        names=["token_id", "token", "probability"],
+    )
+    return pa.ListArray.from_arrays(pa.array(np.arange(len(ids) + 1) * 5, pa.int32()), items)
+
+
+@pytest.fixture
+def records_writer():
+    return write_records

@@ -12,14 +12,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..select import resolve_rule
+from ..select import RULES, resolve_rule
 from ..types import Selection, TokenScores
-from .budgets import RETENTIONS, computable_rules, keep_levels, ranking
+from .budgets import BOTTOM, RETENTIONS, computable_rules, keep_levels, ranking
 from .reading import Records
 from .taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrants
 from .texts import joined_texts, shown_bytes
 
 STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
+_DRAWN = {name for name, rule in RULES.items() if rule.budget == "sample"}
 
 @dataclass(frozen=True)
 class RuleChoice:
@@ -216,4 +217,5 @@ def _rules(
         complement = resolved is not None and resolved.complement
         level = keep_levels(order, rollout, retentions, complement=complement)
         found[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None)
-    return tuple(found.values())
+    # those that look at every token first, then the draws, then the control that keeps what is left
+    return tuple(sorted(found.values(), key=lambda choice: (choice.name == BOTTOM, choice.name in _DRAWN)))

@@ -48,8 +48,8 @@ def hexagons(entropy: np.ndarray, divergence: np.ndarray, divergence_threshold: 
         ([2, 1], [0, 0, 1])
     """
     height, border = np.log10(np.maximum(divergence, FLOOR)), math.log10(divergence_threshold)
-    bottom = float(math.floor(min(height.min(), border - 1)))
-    top = float(max(height.max(), border + 1) + 0.5)
+    # room for the quadrants' names
+    bottom, top = float(min(height.min(), border - 1) - 0.5), float(max(height.max(), border + 1) + 0.7)
     across = np.asarray(entropy, dtype=np.float64) * COLUMNS
     up = (height - bottom) / (top - bottom) * ROWS
     near = np.round(across), np.round(up)

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
-# Okabe and Ito's colours, black first; lines differ in their dashes as well
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (5, 1.5, 1, 1.5)))
+# Okabe and Ito's colours, as in the page; lines differ in their dashes as well
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MOST_CONFUSIONS = 20
 # title → metrics; a metric that a run lacks is left out
 PANELS: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "accuracy": (),
-    "share of tokens in Q1": ("quadrants/q1",),
-    "share of tokens in Q2": ("quadrants/q2",),
-    "share of tokens in Q3": ("quadrants/q3",),
-    "share of tokens in Q4": ("quadrants/q4",),
-    "share of the divergence kept": ("selection/kept_divergence_share",),
+    "% of the tokens in Q1": ("quadrants/q1",),
+    "% of the tokens in Q2": ("quadrants/q2",),
+    "% of the tokens in Q3": ("quadrants/q3",),
+    "% of the tokens in Q4": ("quadrants/q4",),
+    "% of the divergence kept": ("selection/kept_divergence_share",),
     "divergence of the dropped tokens (nats)": ("selection/dropped_divergence",),
     "entropy (nats)": ("entropy",),
     "reverse KL (nats)": ("reverse_kl",),
@@ -39,6 +39,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "tokens per second": ("tokens_per_second",),
 }
 STAGES = ("rollout", "score", "select", "loss", "optimizer")
+STAGE_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")
 
 
 def draw_figures(
@@ -97,9 +98,18 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def _plain(text: str) -> str:
-    """Text as matplotlib shall draw it: no mathematics, no line breaks, what its fonts have."""
-    shown = "".join({"\n": "↵", "\t": "→", " ": "␣"}.get(c, c) if c.isprintable() or c in "\n\t" else "�" for c in text)
+    """Text as matplotlib shall draw it: no mathematics, no line breaks."""
+    shown = "".join({"\n": "↵", "\t": "⇥"}.get(c, c if c.isprintable() else "\N{REPLACEMENT CHARACTER}") for c in text)
     return shown.replace("$", r"\$")
+
+
+def _short(text: str, most: int) -> str:
+    """The end of a text, since it is there that names differ and that a context meets its token."""
+    return _plain(text if len(text) <= most else f"…{text[1 - most :]}")
+
+
+def _token(text: str | None) -> str:
+    return _plain((text or "∅")[:12].replace(" ", "␣"))
 
 
 def _axes_style(axes: Any) -> None:
@@ -149,10 +159,7 @@ def _confusions(found: dict[str, Any], total: float) -> Figure:
     table = found["tables"][2][:MOST_CONFUSIONS]
     figure = Figure(figsize=(8.6, 0.9 + 0.27 * len(table)), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    labels = [
-        _plain(f"…{row['before'][-16:]} [{row['student'][:12]} → {row['teacher'][:12]}]".replace("\n", "↵"))
-        for row in table
-    ]
+    labels = [f"{_short('…' + row['before'], 24)} [{_token(row['student'])} → {_token(row['teacher'])}]" for row in table]
     masses = [100 * row["mass"] / (total or 1.0) for row in table]
     axes.barh(range(len(table)), masses, color=KEPT, height=0.7)
     for place, row in enumerate(table):
@@ -181,11 +188,15 @@ def _training(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(10.5, 2.4 * rows), dpi=160, layout="constrained")
     for place, (title, lines) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
+        if title.startswith("%"):
+            lines = [(number, (steps, [100 * value for value in values])) for number, (steps, values) in lines]
         for number, (steps, values) in lines:
             marker = "o" if len(steps) < 12 else None
             axes.plot(steps, values, marker=marker, markersize=3, **_line(number))
         low, high = min(min(v) for _, (_, v) in lines), max(max(v) for _, (_, v) in lines)
-        if low > 0 and high / low > 50:
+        if title.startswith("%") or title in ("accuracy", "entropy (nats)", "peak memory (GiB)"):
+            axes.set_ylim(0, 1.05 * high or 1)
+        elif low > 0 and high / low > 20:
             axes.set_yscale("log")
         axes.set_title(title, loc="left", fontsize=9, color=INK)
         _axes_style(axes)
@@ -193,14 +204,14 @@ def _training(runs: Sequence[Run]) -> Figure:
     left = np.zeros(len(runs))
     for number, stage in enumerate(STAGES):
         seconds = np.array([np.mean(run.series.get(f"time/{stage}", ([], [0.0]))[1]) for run in runs])
-        axes.barh(range(len(runs)), seconds, left=left, color=COLOURS[1 + number], height=0.6, label=stage)
+        axes.barh(range(len(runs)), seconds, left=left, color=STAGE_COLOURS[number], height=0.6, label=stage)
         left += seconds
-    axes.set_yticks([])
+    axes.set_yticks(range(len(runs)), labels=[_short(run.name, 14) for run in runs])
     axes.invert_yaxis()
     axes.set_title("seconds per step", loc="left", fontsize=9, color=INK)
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
     _axes_style(axes)
     for number, run in enumerate(runs):
-        figure.axes[0].plot([], [], label=_plain(run.name).replace("␣", " "), **_line(number))
+        figure.axes[0].plot([], [], label=_plain(run.name), **_line(number))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     return figure

@@ -132,7 +132,7 @@ def _render(sources: Sources, data: dict[str, Any]) -> str:
         ]
     )
     return template.render(
-        title=", ".join(dict.fromkeys([*sources.records, *(run.name for run in sources.runs), *sources.probes])),
+        title=", ".join(sources.names),
         policy=policy,
         style=Markup(style),
         scripts=[Markup(script) for script in scripts],

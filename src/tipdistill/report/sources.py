@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .history import Run, read_runs
@@ -17,12 +17,14 @@ class Sources:
     """What a report shows.
 
     Attributes:
+        names: of the directories given.
         records: name → directory of token records, in the order to offer them.
         runs: training histories.
         probes: name → probe.json.
         left_out: record directories of a run that are not shown, since it has too many.
     """
 
+    names: list[str]
     records: dict[str, Path] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     probes: dict[str, Path] = field(default_factory=dict)
@@ -43,11 +45,10 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
     """
     if not paths:
         raise ValueError("a report needs a directory: of token records, of a run, or several of them.")
-    found = Sources()
     directories = [path.parent if (path := Path(given)).name == "tokens.parquet" else path for given in paths]
-    names = _names(directories)
+    found = Sources(_names(directories))
     left_out = 0
-    for directory, name in zip(directories, names, strict=True):
+    for directory, name in zip(directories, found.names, strict=True):
         if not directory.exists():
             raise FileNotFoundError(f"there is no {directory}.")
         if not directory.is_dir():
@@ -57,7 +58,7 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
         left_out += len(steps) - len(taken)
         sets = {name if path == directory else f"{name} · {path.name}": path for path in taken}
         runs = read_runs(directory)
-        probes = {f"{name}": path for path in _probes(directory)}
+        probes = {name: path for path in _probes(directory)}
         if not (sets or runs or probes):
             raise ValueError(
                 f"{directory} holds neither token records (tokens.parquet, or records/step-*/ of a run) nor a training "
@@ -65,15 +66,11 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
                 "score` writes token records; TIPTrainer does with score_logging_steps."
             )
         found.records.update(sets)
-        found.runs.extend(Run(name, run.series) for run in runs) if len(runs) == 1 and len(paths) > 1 and not _is_cell(
-            directory
-        ) else found.runs.extend(runs)
+        # several checkpoints of one name, told apart as their directories are
+        alike = len(runs) == 1 and runs[0].name == directory.resolve().name
+        found.runs.extend(Run(name, run.series) if alike else run for run in runs)
         found.probes.update(probes)
-    return Sources(found.records, found.runs, found.probes, left_out)
-
-
-def _is_cell(directory: Path) -> bool:
-    return (directory / "metrics.json").is_file()
+    return replace(found, left_out=left_out)
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
@@ -92,10 +89,9 @@ def _steps(directory: Path) -> list[Path]:
     """Directories of records in `directory`: itself, its records/, or its records/step-*/ in order."""
     for own in (directory, directory / "records"):
         if (own / "tokens.parquet").is_file():
-            return [own] if own == directory else [own]
-    steps = [path for path in (directory / "records").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    steps += [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    held = [path for path in steps if (path / "tokens.parquet").is_file()]
+            return [own]
+    steps = [*directory.glob("records/step-*"), *directory.glob("step-*")]
+    held = [path for path in steps if re.fullmatch(r"step-\d+", path.name) and (path / "tokens.parquet").is_file()]
     return sorted(held, key=lambda path: int(path.name.removeprefix("step-")))
 
 

@@ -2,7 +2,7 @@
 "use strict";
 // Line charts, the confusions, and the probe.
 
-const CHART = { width: 320, height: 200, left: 44, right: 10, top: 8, bottom: 26 };
+const CHART = { width: 380, height: 210, left: 44, right: 10, top: 8, bottom: 26 };
 
 function lineStyle(number) { return { stroke: COLOURS[number % COLOURS.length], "stroke-dasharray": DASHES[(number + Math.floor(number / COLOURS.length)) % DASHES.length] }; }
 function lineSample(number) {
@@ -19,8 +19,8 @@ function ticks(low, high, wanted = 4) {
 }
 
 /** lines: [{name, number, x, y}]; percentages are drawn as such; a log axis where asked for. */
-function lineChart(title, lines, { share = false, logX = false, logY = false, zero = false, xLabel = "step", markX = null, emphasis = -1 } = {}) {
-  const plot = { x: CHART.left, y: CHART.top, w: CHART.width - CHART.left - CHART.right, h: CHART.height - CHART.top - CHART.bottom };
+function lineChart(title, lines, { share = false, logX = false, logY = false, zero = false, xLabel = "step", markX = null, emphasis = -1, width = CHART.width, height = CHART.height } = {}) {
+  const plot = { x: CHART.left, y: CHART.top, w: width - CHART.left - CHART.right, h: height - CHART.top - CHART.bottom };
   let xLow = Infinity, xHigh = -Infinity, yLow = Infinity, yHigh = -Infinity;
   for (const line of lines) for (let i = 0; i < line.x.length; i++) {
     xLow = Math.min(xLow, line.x[i]); xHigh = Math.max(xHigh, line.x[i]);
@@ -33,7 +33,7 @@ function lineChart(title, lines, { share = false, logX = false, logY = false, ze
   const warpX = logX ? Math.log10 : (v) => v, warpY = logY ? Math.log10 : (v) => v;
   const toX = (v) => plot.x + ((warpX(v) - warpX(xLow)) / (warpX(xHigh) - warpX(xLow))) * plot.w;
   const toY = (v) => plot.y + plot.h - ((warpY(v) - warpY(yLow)) / (warpY(yHigh) - warpY(yLow))) * plot.h;
-  const picture = drawn("svg", { viewBox: `0 0 ${CHART.width} ${CHART.height}`, role: "img", "aria-label": title });
+  const picture = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
   const yTicks = logY ? decades(yLow, yHigh) : ticks(yLow, yHigh);
   for (const at of yTicks) picture.append(
     drawn("line", { class: "grid", x1: plot.x, x2: plot.x + plot.w, y1: toY(at), y2: toY(at) }),
@@ -52,7 +52,7 @@ function lineChart(title, lines, { share = false, logX = false, logY = false, ze
   const ruler = drawn("line", { class: "axis", y1: plot.y, y2: plot.y + plot.h, visibility: "hidden" });
   picture.append(ruler);
   picture.addEventListener("pointermove", (event) => {
-    const box = picture.getBoundingClientRect(), at = (event.clientX - box.left) / box.width * CHART.width;
+    const box = picture.getBoundingClientRect(), at = (event.clientX - box.left) / box.width * width;
     const xs = [...new Set(lines.flatMap((line) => line.x))];
     const nearest = xs.reduce((best, x) => Math.abs(toX(x) - at) < Math.abs(toX(best) - at) ? x : best, xs[0]);
     ruler.setAttribute("x1", toX(nearest)); ruler.setAttribute("x2", toX(nearest)); ruler.setAttribute("visibility", "visible");
@@ -76,7 +76,7 @@ function drawBudgets() {
   const set = current(), shares = set.shares, total = shares.mass.reduce((a, b) => a + b, 0) || 1;
   const sum = (list) => list.reduce((a, b) => a + b, 0);
   const lines = (value) => set.rules.map((rule, number) => ({ name: ruleName(rule.name), number, x: set.retentions, y: set.retentions.map((_, level) => value(number, level)) }));
-  const options = { share: true, logX: true, zero: true, xLabel: "retention", markX: set.retentions[state.level], emphasis: state.rule };
+  const options = { share: true, logX: true, zero: true, xLabel: "retention", markX: set.retentions[state.level], emphasis: state.rule, width: 500, height: 260 };
   const legend = element("div", { class: "keys-of-lines" });
   set.rules.forEach((rule, number) => {
     const key = element("button", { type: "button", class: "key", "aria-pressed": number === state.rule });
@@ -105,7 +105,7 @@ function drawConfusions() {
     ? `Of ${count(found.tokens)} Q3 tokens, ${count(wrong)} (${percent(wrong / found.tokens)}) have a student whose first choice is not the teacher's; they hold ${percent(found.mass / total)} of the divergence. In the others both prefer the same token, and the teacher is less sure of it.`
     : "There is no Q3 token.";
   const head = element("tr");
-  for (const [name, kind] of [["context", ""], ["student → teacher", ""], ["times", "number"], ["of the divergence", "number"], ["", "wide"], ["mean p", "number"], ["", ""]]) {
+  for (const [name, kind] of [["context", ""], ["student → teacher", ""], ["times", "number"], ["of the divergence", "number"], ["", "wide"], ["mean p, student → teacher", "number"], ["", ""]]) {
     const cell = element("th", { class: kind, scope: "col" });
     cell.textContent = name;
     head.append(cell);

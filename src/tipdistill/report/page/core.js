@@ -53,6 +53,7 @@ function percent(share, digits) {
   }
   return `${value.toFixed(digits)} %`;
 }
+function probability(share) { return share < 1e-4 ? "<0.01 %" : percent(share, share < 0.0995 ? 2 : 1); }
 function count(value) { return value.toLocaleString("en-US"); }
 function nats(value) {
   if (value === 0) return "0";

@@ -2,17 +2,18 @@
 "use strict";
 // The TIP map, and beside it each quadrant's shares and what the rule keeps of it.
 
-const MAP = { width: 720, height: 470, left: 62, right: 8, top: 8, bottom: 44 };
+const MAP = { width: 720, height: 500, left: 62, right: 8, top: 8, bottom: 44 };
+const NARROW_MAP = { ...MAP, width: 430, height: 430, left: 50 };
 
 function isDark() {
   const chosen = document.documentElement.dataset.theme;
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
-/** Blue for a density in 0..1, the denser the further from the paper. */
-function densityColour(share) {
-  const stops = isDark()
-    ? [[38, 58, 78], [46, 96, 140], [86, 156, 214], [205, 230, 252]]
-    : [[214, 230, 244], [107, 174, 214], [33, 113, 181], [8, 48, 107]];
+const BLUES = [[[214, 230, 244], [107, 174, 214], [33, 113, 181], [8, 48, 107]], [[38, 58, 78], [46, 96, 140], [86, 156, 214], [205, 230, 252]]];
+const ORANGES = [[[253, 190, 133], [240, 130, 50], [205, 85, 0], [120, 40, 0]], [[110, 60, 20], [190, 95, 30], [240, 140, 70], [255, 220, 185]]];
+/** A colour for a density in 0..1, the denser the further from the paper. */
+function densityColour(share, colours = BLUES) {
+  const stops = colours[isDark() ? 1 : 0];
   const at = Math.min(2.999, 3 * share), from = Math.floor(at), part = at - from;
   return `rgb(${stops[from].map((value, i) => Math.round(value + part * (stops[from + 1][i] - value))).join(" ")})`;
 }
@@ -27,12 +28,13 @@ function keptOfHexagons(set) {
 
 function drawMap() {
   const set = current(), map = set.map;
+  const size = $("hexagons").clientWidth < 560 ? NARROW_MAP : MAP;
   const xs = array(map.x), ys = array(map.y), tokens = array(map.tokens);
-  const plot = { x: MAP.left, y: MAP.top, w: MAP.width - MAP.left - MAP.right, h: MAP.height - MAP.top - MAP.bottom };
+  const plot = { x: size.left, y: size.top, w: size.width - size.left - size.right, h: size.height - size.top - size.bottom };
   const toX = (h) => plot.x + (h * plot.w + 8) * (plot.w - 16) / plot.w;
   const toY = (logarithm) => plot.y + plot.h - ((logarithm - map.bottom) / (map.top - map.bottom)) * plot.h;
   const picture = drawn("svg", {
-    viewBox: `0 0 ${MAP.width} ${MAP.height}`, role: "group", "aria-label": "Density of tokens over student entropy and divergence",
+    viewBox: `0 0 ${size.width} ${size.height}`, role: "group", "aria-label": "Density of tokens over student entropy and divergence",
   });
   for (let decade = Math.ceil(map.bottom); decade <= map.top; decade++) {
     picture.append(drawn("line", { class: "grid", x1: plot.x, x2: plot.x + plot.w, y1: toY(decade), y2: toY(decade) }));
@@ -47,8 +49,8 @@ function drawMap() {
   }
   const [low, high] = set.entropy_range;
   picture.append(
-    text("text", { x: plot.x + plot.w / 2, y: MAP.height - 6, "text-anchor": "middle" },
-      `student entropy ĥ (min–max, clipped at the 98th percentile: ${nats(low)} to ${nats(high)} nats)`),
+    text("text", { x: plot.x + plot.w / 2, y: size.height - 6, "text-anchor": "middle" },
+      size === MAP ? `student entropy ĥ (min–max, clipped at the 98th percentile: ${nats(low)} to ${nats(high)} nats)` : `student entropy ĥ (${nats(low)} to ${nats(high)} nats)`),
     text("text", { transform: `translate(13 ${plot.y + plot.h / 2}) rotate(-90)`, "text-anchor": "middle" }, "divergence KL(student ‖ teacher), nats"),
   );
   const halfWidth = 0.5 / map.columns * (plot.w - 16), third = plot.h / map.rows / 3;
@@ -61,7 +63,7 @@ function drawMap() {
   xs.forEach((x, cell) => {
     const density = Math.log(tokens[cell]) / most;
     const hexagon = drawn("polygon", { class: "hexagon", points: outline(toX(x), toY(ys[cell]), 1), fill: densityColour(density) });
-    const inner = drawn("polygon", { class: "kept" });
+    const inner = drawn("polygon", { class: "kept", fill: densityColour(density, ORANGES) });
     layer.append(hexagon, inner);
     cells.push({ hexagon, inner, x: toX(x), y: toY(ys[cell]) });
     const tell = (event) => showTip(event, `${count(tokens[cell])} tokens (${percent(tokens[cell] / set.tokens)})\nĥ ≈ ${x.toFixed(2)} (${nats(low + x * (high - low))} nats), divergence ≈ ${nats(10 ** ys[cell])} nats\n${ruleName(set.rules[state.rule].name)} keeps ${percent(keptOfHexagons(set)[cell] / tokens[cell])} of them`);
@@ -81,8 +83,9 @@ function drawMap() {
   for (const number of [1, 2, 3, 4]) {
     const right = number < 3, above = number % 2 === 1;
     const share = set.shares.tokens[number - 1] / set.tokens;
-    const x = right ? plot.x + plot.w - 6 : plot.x + 6, anchor = right ? "end" : "start";
-    const y = above ? plot.y + 16 : plot.y + plot.h - 24;
+    // beside the border, where a map has fewer tokens than at its edges, if there is room
+    const roomy = borderX - plot.x > 128, x = right ? borderX + 8 : roomy ? borderX - 8 : plot.x + 6, anchor = right || !roomy ? "start" : "end";
+    const y = above ? plot.y + 13 : plot.y + plot.h - 21;
     picture.append(
       text("text", { class: "corner", x, y, "text-anchor": anchor }, `Q${number} · ${percent(share)}`),
       text("text", { class: "corner-name", x, y: y + 15, "text-anchor": anchor }, NAMES[number]),
@@ -94,8 +97,8 @@ function drawMap() {
     const kept = keptOfHexagons(set);
     cells.forEach(({ inner, x, y }, cell) => {
       const share = kept[cell] / tokens[cell];
-      // the area is the share; a rim of blue stays, so that the density can still be read
-      inner.setAttribute("points", share > 0 ? outline(x, y, 0.82 * Math.sqrt(share)) : "");
+      // the area is the share; a rim of blue stays
+      inner.setAttribute("points", share > 0 ? outline(x, y, 0.9 * Math.sqrt(share)) : "");
     });
   };
   drawMap.chosen = () => cells.forEach(({ hexagon }, cell) => hexagon.classList.toggle("chosen", cell === state.hexagon));
@@ -136,7 +139,7 @@ function drawQuadrants() {
   const words = (key) => `paper ${Math.round(100 * range(key)[0])}–${Math.round(100 * range(key)[1])} %`;
   for (const number of [1, 2, 3, 4]) {
     const key = `q${number}`, own = shares.tokens[number - 1];
-    heading(`Q${number}`, NAMES[number], range(key) ? words(key) : number === 2 ? "" : "");
+    heading(`Q${number}`, NAMES[number], range(key) ? words(key) : "");
     row("tokens", "tokens", own / set.tokens, range(key));
     row("divergence", "mass", shares.mass[number - 1] / total);
     row("kept", "held", own ? keptTokens[number - 1] / own : 0);

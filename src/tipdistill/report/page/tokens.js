@@ -18,7 +18,7 @@ function loadView() {
   state.hexagon = -1;
   const all = data.rollouts.length === current().rollouts;
   $("sampled").textContent = all
-    ? `All ${count(current().rollouts)} rollouts.`
+    ? `All ${count(current().rollouts)} rollouts. Shown as text, prompt above completion.`
     : `${count(data.rollouts.length)} of ${count(current().rollouts)} rollouts, drawn at random (${count(data.tokens)} of ${count(current().tokens)} tokens). The map, the shares and the confusions count every token.`;
 }
 
@@ -185,6 +185,7 @@ function arrange() {
   if (state.hexagon >= 0) words.push("the tokens of the chosen hexagon are framed");
   $("found").textContent = words.join(" · ");
   $("feed").replaceChildren();
+  $("feed").classList.toggle("brief", found.length > 0 && found.reduce((sum, place) => sum + rollouts[place].tokens, 0) / found.length < 80);
   view.spans = new Map();
   view.shown = 0;
   setScale();
@@ -230,8 +231,8 @@ function rolloutCard(place) {
   const facts = element("span");
   facts.textContent = [
     `${count(rollout.tokens)} tokens`,
-    `Q3 ${counts[3]}`,
-    `mean divergence ${nats(sumOver(place, (token) => statistic("reverse_kl", token)) / rollout.tokens)} nats`,
+    `${counts[3]} in Q3`,
+    `divergence ${nats(sumOver(place, (token) => statistic("reverse_kl", token)) / rollout.tokens)} nats a token`,
     ...(rollout.finished === false ? ["cut at the length limit"] : []),
   ].join(" · ");
   head.append(number, strip, facts);
@@ -279,7 +280,7 @@ function choose(token, { scroll = true } = {}) {
   span.setAttribute("aria-label", `${visible(textOf(token))}, Q${quadrantOf(token)}, ${NAMES[quadrantOf(token)]}`);
   span.focus({ preventScroll: true });
   const box = span.getBoundingClientRect();
-  if (scroll && (box.top < 140 || box.bottom > innerHeight - 120)) span.scrollIntoView({ block: "center", behavior: "auto" });
+  if (scroll && (box.top < 140 || box.bottom > innerHeight * (innerWidth > 900 ? 0.87 : 0.55))) span.scrollIntoView({ block: innerWidth > 900 ? "center" : "start", behavior: "auto" });
   describe(token);
 }
 
@@ -350,7 +351,7 @@ function describe(token) {
         if (tokens[at] === array(data.text)[token]) item.className = "sampled";
         bar.style.width = `${100 * share}%`;
         what.textContent = visible(data.strings[tokens[at]]);
-        figure.textContent = share >= 0.0005 ? `${(100 * share).toFixed(1)} %` : "<0.1 %";
+        figure.textContent = share >= 0.0005 ? percent(share, 1) : "<0.1 %";
         item.append(bar, what, figure);
         list.append(item);
       }
@@ -366,7 +367,7 @@ function describe(token) {
   for (const [name, label] of Object.entries(STATISTIC_NAMES))
     if (data.statistics[name]) {
       const value = statistic(name, token), logarithm = name.endsWith("logprob");
-      row(logarithm ? `${name.startsWith("student") ? "student" : "teacher"}'s p of this token` : label, logarithm ? percent(Math.exp(value), Math.exp(value) < 0.0995 ? 2 : 1) : `${nats(value)} nats`);
+      row(logarithm ? `${name.startsWith("student") ? "student" : "teacher"}'s p of this token` : label, logarithm ? probability(Math.exp(value)) : `${nats(value)} nats`);
     }
   const retentions = current().retentions;
   current().rules.forEach((rule, number) => {

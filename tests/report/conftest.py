@@ -1,13 +1,15 @@
 """Token records made from nothing, in the schema that `tipdistill score` writes."""
 
+import base64
 import json
+import zlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-CHOICE = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("probability", pa.float32())]))
+from tipdistill.report.pack import TYPES
 
 
 def write_records(directory, tokens, prompts=None, *, sidecar=None, seed=0, shared=None, row_group_size=None):
@@ -55,7 +57,10 @@ def write_records(directory, tokens, prompts=None, *, sidecar=None, seed=0, shar
             probability = np.sort(draw.dirichlet(np.full(6, 0.3), count), axis=1)[:, ::-1][:, :5]
             table[f"{whose}_top5"] = choices(ids, probability, texts)
     pq.write_table(pa.table(table), directory / "tokens.parquet", row_group_size=row_group_size)
-    whole = [b"".join(t if isinstance(t, bytes) else t.encode() for t in rollout).decode("utf-8", "replace") for rollout in tokens]
+    whole = [
+        b"".join(t if isinstance(t, bytes) else t.encode() for t in rollout).decode("utf-8", "replace")
+        for rollout in tokens
+    ]
     pq.write_table(
         pa.table(
             {
@@ -89,3 +94,21 @@ def choices(ids, probability, texts):
 @pytest.fixture
 def records_writer():
     return write_records
+
+
+@pytest.fixture
+def top_choices():
+    return choices
+
+
+@pytest.fixture
+def unpack():
+    """(pack, place) → the array, read as the page does it: planes of bytes, from the lowest to the highest."""
+
+    def read(pack, place):
+        whole = np.frombuffer(zlib.decompress(base64.b64decode(pack.text())), dtype=np.uint8)
+        size = np.dtype(TYPES[place["type"]]).itemsize
+        planes = whole[place["at"] : place["at"] + size * place["length"]].reshape(size, place["length"])
+        return np.ascontiguousarray(planes.T).view(TYPES[place["type"]]).ravel()
+
+    return read

@@ -37,8 +37,8 @@ def keep_levels(
 ) -> np.ndarray:
     """How generous a budget must be for a token to be kept: a place among `retentions`.
 
-    A token of level l is kept at retentions[l] and above, and at none below: what `select` keeps of a rollout at a small
-    retention it keeps at any larger one, so that one byte per token holds its fate at all of them.
+    A token of level l is kept at retentions[l] and above, and at none below: what `select` keeps of a rollout at a
+    small retention it keeps at any larger one, so that one byte per token holds its fate at all of them.
 
     Args:
         order: float [N], what the rule ranks by, see `ranking`.
@@ -50,10 +50,10 @@ def keep_levels(
         uint8 [N].
 
     Example:
-        >>> keep_levels(torch.tensor([0.1, 0.9, 0.5, 0.0]), torch.zeros(4, dtype=torch.int64), [0.25, 0.5, 1.0]).tolist()
-        [2, 0, 1, 2]
+        >>> keep_levels(torch.tensor([0.1, 0.9, 0.5]), torch.zeros(3, dtype=torch.int64), [0.4, 0.7, 1.0]).tolist()
+        [2, 0, 1]
     """
-    assert retentions[-1] == 1 and list(retentions) == sorted(retentions), "retentions ascend to 1"
+    assert [*retentions[:-1], 1] == sorted(retentions), "retentions ascend to 1"
     lengths = torch.bincount(rollout)
     place = ranks(order, rollout)
     level = torch.zeros(len(order), dtype=torch.uint8)

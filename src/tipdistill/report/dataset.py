@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..select import RULES, resolve_rule
+from ..select import COMPLEMENT, RULES
 from ..types import Selection, TokenScores
 from .budgets import BOTTOM, RETENTIONS, computable_rules, keep_levels, ranking
 from .reading import Records
@@ -21,6 +21,7 @@ from .texts import joined_texts, shown_bytes
 
 STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
 _DRAWN = {name for name, rule in RULES.items() if rule.budget == "sample"}
+
 
 @dataclass(frozen=True)
 class RuleChoice:
@@ -84,18 +85,22 @@ class Dataset:
 
     def tokens_of(self, mask: np.ndarray) -> tuple[pa.Array, list[bytes | None]]:
         """Text of each token of a mask (bytes that are no text written out as bytes), and those bytes."""
-        texts, raw = (None if column is None else column.filter(pa.array(mask)) for column in self._text_columns)
+        own, own_bytes = self._text_columns
+        texts = own.filter(pa.array(mask))
+        raw = None if own_bytes is None else own_bytes.filter(pa.array(mask))
         if raw is None or raw.null_count == len(raw):
             return texts, [None] * len(texts)
         pieces = raw.to_pylist()
-        shown = [text if piece is None else shown_bytes(piece) for text, piece in zip(texts.to_pylist(), pieces, strict=True)]
+        shown = [
+            text if piece is None else shown_bytes(piece) for text, piece in zip(texts.to_pylist(), pieces, strict=True)
+        ]
         return pa.array(shown, type=pa.string()), pieces
 
     def texts(self, rows: slice) -> list[str]:
         """Text of neighbouring tokens of one rollout, characters put together."""
-        texts, raw = (None if column is None else column[rows].to_pylist() for column in self._text_columns)
-        joined = {} if raw is None else joined_texts(raw)
-        return [joined.get(place, text) for place, text in enumerate(texts)]
+        own, own_bytes = self._text_columns
+        joined = {} if own_bytes is None else joined_texts(own_bytes[rows].to_pylist())
+        return [joined.get(place, text) for place, text in enumerate(own[rows].to_pylist())]
 
 
 def load_dataset(records: Records, rule: str | None = None, retention: float | None = None, seed: int = 0) -> Dataset:
@@ -113,7 +118,9 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
     path, sidecar = records.directory / "tokens.parquet", records.sidecar
     names = records.tokens.schema_arrow.names
     extra = [name for name in names if name.startswith(("kept_", "score_"))]
-    wanted = [name for name in ("rollout", "position", "token_id", *STATISTICS, "kept", "score", *extra) if name in names]
+    wanted = [
+        name for name in ("rollout", "position", "token_id", *STATISTICS, "kept", "score", *extra) if name in names
+    ]
     try:
         table = records.tokens.read(columns=wanted)
     except (pa.ArrowInvalid, OSError) as error:
@@ -192,21 +199,19 @@ def _rules(
     path: Path,
     seed: int,
 ) -> tuple[RuleChoice, ...]:
-    """Rules by their recorded scores (the whole batch's normalisation is in them), then those that can be recomputed."""
+    """Rules ranked by their recorded scores (the whole batch's normalisation is in them), or else recomputed."""
     found: dict[str, RuleChoice] = {}
     recorded = {name[6:]: name for name in column if name.startswith("score_")}
     if recorded_rule is not None and "score" in column:
         recorded = {recorded_rule: "score"} | recorded
     computable = computable_rules(scores)
     for name in [*computable, *(name for name in recorded if name not in computable)]:
-        try:
-            resolved = resolve_rule(name)
-        except ValueError:
-            resolved = None  # a rule of somebody's own, whose code need not be here
-        if resolved is not None and resolved.budget == "all":
+        # a rule of somebody's own is not looked up: its code need not be here, and reading records must run none
+        budget = RULES[own].budget if (own := name.removeprefix(COMPLEMENT)) in RULES else "top"
+        if budget == "all":
             continue
         score = None
-        if name in recorded and (resolved is None or resolved.budget == "top"):
+        if name in recorded and budget == "top":
             score = _finite(column[recorded[name]], recorded[name], path)
         if score is not None:
             order = kept_by = torch.from_numpy(score)
@@ -214,8 +219,7 @@ def _rules(
             kept_by, order = ranking(scores, name, torch.Generator().manual_seed(seed))
         else:
             continue
-        complement = resolved is not None and resolved.complement
-        level = keep_levels(order, rollout, retentions, complement=complement)
+        level = keep_levels(order, rollout, retentions, complement=name.startswith(COMPLEMENT))
         found[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None)
     # those that look at every token first, then the draws, then the control that keeps what is left
     return tuple(sorted(found.values(), key=lambda choice: (choice.name == BOTTOM, choice.name in _DRAWN)))

@@ -73,7 +73,9 @@ def draw_figures(
         written.append(path)
     written += _save(_budgets(payload), folder / f"budgets{end}")
     if payload["confusions"] and payload["confusions"]["tables"][2]:
-        written += _save(_confusions(payload["confusions"], sum(payload["shares"]["mass"])), folder / f"confusions{end}")
+        written += _save(
+            _confusions(payload["confusions"], sum(payload["shares"]["mass"])), folder / f"confusions{end}"
+        )
     return written
 
 
@@ -159,7 +161,9 @@ def _confusions(found: dict[str, Any], total: float) -> Figure:
     table = found["tables"][2][:MOST_CONFUSIONS]
     figure = Figure(figsize=(8.6, 0.9 + 0.27 * len(table)), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    labels = [f"{_short('…' + row['before'], 24)} [{_token(row['student'])} → {_token(row['teacher'])}]" for row in table]
+    labels = [
+        f"{_short('…' + row['before'], 24)} [{_token(row['student'])} → {_token(row['teacher'])}]" for row in table
+    ]
     masses = [100 * row["mass"] / (total or 1.0) for row in table]
     axes.barh(range(len(table)), masses, color=KEPT, height=0.7)
     for place, row in enumerate(table):
@@ -213,5 +217,7 @@ def _training(runs: Sequence[Run]) -> Figure:
     _axes_style(axes)
     for number, run in enumerate(runs):
         figure.axes[0].plot([], [], label=_plain(run.name), **_line(number))
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=8
+    )
     return figure

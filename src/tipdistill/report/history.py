@@ -41,8 +41,8 @@ def read_runs(directory: Path) -> list[Run]:
     """The histories in a directory: a run's own, its newest readable checkpoint's, a demo cell's, or a demo's cells.
 
     Args:
-        directory: of a run (`trainer_state.json`, `checkpoint-*/trainer_state.json`), of a demo (`cells/*/metrics.json`)
-            or of one of its cells (`metrics.json`).
+        directory: of a run (`trainer_state.json`, `checkpoint-*/trainer_state.json`), of a demo
+            (`cells/*/metrics.json`) or of one of its cells (`metrics.json`).
 
     Returns:
         No run where there is no history.
@@ -55,7 +55,7 @@ def read_runs(directory: Path) -> list[Run]:
         if path.is_file():
             try:
                 return [Run(name, _series(_read(path)["log_history"]))]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if path.parent == directory:
                     raise ValueError(f"{path} is no trainer state that can be read: {error}") from error
                 # an interrupted save; an older checkpoint may be whole
@@ -80,7 +80,7 @@ def _cell(path: Path, name: str) -> Run:
     try:
         held = _read(path)
         series = _series(held["history"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no history that can be read: {error}") from error
     row = held.get("row")
     if isinstance(row, dict):

@@ -43,7 +43,7 @@ def short_floats(values: np.ndarray, mantissa_bits: int = 11) -> np.ndarray:
 
     Example:
         >>> short_floats(np.array([1.0, 0.1])).tolist()
-        [1.0, 0.0999755859375]
+        [1.0, 0.100006103515625]
     """
     dropped = 23 - mantissa_bits
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4").astype(np.uint64)
@@ -55,8 +55,8 @@ def short_floats(values: np.ndarray, mantissa_bits: int = 11) -> np.ndarray:
 class Pack:
     """Arrays one behind the other, compressed as one.
 
-    Each array is written byte plane by byte plane (all lowest bytes first): neighbours are then alike, and deflate halves
-    what it makes of the interleaved bytes.
+    Each array is written byte plane by byte plane (all lowest bytes first): neighbours are then alike, and deflate
+    makes far less of them than of interleaved bytes.
 
     Example:
         >>> pack = Pack()
@@ -80,7 +80,7 @@ class Pack:
         flat = np.ascontiguousarray(values).ravel()
         stored = flat.astype(TYPES[kind])
         assert kind == "f32" or bool((stored == flat).all()), f"values do not fit into {kind}"
-        planes = stored.view(np.uint8).reshape(len(stored), -1).T.tobytes()
+        planes = stored.view(np.uint8).reshape(len(stored), stored.itemsize).T.tobytes()
         place = {"type": kind, "at": self._size, "length": len(stored)}
         self._planes.append(planes)
         self._size += len(planes)

@@ -74,7 +74,9 @@ def write_report(
         dataset = load_dataset(open_records(directory), rule, retention, seed)
         sets.append({"name": name, **dataset_payload(dataset, pack, max(1, share), seed)})
         if figures:
-            draw_figures(folder, name if len(sources.records) > 1 else "", sets[-1], dataset, *_first(dataset, retention))
+            draw_figures(
+                folder, name if len(sources.records) > 1 else "", sets[-1], dataset, *_first(dataset, retention)
+            )
     if figures and sources.runs:
         from .figures import draw_training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from .taxonomy import NAMES
 from .texts import joined_texts
 
 TOP = 5
-PROBABILITY_STEPS = 10_000
+PROBABILITY_STEPS = 1000  # the page shows a tenth of a percent
 BATCH_ROWS = 1 << 16
 LONGEST_PROMPT = 4000  # characters shown
 OCCURRENCES = 20
@@ -295,7 +296,7 @@ def _parts(raw: list[bytes | None], rollout: np.ndarray) -> list[list[Any]]:
         return []
     borders = [0, *(np.flatnonzero(np.diff(rollout)) + 1).tolist(), len(raw)]
     parts: list[list[Any]] = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         parts += [[start + place, text] for place, text in joined_texts(raw[start:end]).items()]
     return parts
 
@@ -304,7 +305,9 @@ def _rollouts(dataset: Dataset, shown: np.ndarray, lengths: np.ndarray) -> list[
     known: dict[int, dict[str, Any]] = {}
     if dataset.records.rollouts is not None:
         table = dataset.records.rollouts
-        table = table.select([name for name in ("rollout", "prompt_id", "prompt", "finished") if name in table.column_names])
+        table = table.select(
+            [name for name in ("rollout", "prompt_id", "prompt", "finished") if name in table.column_names]
+        )
         wanted = pa.array(dataset.numbers[shown], type=table["rollout"].type)
         known = {row["rollout"]: row for row in table.filter(pc.is_in(table["rollout"], wanted)).to_pylist()}
     found = []
@@ -324,4 +327,3 @@ def _rollouts(dataset: Dataset, shown: np.ndarray, lengths: np.ndarray) -> list[
             }
         )
     return found
-

@@ -39,7 +39,9 @@ def open_records(directory: Path) -> Records:
     tokens = _parquet(directory / "tokens.parquet")
     missing = [name for name in NEEDED if name not in tokens.schema_arrow.names]
     if missing:
-        raise ValueError(f"{directory / 'tokens.parquet'} has no column {', '.join(missing)}: these are no token records.")
+        raise ValueError(
+            f"{directory / 'tokens.parquet'} has no column {', '.join(missing)}: these are no token records."
+        )
     if tokens.metadata.num_rows == 0:
         raise ValueError(f"{directory / 'tokens.parquet'} holds no token: nothing was scored.")
     path = directory / "rollouts.parquet"

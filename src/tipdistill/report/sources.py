@@ -10,6 +10,7 @@ from pathlib import Path
 from .history import Run, read_runs
 
 MOST_STEPS = 6
+PROBES = ("probe.json", "records/probe.json")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
     Of a run with more than six sets of records, the first, the last and those evenly between are taken.
 
     Args:
-        paths: each a records directory (or its tokens.parquet), a run's output directory, a demo's, or one of its cells.
+        paths: each a records directory (or its tokens.parquet), a run's output directory, a demo's, or one of its
+            cells.
 
     Raises:
         ValueError: no path, the same twice, or nothing to report in one of them.
@@ -58,7 +60,7 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
         left_out += len(steps) - len(taken)
         sets = {name if path == directory else f"{name} · {path.name}": path for path in taken}
         runs = read_runs(directory)
-        probes = {name: path for path in _probes(directory)}
+        probes = [directory / place for place in PROBES if (directory / place).is_file()][:1]
         if not (sets or runs or probes):
             raise ValueError(
                 f"{directory} holds neither token records (tokens.parquet, or records/step-*/ of a run) nor a training "
@@ -69,7 +71,7 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
         # several checkpoints of one name, told apart as their directories are
         alike = len(runs) == 1 and runs[0].name == directory.resolve().name
         found.runs.extend(Run(name, run.series) if alike else run for run in runs)
-        found.probes.update(probes)
+        found.probes.update((name, path) for path in probes)
     return replace(found, left_out=left_out)
 
 
@@ -100,7 +102,3 @@ def _spread(steps: list[Path]) -> list[Path]:
         return steps
     last = len(steps) - 1
     return [steps[round(place * last / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
-
-
-def _probes(directory: Path) -> list[Path]:
-    return [path for path in (directory / "probe.json", directory / "records" / "probe.json") if path.is_file()][:1]

@@ -33,16 +33,34 @@ def joined_texts(raw: Sequence[bytes | None]) -> dict[int, str]:
     """
     shown: dict[int, str] = {}
     start, held = 0, b""
-    for place, piece in enumerate([*raw, None]):
-        if piece is not None:
-            start, held = (start, held + piece) if held else (place, piece)
-            try:
-                text = held.decode("utf-8")
-            except UnicodeDecodeError:
-                continue
-            shown.update({start: text} | dict.fromkeys(range(start + 1, place + 1), ""))
+
+    def give_up(end: int) -> None:
+        nonlocal held
+        shown.update({lone: shown_bytes(raw[lone] or b"") for lone in range(start, end)} if held else {})
+        held = b""
+
+    for place, piece in enumerate(raw):
+        if piece is None:
+            give_up(place)
+            continue
+        if held and _state(held + piece) == "broken":
+            give_up(place)
+        start = start if held else place
+        held += piece
+        state = _state(held)
+        if state == "whole":
+            shown.update({start: held.decode("utf-8")} | dict.fromkeys(range(start + 1, place + 1), ""))
             held = b""
-        elif held:
-            shown.update({lone: shown_bytes(raw[lone] or b"") for lone in range(start, place)})
-            held = b""
+        elif state == "broken":
+            give_up(place + 1)
+    give_up(len(raw))
     return shown
+
+
+def _state(held: bytes) -> str:
+    """ "whole" UTF-8, "begun" where more bytes can complete it, or "broken"."""
+    try:
+        held.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return "begun" if error.reason == "unexpected end of data" else "broken"
+    return "whole"

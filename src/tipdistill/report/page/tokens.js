@@ -68,7 +68,7 @@ const SHADES = {
   teacher_logprob: { name: "teacher's surprise, −log p", ramp: "violet", sign: -1 },
 };
 const scale = { of: "", low: 0, high: 1, log: false };
-const NONE = 0.03, STRONGEST = 0.78;
+const NONE = 0.03, STRONGEST = 0.72;
 
 function shadeValue(token) {
   if (state.shade === "score") return scoreOf(token);
@@ -280,7 +280,7 @@ function choose(token, { scroll = true } = {}) {
   span.setAttribute("aria-label", `${visible(textOf(token))}, Q${quadrantOf(token)}, ${NAMES[quadrantOf(token)]}`);
   span.focus({ preventScroll: true });
   const box = span.getBoundingClientRect();
-  if (scroll && (box.top < 140 || box.bottom > innerHeight * (innerWidth > 900 ? 0.87 : 0.55))) span.scrollIntoView({ block: innerWidth > 900 ? "center" : "start", behavior: "auto" });
+  if (scroll && (box.top < 140 || box.bottom > innerHeight * (innerWidth > 900 ? 0.87 : 0.55))) span.scrollIntoView({ block: innerWidth > 900 ? "center" : "start", behavior: "instant" });
   describe(token);
 }
 
@@ -345,13 +345,13 @@ function describe(token) {
     if (data[`${whose}_top`]) {
       const tokens = array(data[`${whose}_top`]), probabilities = array(data[`${whose}_probability`]);
       for (let place = 0; place < 5; place++) {
-        const at = place * data.tokens + token, share = probabilities[at] / 10000;
+        const at = place * data.tokens + token, share = probabilities[at] / 1000;
         if (tokens[at] === 0 && probabilities[at] === 0) continue;
         const item = element("li"), bar = element("div", { class: "amount" }), what = element("code"), figure = element("span");
         if (tokens[at] === array(data.text)[token]) item.className = "sampled";
         bar.style.width = `${100 * share}%`;
         what.textContent = visible(data.strings[tokens[at]]);
-        figure.textContent = share >= 0.0005 ? percent(share, 1) : "<0.1 %";
+        figure.textContent = share > 0 ? percent(share, 1) : "<0.1 %";
         item.append(bar, what, figure);
         list.append(item);
       }

@@ -1,0 +1,98 @@
+"""Training histories are found wherever a run leaves them."""
+
+import json
+
+import pytest
+
+from tipdistill.report.history import read_runs
+from tipdistill.report.sources import MOST_STEPS, find_sources
+
+ENTRIES = [
+    {"step": 1, "loss": 2.0, "epoch": 0.1, "note": "text"},
+    {"step": 2, "loss": 1.0, "quadrants/q3": 0.1},
+    {"step": 2, "eval_loss": 0.7, "eval_math500/mean@16": 0.5},
+    {"step": 2, "loss": 0.9},  # logged again by a resumed run
+    {"step": 3, "loss": float("nan")},
+]
+
+
+def put(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def test_a_runs_own_state_comes_before_its_checkpoints(tmp_path):
+    put(tmp_path / "run" / "trainer_state.json", {"log_history": ENTRIES})
+    put(tmp_path / "run" / "checkpoint-9" / "trainer_state.json", {"log_history": []})
+    (run,) = read_runs(tmp_path / "run")
+    assert run.name == "run"
+    assert run.series == {
+        "loss": ([1, 2], [2.0, 0.9]),
+        "quadrants/q3": ([2], [0.1]),
+        "eval_loss": ([2], [0.7]),
+        "eval_math500/mean@16": ([2], [0.5]),
+    }
+
+
+def test_the_newest_whole_checkpoint_is_read(tmp_path):
+    for step, text in ((9, {"log_history": ENTRIES}), (10, '{"log_history": [{"st'), (100, "")):
+        put(tmp_path / f"checkpoint-{step}" / "trainer_state.json", text)
+    (tmp_path / "checkpoint-1000").mkdir()
+    (run,) = read_runs(tmp_path)
+    assert run.series["loss"] == ([1, 2], [2.0, 0.9])
+
+
+def test_a_demos_cells(tmp_path):
+    put(tmp_path / "before.json", {"accuracy": 0.25})
+    for name, accuracy in (("q3-10", 0.9), ("all-100", 0.95)):
+        row = {"name": name.split("-")[0], "retention": 0.1, "accuracy": accuracy}
+        put(tmp_path / "cells" / name / "metrics.json", {"row": row, "history": ENTRIES})
+    runs = read_runs(tmp_path)
+    assert [run.name for run in runs] == ["all 10 %", "q3 10 %"]
+    assert runs[1].series["accuracy"] == ([0, 2], [0.25, 0.9])
+    assert read_runs(tmp_path / "cells" / "q3-10") == [runs[1]]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"log_history": 3}', '{"log_history": [3]}'])
+def test_a_state_that_cannot_be_read_is_named(tmp_path, text):
+    put(tmp_path / "trainer_state.json", text)
+    with pytest.raises(ValueError, match=r"trainer_state.json is no trainer state that can be read"):
+        read_runs(tmp_path)
+
+
+def test_steps_are_in_order_and_thinned_out_evenly(tmp_path):
+    for step in range(0, 130, 10):
+        put(tmp_path / "run" / "records" / f"step-{step}" / "tokens.parquet", "")
+    put(tmp_path / "run" / "records" / "step-5" / "records.json", "{}")  # killed before its tokens were written
+    found = find_sources([tmp_path / "run"])
+    assert [path.name for path in found.records.values()] == [
+        "step-0",
+        "step-20",
+        "step-50",
+        "step-70",
+        "step-100",
+        "step-120",
+    ]
+    assert len(found.records) == MOST_STEPS
+    assert found.left_out == 13 - MOST_STEPS
+
+
+def test_directories_of_one_name_are_told_apart(tmp_path):
+    for parent in ("a", "b"):
+        put(tmp_path / parent / "run" / "trainer_state.json", {"log_history": ENTRIES})
+        put(tmp_path / parent / "run" / "tokens.parquet", "")
+    found = find_sources([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert list(found.records) == ["a/run", "b/run"]
+    assert [run.name for run in found.runs] == ["a/run", "b/run"]
+    with pytest.raises(ValueError, match="was given twice"):
+        find_sources([tmp_path / "a" / "run", tmp_path / "b" / ".." / "a" / "run"])
+
+
+def test_nothing_to_report_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"neither token records .* nor a training history .* nor a probe.json"):
+        find_sources([tmp_path])
+    with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere"):
+        find_sources([tmp_path / "nowhere"])
+    put(tmp_path / "file.txt", "")
+    with pytest.raises(ValueError, match="is a file"):
+        find_sources([tmp_path / "file.txt"])

@@ -226,6 +226,7 @@ def test_the_page_runs_no_script_but_its_own(open_page):
         const script = document.createElement('script');
         script.textContent = 'window.pwned = 1';
         document.body.append(script);
+        setTimeout(() => done('nothing was blocked'), 2000);
     })"""
     context = page.context
     quiet = context.new_page()  # the browser reports what it blocks on the console

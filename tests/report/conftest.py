@@ -74,7 +74,10 @@ def write_records(directory, tokens, prompts=None, *, sidecar=None, seed=0, shar
         ),
         directory / "rollouts.parquet",
     )
-    (directory / "records.json").write_text(json.dumps(sidecar or {"rule": "soft_or", "retention": 0.5}))
+    sidecar = sidecar or {"rule": "soft_or", "retention": 0.5}
+    (directory / "records.json").write_text(
+        json.dumps({"schema_version": 1, "tokens": count, "rollouts": len(tokens)} | sidecar)
+    )
     return table
 
 

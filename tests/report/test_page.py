@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from tipdistill import TokenScores, cli, quadrants, select
+from tipdistill.records import open_records
 from tipdistill.report import page as page_module
 from tipdistill.report.dataset import load_dataset
 from tipdistill.report.pack import Pack
 from tipdistill.report.page import write_report
 from tipdistill.report.payload import dataset_payload
-from tipdistill.report.reading import open_records
 from tipdistill.report.taxonomy import quadrant_shares
 
 
@@ -156,20 +156,6 @@ def test_confusions_have_counts_mass_and_places(tmp_path, records_writer, top_ch
     assert sum(row["count"] for row in found["tables"][-1]) == 3
 
 
-def test_records_without_top_choices_still_have_a_page(tmp_path, records_writer):
-    records_writer(tmp_path, words())
-    table = pq.read_table(tmp_path / "tokens.parquet")
-    pq.write_table(
-        table.drop_columns(["student_top5", "teacher_top5", "teacher_entropy", "forward_kl"]),
-        tmp_path / "tokens.parquet",
-    )
-    (tmp_path / "rollouts.parquet").unlink()
-    (tmp_path / "records.json").unlink()
-    data = data_of(write_report([tmp_path], figures=False))
-    assert data["sets"][0]["confusions"] is None
-    assert "q3" not in [rule["name"] for rule in data["sets"][0]["rules"]]
-
-
 def test_page_and_figures_are_where_they_are_said_to_be(tmp_path, records_writer, capsys):
     records_writer(tmp_path / "records", words())
     (tmp_path / "records" / "trainer_state.json").write_text(
@@ -202,7 +188,8 @@ def test_several_steps_share_the_token_budget(tmp_path, records_writer):
         (lambda d: (d / "tokens.parquet").write_bytes(b""), "tokens.parquet is empty"),
         (lambda d: os.truncate(d / "tokens.parquet", 2000), r"tokens.parquet \(2,000 bytes\) is cut off"),
         (lambda d: os.truncate(d / "rollouts.parquet", 700), r"rollouts.parquet \(700 bytes\) is cut off"),
-        (lambda d: (d / "records.json").write_text('{"rule'), "records.json is no JSON"),
+        (lambda d: (d / "records.json").write_text('{"rule'), "records.json is no sidecar"),
+        (lambda d: (d / "rollouts.parquet").unlink(), "but no rollouts.parquet"),
         (lambda d: (d / "tokens.parquet").unlink(), "neither token records"),
         (lambda d: pq.write_table(pq.read_table(d / "tokens.parquet")[:0], d / "tokens.parquet"), "holds no token"),
         (
@@ -233,7 +220,7 @@ def test_a_page_cut_in_its_data_pages_is_one_line(tmp_path, records_writer, caps
     whole[100:4000] = bytes(3900)  # the footer is intact
     (tmp_path / "tokens.parquet").write_bytes(whole)
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert re.search(r"tokens.parquet cannot be read to its end", capsys.readouterr().err)
+    assert re.search(r"tokens.parquet is damaged", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

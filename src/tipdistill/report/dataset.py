@@ -12,14 +12,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ..records import STATISTICS, TOKENS_FILE, Records
 from ..select import COMPLEMENT, RULES
 from ..types import Selection, TokenScores
 from .budgets import BOTTOM, RETENTIONS, computable_rules, keep_levels, ranking
-from .reading import Records
 from .taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrants
 from .texts import joined_texts, shown_bytes
 
-STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
 _DRAWN = {name for name, rule in RULES.items() if rule.budget == "sample"}
 
 
@@ -78,17 +77,14 @@ class Dataset:
         return Selection(mask, mask.float(), torch.from_numpy(choice.score))
 
     @cached_property
-    def _text_columns(self) -> tuple[pa.Array, pa.Array | None]:
-        has_bytes = "token_bytes" in self.records.tokens.schema_arrow.names
-        table = self.records.tokens.read(columns=["token", *(["token_bytes"] if has_bytes else [])])
-        return table["token"].combine_chunks(), table["token_bytes"].combine_chunks() if has_bytes else None
+    def _text_columns(self) -> tuple[pa.Array, pa.Array]:
+        table = self.records.read(["token", "token_bytes"])
+        return table["token"].combine_chunks(), table["token_bytes"].combine_chunks()
 
     def tokens_of(self, mask: np.ndarray) -> tuple[pa.Array, list[bytes | None]]:
         """Text of each token of a mask (bytes that are no text written out as bytes), and those bytes."""
-        own, own_bytes = self._text_columns
-        texts = own.filter(pa.array(mask))
-        raw = None if own_bytes is None else own_bytes.filter(pa.array(mask))
-        if raw is None or raw.null_count == len(raw):
+        texts, raw = (column.filter(pa.array(mask)) for column in self._text_columns)
+        if raw.null_count == len(raw):
             return texts, [None] * len(texts)
         pieces = raw.to_pylist()
         shown = [
@@ -98,9 +94,9 @@ class Dataset:
 
     def texts(self, rows: slice) -> list[str]:
         """Text of neighbouring tokens of one rollout, characters put together."""
-        own, own_bytes = self._text_columns
-        joined = {} if own_bytes is None else joined_texts(own_bytes[rows].to_pylist())
-        return [joined.get(place, text) for place, text in enumerate(own[rows].to_pylist())]
+        texts, raw = (column[rows].to_pylist() for column in self._text_columns)
+        joined = joined_texts(raw)
+        return [joined.get(place, text) for place, text in enumerate(texts)]
 
 
 def load_dataset(records: Records, rule: str | None = None, retention: float | None = None, seed: int = 0) -> Dataset:
@@ -115,22 +111,17 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
     Raises:
         ValueError: statistics that are NaN or infinite, rows in no order, a rule that the records do not suffice for.
     """
-    path, sidecar = records.directory / "tokens.parquet", records.sidecar
+    path, sidecar = records.directory / TOKENS_FILE, records.sidecar
     names = records.tokens.schema_arrow.names
     extra = [name for name in names if name.startswith(("kept_", "score_"))]
-    wanted = [
-        name for name in ("rollout", "position", "token_id", *STATISTICS, "kept", "score", *extra) if name in names
-    ]
-    try:
-        table = records.tokens.read(columns=wanted)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read to its end: {str(error).splitlines()[0]}. Score again.") from error
+    wanted = ["rollout", "position", "token_id", *STATISTICS, "quadrant", "kept", "score", *extra]
+    table = records.read(wanted)
     column = {name: table[name].combine_chunks() for name in wanted}
     numbers, inverse = np.unique(column["rollout"].to_numpy(), return_inverse=True)
     if bool((np.diff(inverse) < 0).any()):
         raise ValueError(f"the rows of {path} are not in the order of their rollouts: sort by rollout, position.")
     rollout = torch.from_numpy(inverse.astype(np.int64))
-    statistics = {name: _finite(column[name], name, path) for name in STATISTICS if name in column}
+    statistics = {name: _finite(column[name], name, path) for name in STATISTICS}
     for name in ("entropy", "reverse_kl"):
         if statistics[name] is None:
             raise ValueError(f"{path} has no {name} of some tokens: they were scored without the teacher.")
@@ -143,12 +134,9 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
         float(sidecar.get("divergence_threshold", DIVERGENCE_THRESHOLD)),
     )
     quadrant = quadrants(scores, *thresholds)
-    differing = 0.0
-    if "quadrant" in names:
-        recorded = records.tokens.read(columns=["quadrant"])["quadrant"].to_numpy()
-        differing = float((recorded != quadrant.numpy()).mean())
+    differing = float((column["quadrant"].to_numpy() != quadrant.numpy()).mean())
 
-    recorded_rule = str(sidecar.get("rule", "")) or None
+    recorded_rule = str(sidecar["rule"]) if "rule" in sidecar else None
     given = retention if retention is not None else sidecar.get("retention")
     retentions = tuple(sorted({*RETENTIONS, *([float(given)] if given is not None else [])}))
     rules = _rules(scores, rollout, retentions, column, recorded_rule, path, seed)

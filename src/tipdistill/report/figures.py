@@ -72,7 +72,7 @@ def draw_figures(
         )
         written.append(path)
     written += _save(_budgets(payload), folder / f"budgets{end}")
-    if payload["confusions"] and payload["confusions"]["tables"][2]:
+    if payload["confusions"]["tables"][2]:
         written += _save(
             _confusions(payload["confusions"], sum(payload["shares"]["mass"])), folder / f"confusions{end}"
         )

@@ -11,11 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..records import TOKENS_FILE, open_records
 from .dataset import Dataset, load_dataset
 from .figures import draw_figures
 from .pack import Pack, script_json
 from .payload import dataset_payload
-from .reading import open_records
 from .sources import Sources, find_sources
 
 MAX_TOKENS = 100_000
@@ -94,7 +94,7 @@ def write_report(
 
 
 def _home(path: Path) -> Path:
-    return path.parent if path.name == "tokens.parquet" else path
+    return path.parent if path.name == TOKENS_FILE else path
 
 
 def _first(dataset: Dataset, retention: float | None) -> tuple[str, float]:

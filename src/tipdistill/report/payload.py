@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -10,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ..records import STATISTICS, TOKENS_FILE, Records
 from ..select import RULES
 from ..select.normalize import clipped_entropy
 from .confusions import CONTEXTS, confusions
-from .dataset import STATISTICS, Dataset
+from .dataset import Dataset
 from .density import Hexagons, hexagons
 from .pack import Pack, short_floats
 from .taxonomy import NAMES
@@ -150,15 +152,12 @@ class _FirstChoices:
         self.texts[whose].append(first.field("token"))
 
 
-def _first_choices_and_view(dataset: Dataset, in_view: np.ndarray) -> tuple[_FirstChoices | None, dict[str, Any]]:
+def _first_choices_and_view(dataset: Dataset, in_view: np.ndarray) -> tuple[_FirstChoices, dict[str, pa.ListArray]]:
     """One pass over the top-5 columns: the first choices of every Q3 token, and all choices of the rollouts in view."""
-    parquet = dataset.records.tokens
-    if not {"student_top5", "teacher_top5"} <= set(parquet.schema_arrow.names):
-        return None, {}
     mistaken = dataset.quadrant.numpy() == 3
     first, start = _FirstChoices(), 0
     choices: dict[str, Any] = {"student": [], "teacher": []}
-    for batch in parquet.iter_batches(BATCH_ROWS, columns=["student_top5", "teacher_top5"]):
+    for batch in _batches(dataset.records, ["student_top5", "teacher_top5"]):
         rows = slice(start, start + len(batch))
         start += len(batch)
         for whose in ("student", "teacher"):
@@ -171,6 +170,15 @@ def _first_choices_and_view(dataset: Dataset, in_view: np.ndarray) -> tuple[_Fir
     return first, {whose: pa.chunked_array(found).combine_chunks() for whose, found in choices.items()}
 
 
+def _batches(records: Records, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from records.tokens.iter_batches(BATCH_ROWS, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{records.directory / TOKENS_FILE} is damaged: {str(error).splitlines()[0]} Score again."
+        ) from error
+
+
 def _starts(lists: pa.ListArray) -> pa.Array:
     """Index of the first item of each list among the flattened; null where a list is empty."""
     lengths = np.asarray(pc.fill_null(pc.list_value_length(lists), 0))
@@ -179,10 +187,8 @@ def _starts(lists: pa.ListArray) -> pa.Array:
 
 
 def _confusions(
-    dataset: Dataset, first: _FirstChoices | None, divergence: np.ndarray, in_view: np.ndarray, place: np.ndarray
-) -> dict[str, Any] | None:
-    if first is None:
-        return None
+    dataset: Dataset, first: _FirstChoices, divergence: np.ndarray, in_view: np.ndarray, place: np.ndarray
+) -> dict[str, Any]:
     mistakes = np.flatnonzero(dataset.quadrant.numpy() == 3)
     if len(mistakes) == 0:
         return {"tokens": 0, "agreed": 0, "mass": 0.0, "contexts": list(CONTEXTS), "tables": [[] for _ in CONTEXTS]}
@@ -238,14 +244,13 @@ def _view(
     cells: Hexagons,
     in_view: np.ndarray,
     shown: np.ndarray,
-    choices: dict[str, Any],
+    choices: dict[str, pa.ListArray],
     pack: Pack,
 ) -> dict[str, Any]:
     texts, raw = dataset.tokens_of(in_view)
     # one table of strings for the tokens written and all those that could have been; "" is number 0
-    columns = [texts, *(choices[whose].flatten().field("token") for whose in choices)]
-    coded = pa.chunked_array([pa.array([""]), *[column.cast(pa.string()) for column in columns]]).combine_chunks()
-    coded = pc.fill_null(coded, "").dictionary_encode()
+    columns = [texts, *(lists.flatten().field("token") for lists in choices.values())]
+    coded = pa.chunked_array([pa.array([""]), *columns]).combine_chunks().dictionary_encode()
     index = coded.indices.to_numpy()[1:]
     own = np.split(index, np.cumsum([len(column) for column in columns])[:-1])
     rollout = dataset.rollout.numpy()[in_view]
@@ -281,8 +286,7 @@ def _view(
         token = np.zeros((len(lengths), TOP), dtype=np.uint32)
         token[row[inside], column[inside]] = own_index[inside]
         probability = np.zeros((len(lengths), TOP))
-        found = np.asarray(pc.fill_null(lists.flatten().field("probability"), 0.0))
-        probability[row[inside], column[inside]] = np.nan_to_num(found[inside])
+        probability[row[inside], column[inside]] = lists.flatten().field("probability").to_numpy()[inside]
         steps = np.round(probability.clip(0, 1) * PROBABILITY_STEPS)
         # column by column, which compresses better: first choices are near 1, fifth ones near 0
         view[f"{whose}_top"] = pack.add(token.T, "u32")
@@ -302,28 +306,23 @@ def _parts(raw: list[bytes | None], rollout: np.ndarray) -> list[list[Any]]:
 
 
 def _rollouts(dataset: Dataset, shown: np.ndarray, lengths: np.ndarray) -> list[dict[str, Any]]:
-    known: dict[int, dict[str, Any]] = {}
-    if dataset.records.rollouts is not None:
-        table = dataset.records.rollouts
-        table = table.select(
-            [name for name in ("rollout", "prompt_id", "prompt", "finished") if name in table.column_names]
-        )
-        wanted = pa.array(dataset.numbers[shown], type=table["rollout"].type)
-        known = {row["rollout"]: row for row in table.filter(pc.is_in(table["rollout"], wanted)).to_pylist()}
+    table = dataset.records.rollouts.select(["rollout", "prompt_id", "prompt", "finished"])
+    wanted = pa.array(dataset.numbers[shown], type=table["rollout"].type)
+    known = {row["rollout"]: row for row in table.filter(pc.is_in(table["rollout"], wanted)).to_pylist()}
     found = []
     for place in np.flatnonzero(shown).tolist():
         number = int(dataset.numbers[place])
-        row = known.get(number, {})
-        prompt = row.get("prompt") or ""
+        row = known[number]
+        prompt = row["prompt"]
         if len(prompt) > LONGEST_PROMPT:
             prompt = f"{prompt[: LONGEST_PROMPT // 2]} […] {prompt[-LONGEST_PROMPT // 2 :]}"
         found.append(
             {
                 "rollout": number,
                 "prompt": prompt,
-                "prompt_id": row.get("prompt_id"),
+                "prompt_id": row["prompt_id"],
                 "tokens": int(lengths[place]),
-                "finished": row.get("finished"),
+                "finished": row["finished"],
             }
         )
     return found

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..records import TOKENS_FILE
 from .history import Run, read_runs
 
 MOST_STEPS = 6
@@ -47,7 +48,7 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
     """
     if not paths:
         raise ValueError("a report needs a directory: of token records, of a run, or several of them.")
-    directories = [path.parent if (path := Path(given)).name == "tokens.parquet" else path for given in paths]
+    directories = [path.parent if (path := Path(given)).name == TOKENS_FILE else path for given in paths]
     found = Sources(_names(directories))
     left_out = 0
     for directory, name in zip(directories, found.names, strict=True):
@@ -90,11 +91,16 @@ def _names(directories: Sequence[Path]) -> list[str]:
 def _steps(directory: Path) -> list[Path]:
     """Directories of records in `directory`: itself, its records/, or its records/step-*/ in order."""
     for own in (directory, directory / "records"):
-        if (own / "tokens.parquet").is_file():
+        if _is_records(own):
             return [own]
     steps = [*directory.glob("records/step-*"), *directory.glob("step-*")]
-    held = [path for path in steps if re.fullmatch(r"step-\d+", path.name) and (path / "tokens.parquet").is_file()]
+    held = [path for path in steps if re.fullmatch(r"step-\d+", path.name) and _is_records(path)]
     return sorted(held, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _is_records(directory: Path) -> bool:
+    """Whether there are records, or parts of an interrupted run that `open_records` puts together."""
+    return (directory / TOKENS_FILE).is_file() or any(directory.glob("parts/rollouts-*.parquet"))
 
 
 def _spread(steps: list[Path]) -> list[Path]:

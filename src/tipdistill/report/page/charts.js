@@ -99,7 +99,6 @@ function drawBudgets() {
 
 function drawConfusions() {
   const found = current().confusions, total = current().shares.mass.reduce((a, b) => a + b, 0) || 1;
-  if (!found) { $("confusions-note").textContent = "The records hold no top-5 tokens."; $("confusion-table").replaceChildren(); return; }
   const wrong = found.tokens - found.agreed;
   $("confusions-note").textContent = found.tokens
     ? `Of ${count(found.tokens)} Q3 tokens, ${count(wrong)} (${percent(wrong / found.tokens)}) have a student whose first choice is not the teacher's; they hold ${percent(found.mass / total)} of the divergence. In the others both prefer the same token, and the teacher is less sure of it.`

@@ -9,8 +9,8 @@ function fillSet() {
   $("rule").value = state.rule;
   $("retention").max = set.retentions.length - 1;
   $("retention").value = state.level;
-  $("context").replaceChildren(...(set.confusions?.contexts ?? []).map((context, place) => option(place, String(context))));
-  $("context").value = Math.min(2, (set.confusions?.contexts.length ?? 1) - 1);
+  $("context").replaceChildren(...set.confusions.contexts.map((context, place) => option(place, String(context))));
+  $("context").value = Math.min(2, set.confusions.contexts.length - 1);
   $("record-settings").replaceChildren(...set.settings.flatMap(([name, value]) => {
     const term = element("dt"), meaning = element("dd");
     term.textContent = name; meaning.textContent = value;

@@ -342,20 +342,18 @@ function describe(token) {
     const column = element("div", { class: whose }), head = element("h4"), list = element("ol");
     head.textContent = whose === "student" ? "Student's top 5" : "Teacher's top 5";
     column.append(head, list);
-    if (data[`${whose}_top`]) {
-      const tokens = array(data[`${whose}_top`]), probabilities = array(data[`${whose}_probability`]);
-      for (let place = 0; place < 5; place++) {
-        const at = place * data.tokens + token, share = probabilities[at] / 1000;
-        if (tokens[at] === 0 && probabilities[at] === 0) continue;
-        const item = element("li"), bar = element("div", { class: "amount" }), what = element("code"), figure = element("span");
-        if (tokens[at] === array(data.text)[token]) item.className = "sampled";
-        bar.style.width = `${100 * share}%`;
-        what.textContent = visible(data.strings[tokens[at]]);
-        figure.textContent = share > 0 ? percent(share, 1) : "<0.1 %";
-        item.append(bar, what, figure);
-        list.append(item);
-      }
-    } else list.append(element("li", {}, "not recorded"));
+    const tokens = array(data[`${whose}_top`]), probabilities = array(data[`${whose}_probability`]);
+    for (let place = 0; place < 5; place++) {
+      const at = place * data.tokens + token, share = probabilities[at] / 1000;
+      if (tokens[at] === 0 && probabilities[at] === 0) continue;
+      const item = element("li"), bar = element("div", { class: "amount" }), what = element("code"), figure = element("span");
+      if (tokens[at] === array(data.text)[token]) item.className = "sampled";
+      bar.style.width = `${100 * share}%`;
+      what.textContent = visible(data.strings[tokens[at]]);
+      figure.textContent = share > 0 ? percent(share, 1) : "<0.1 %";
+      item.append(bar, what, figure);
+      list.append(item);
+    }
     models.append(column);
   }
   const table = element("table"), body = element("tbody");

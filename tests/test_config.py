@@ -23,6 +23,8 @@ CPU = {"use_cpu": True, "bf16": False}
         ({"drift_factor": 0.5}, "drift_factor must be 0"),
         ({"drift_retention": 0}, r"drift_retention must be in \(0, 1\], got 0"),
         ({"drift_retention": 0.8, "drift_factor": 0}, "drift_factor = 0 turns that off"),
+        ({"eval_tasks": "math500"}, "every eval_steps steps: set eval_steps"),
+        ({"eval_num_samples": 0}, "eval_num_samples must be an integer ≥ 1"),
         ({"teacher_offload": True, "normalization": "micro_batch"}, 'needs normalization="batch"'),
     ],
 )

@@ -673,3 +673,51 @@ def test_records_that_cannot_be_written_do_not_stop_a_run(make, tmp_path, caplog
     trainer.train()
     assert trainer.state.global_step == 1
     assert "no token records were written" in caplog.text
+
+
+# Tasks during training
+
+
+def test_tasks_are_measured_and_training_goes_on_as_if_they_were_not(make, tmp_path, monkeypatch):
+    from tipdistill.tasks import TASKS
+
+    monkeypatch.setitem(TASKS, "sums", {"problems": [("2 + 3 =", "5"), ("1 + 1 =", "2"), ("4 + 4 =", "8")]})
+    sampled = {"generation_kwargs": None, "max_steps": 3, "output_dir": tmp_path / "plain"}
+    plain = make(**sampled)
+    plain.train()
+    settings = {"eval_tasks": "sums", "eval_steps": 2, "eval_num_samples": 2, "output_dir": tmp_path / "measured"}
+    measured = make(**{**sampled, **settings, "per_device_eval_batch_size": 4})
+    measured.train()
+    assert steps(measured, "loss", "grad_norm", "entropy") == steps(plain, "loss", "grad_norm", "entropy")
+    logged = [entry for entry in measured.state.log_history if "eval_sums/mean_at_2" in entry]
+    assert [entry["step"] for entry in logged] == [0, 2, 3]
+    for entry in logged:
+        root = tmp_path / "measured" / "eval" / f"step-{entry['step']}"
+        rows = [json.loads(line) for line in (root / "samples" / "sums.jsonl").read_text().splitlines()]
+        assert [(row["problem"], row["sample"]) for row in rows] == [(p, s) for p in range(3) for s in range(2)]
+        assert all("put your final answer within" in row["prompt"] for row in rows)
+        assert all(0 < row["tokens"] <= 12 for row in rows)
+        assert entry["eval_sums/mean_tokens"] == pytest.approx(sum(row["tokens"] for row in rows) / 6)
+        assert entry["eval_sums/truncated"] == pytest.approx(sum(not row["finished"] for row in rows) / 6)
+    assert len({row["response"] for row in rows}) > 2
+
+
+def test_an_unknown_task_is_refused_before_anything_is_loaded(make):
+    with pytest.raises(ValueError, match="there is no task 'mth500'"):
+        make(eval_tasks="mth500", eval_steps=1, model="absent/model", teacher="absent/teacher")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_a_task_together(pair, word_problems, tmp_path):
+    (tmp_path / "tasks_of_two.py").write_text("six = {'problems': [(f'{a} + 1 =', str(a + 1)) for a in range(5)]}\n")
+    settings = {**PLAIN, "per_device_train_batch_size": 4, "max_steps": 1, "eval_tasks": "tasks_of_two:six"}
+    settings |= {"eval_steps": 1, "eval_num_samples": 3, "per_device_eval_batch_size": 4}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    command += [str(DISTRIBUTED), *pair, str(word_problems), str(tmp_path / "run.json"), json.dumps(settings)]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+    for step in (0, 1):
+        lines = (tmp_path / "run" / "eval" / f"step-{step}" / "samples").glob("*.jsonl").__next__().read_text()
+        rows = [json.loads(line) for line in lines.splitlines()]
+        assert [(row["problem"], row["sample"]) for row in rows] == [(p, s) for p in range(5) for s in range(3)]
+        assert all(row["prompt"].startswith(f"{row['problem']} + 1 =") for row in rows)

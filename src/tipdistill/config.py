@@ -36,6 +36,9 @@ class TIPConfig(DistillationConfig):
         drift_factor: warn when the mean divergence of the dropped tokens exceeds this multiple of where it began; 0
             turns the guard off.
         drift_retention: retention from the first such warning on, where it is higher than `retention`; None leaves it.
+        eval_tasks: comma-separated tasks that are measured before the first step, every `eval_steps` steps and after
+            the last, see `tipdistill.tasks`; None: none.
+        eval_num_samples: completions per problem of these tasks.
 
     Raises:
         ValueError: a field is out of range, or a name is unknown (the nearest names are given).
@@ -81,6 +84,11 @@ class TIPConfig(DistillationConfig):
         default=None,
         metadata={"help": "Retention from the first drift warning on, where higher than `retention`; null: unchanged."},
     )
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={"help": "Comma-separated tasks to measure every eval_steps steps, such as math500,aime24."},
+    )
+    eval_num_samples: int = field(default=1, metadata={"help": "Completions per problem of eval_tasks."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,12 +107,15 @@ class TIPConfig(DistillationConfig):
             ("score_logging_steps", 0),
             ("record_rollouts", 0),
             ("scoring_tokens", 0),
+            ("eval_num_samples", 1),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
         if not (math.isfinite(self.drift_factor) and (self.drift_factor == 0 or self.drift_factor > 1)):
             raise ValueError(f"drift_factor must be 0 (off) or > 1, got {self.drift_factor}.")
+        if self.task_names() and not self.eval_steps:
+            raise ValueError(f"eval_tasks = {self.eval_tasks} are measured every eval_steps steps: set eval_steps.")
         if self.teacher_offload and self.normalization != "batch":
             raise ValueError(
                 'teacher_offload needs normalization="batch": with "micro_batch" the teacher scores inside the loss, '
@@ -117,6 +128,10 @@ class TIPConfig(DistillationConfig):
                 f"{self.per_device_train_batch_size} rollouts per device × {self.gradient_accumulation_steps} "
                 f"accumulation steps × {self.world_size} processes = {generation_batch}."
             )
+
+    def task_names(self) -> list[str]:
+        """The names in `eval_tasks`."""
+        return [name.strip() for name in (self.eval_tasks or "").split(",") if name.strip()]
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -30,6 +30,8 @@ from trl import DistillationTrainer
 
 from .config import TIPConfig
 from .divergence import NonFiniteLogitsError, token_scores
+from .evaluate.task import Task
+from .evaluate.training import TaskEvaluation, evaluate_tasks
 from .integrations import _trl
 from .loss import fused_divergence_loss
 from .monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
@@ -37,6 +39,7 @@ from .records import About, Choice, RecordsWriter
 from .report.taxonomy import quadrants
 from .rollout import Scored, joined, score_heads
 from .select import kept_counts, needs_teacher, rule_fields, select
+from .tasks import load_task
 from .types import Head, Rollout, Selection, TokenScores
 from .vocabulary import check_same_tokenizer, shared_vocabulary
 
@@ -113,6 +116,7 @@ class TIPTrainer(DistillationTrainer):
             raise ValueError("a teacher is needed: pass teacher_model, a model, a directory or a hub id.")
         for name, dataset in (("train_dataset", train_dataset), *_named(eval_dataset)):
             _check_prompts(name, dataset)
+        tasks = [load_task(name) for name in args.task_names()]
         processing_class = processing_class or _load_tokenizer(model, args)
         teacher_processing_class = teacher_processing_class or _load_tokenizer(teacher_model, args, teacher=True)
         if processing_class is not None and teacher_processing_class is not None:
@@ -161,6 +165,8 @@ class TIPTrainer(DistillationTrainer):
         self._sums_are_global = False
         self._choice: Choice | None = None
         self.add_callback(_StepEnd(self._seconds, self._log_step))
+        if tasks:
+            self.add_callback(TaskEvaluation(lambda: self._evaluate_tasks(tasks)))
 
     def _share_vocabulary(self, teacher: PreTrainedModel) -> None:
         models = (self._plain_student(), teacher)
@@ -649,6 +655,13 @@ class TIPTrainer(DistillationTrainer):
             warning = self._monitor.observe(figures["selection/dropped_divergence"])
             if warning:
                 logger.warning(f"Step {self.state.global_step}: {warning}")
+
+    def _evaluate_tasks(self, tasks: list[Task]) -> None:
+        figures = evaluate_tasks(self, tasks, self.args.eval_num_samples)
+        was_training = self.model.training
+        self.model.eval()  # in training mode TRL would add the figures of the step, and forget them
+        self.log(figures)
+        self.model.train(was_training)
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:

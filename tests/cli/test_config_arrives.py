@@ -112,6 +112,7 @@ def seed_of_the_order(run: Run) -> int | None:
     return None
 
 
+TASK = "tasks_of_test_config_arrives"
 ALL = {"selection_rule": "all", "retention": 1.0}
 OURS = {
     "selection_rule": Case("entropy", keeps_the_highest_entropies, False, True),
@@ -140,6 +141,22 @@ OURS = {
         [False, False],
         [False, True],
         {"max_steps": 20, "drift_factor": 1.001},
+    ),
+    "eval_tasks": Case(
+        f"{TASK}:six, {TASK}:five",
+        lambda run: sorted(path.name for path in run.root.glob("run/eval/step-*/samples/*")),
+        [],
+        sorted([f"{TASK}_five.jsonl", f"{TASK}_six.jsonl"] * 2),
+        {"eval_steps": 2},
+    ),
+    "eval_num_samples": Case(
+        3,
+        lambda run: [
+            (run.root / f"run/eval/step-{step}/samples/{TASK}_six.jsonl").read_text().count("\n") for step in (0, 2)
+        ],
+        [1, 1],
+        [3, 3],
+        {"eval_steps": 2, "eval_tasks": f"{TASK}:six"},
     ),
     "prompt_column": Case("problem", lambda run: "Second column" in min(run.prompts()), False, True),
     "prompt_template": Case(
@@ -221,8 +238,11 @@ def run(tiny_model_dir, word_problems, tmp_path_factory):
             path = tmp_path_factory.mktemp("recipe") / "r.yaml"
             path.write_text(yaml.safe_dump(recipe))
             flags = ["--config", str(path), *flags]
+        tasks = tmp_path_factory.mktemp("tasks")
+        (tasks / f"{TASK}.py").write_text("six = five = {'problems': [('2 + 3 =', '5')], 'prompt': 'own'}\n")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(root)
+            patch.syspath_prepend(tasks)
             watch(patch, run)
             run.code = main(["train", *flags])
         return run

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_closed_verifiers_leave_no_process():
 def test_a_verifying_process_does_not_load_torch(verifiers):
     process = verifiers._idle.get()
     try:
-        maps = open(f"/proc/{process.process.pid}/maps").read()
+        maps = Path(f"/proc/{process.process.pid}/maps").read_text()
     except FileNotFoundError:
         pytest.skip("no /proc on this system")
     finally:

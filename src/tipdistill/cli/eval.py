@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,13 +47,14 @@ def main(argv: list[str]) -> int:
                 flags.dtype,
                 flags.concurrency,
                 flags.trust_remote_code,
+                flags.chat_template_kwargs,
             ),
             flags.output_dir,
             flags.num_samples,
             Sampling(flags.temperature, flags.top_p),
             flags.seed,
             flags.pass_k,
-            {"model": flags.model},
+            {"model": flags.model, "chat_template_kwargs": flags.chat_template_kwargs},
             flags.resume,
             flags.regrade,
             verifiers,
@@ -134,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="put prompts through the chat template (default: where the tokenizer has one; a server's chat endpoint)",
     )
+    add("--chat_template_kwargs", type=_mapping, help='for the chat template, such as {"enable_thinking": false}')
     add("--limit", type=int, help="take the first so many problems of each task")
     add("--pass_k", type=_numbers, help="which pass@k to report, such as 1,4,16 (default: powers of two up to k)")
     add("--verifiers", type=int, help="processes that check answers (default: one per core, at most 4)")
@@ -153,6 +156,16 @@ def _numbers(text: str) -> Sequence[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,4,16, got {text!r}") from error
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
+    return found
 
 
 class _Progress:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, Protocol
 
 import torch
@@ -93,6 +95,7 @@ def open_engine(
     dtype: str = "auto",
     concurrency: int = 32,
     trust_remote_code: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Engine:
     """The engine that was asked for.
 
@@ -104,6 +107,7 @@ def open_engine(
         dtype: of the weights, "auto" for the checkpoint's own.
         concurrency: requests in flight (server).
         trust_remote_code: run the model's own code.
+        chat_template_kwargs: passed to the chat template, such as {"enable_thinking": False}.
 
     Raises:
         ValueError: an unknown engine, or a number out of range.
@@ -112,15 +116,15 @@ def open_engine(
     if batch_size < 1 or concurrency < 1:
         raise ValueError(f"batch_size and concurrency must be at least 1, got {batch_size} and {concurrency}.")
     if base_url is not None:
-        return Server(base_url, model, concurrency)
+        return Server(base_url, model, concurrency, chat_template_kwargs=chat_template_kwargs)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
         raise ImportError('engine "vllm" needs the package vllm: pip install "tipdistill[vllm]"')
     if engine == "vllm" or (engine == "auto" and installed and torch.cuda.is_available()):
-        return VLLM(model, dtype, trust_remote_code)
-    return Transformers.load(model, batch_size, dtype, trust_remote_code)
+        return VLLM(model, dtype, trust_remote_code, chat_template_kwargs)
+    return Transformers.load(model, batch_size, dtype, trust_remote_code, chat_template_kwargs)
 
 
 class Transformers:
@@ -130,13 +134,24 @@ class Transformers:
         model: causal language model.
         tokenizer: its tokenizer.
         batch_size: prompts per call of `generate`.
+        chat_template_kwargs: see `open_engine`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 16) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, batch_size: int = 16, chat_template_kwargs: dict[str, Any] | None = None
+    ) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.chat_template_kwargs = chat_template_kwargs
 
     @classmethod
-    def load(cls, model: str, batch_size: int, dtype: str, trust_remote_code: bool) -> Transformers:
+    def load(
+        cls,
+        model: str,
+        batch_size: int,
+        dtype: str,
+        trust_remote_code: bool,
+        chat_template_kwargs: dict[str, Any] | None,
+    ) -> Transformers:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -145,7 +160,8 @@ class Transformers:
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
         )
-        return cls(loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, batch_size)
+        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return cls(loaded, tokenizer, batch_size, chat_template_kwargs)
 
     def generate(
         self,
@@ -155,7 +171,7 @@ class Transformers:
         chat: bool | None = None,
         special_tokens: bool = False,
     ) -> Iterator[list[Completion]]:
-        encoded = [token_ids(self.tokenizer, prompt, chat) for prompt in prompts]
+        encoded = [token_ids(self.tokenizer, prompt, chat, self.chat_template_kwargs) for prompt in prompts]
         for start in range(0, len(prompts), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(prompts)))
             completions = self._batch([encoded[row] for row in rows], seeds[rows[0]], sampling)
@@ -225,13 +241,21 @@ class VLLM:
         model: directory or hub id.
         dtype: of the weights.
         trust_remote_code: run the model's own code.
+        chat_template_kwargs: see `open_engine`.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         from vllm import LLM
 
         self.llm = LLM(model, dtype=dtype, trust_remote_code=trust_remote_code)
         self.tokenizer = self.llm.get_tokenizer()
+        self.chat_template_kwargs = chat_template_kwargs
 
     def generate(
         self,
@@ -246,7 +270,10 @@ class VLLM:
         for start in range(0, len(prompts), _VLLM_REQUESTS):
             rows = range(start, min(start + _VLLM_REQUESTS, len(prompts)))
             outputs = self.llm.generate(
-                [{"prompt_token_ids": token_ids(self.tokenizer, prompts[row], chat)} for row in rows],
+                [
+                    {"prompt_token_ids": token_ids(self.tokenizer, prompts[row], chat, self.chat_template_kwargs)}
+                    for row in rows
+                ],
                 [
                     SamplingParams(
                         temperature=sampling.temperature,
@@ -287,6 +314,7 @@ class Server:
         attempts: how often a request is sent before it counts as failed.
         timeout: of one request, in seconds.
         pause: before the second attempt, in seconds; each later one is twice as long.
+        chat_template_kwargs: see `open_engine`; vLLM and SGLang pass them on.
 
     Raises:
         ValueError: the URL is none.
@@ -300,11 +328,13 @@ class Server:
         attempts: int = 5,
         timeout: float = 3600.0,
         pause: float = 1.0,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url must begin with http:// or https://, got {base_url!r}.")
         self.base_url, self.model, self.concurrency = base_url.rstrip("/"), model, concurrency
         self.attempts, self.timeout, self.pause = attempts, timeout, pause
+        self.chat_template_kwargs = chat_template_kwargs
 
     def generate(
         self,
@@ -317,10 +347,11 @@ class Server:
         if not prompts:
             return
         failed: ServerError | None = None
+        dead = threading.Event()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             futures = [
-                pool.submit(self._one, index, prompt, seed, sampling, chat, special_tokens)
+                pool.submit(self._one, dead, index, prompt, seed, sampling, chat, special_tokens)
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             ]
             for future in as_completed(futures):
@@ -339,6 +370,24 @@ class Server:
             raise failed
 
     def _one(
+        self,
+        dead: threading.Event,
+        index: int,
+        prompt: Any,
+        seed: int,
+        sampling: Sampling,
+        chat: bool | None,
+        special_tokens: bool,
+    ) -> Completion:
+        if dead.is_set():
+            raise ServerError(f"the server at {self.base_url} failed before")
+        try:
+            return self._ask(index, prompt, seed, sampling, chat, special_tokens)
+        except ServerError:
+            dead.set()
+            raise
+
+    def _ask(
         self, index: int, prompt: Any, seed: int, sampling: Sampling, chat: bool | None, special_tokens: bool
     ) -> Completion:
         body: dict[str, Any] = {
@@ -352,6 +401,8 @@ class Server:
             body["skip_special_tokens"] = False  # beyond OpenAI's interface; vLLM and SGLang know it
         as_chat = not isinstance(prompt, str) or chat is not False
         if as_chat:
+            if self.chat_template_kwargs:
+                body["chat_template_kwargs"] = self.chat_template_kwargs
             messages = prompt if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
             reply = self._post("/chat/completions", {**body, "messages": messages})
         else:
@@ -382,18 +433,21 @@ class Server:
                 said = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
                 if error.code < 500 and error.code not in (408, 429):
                     break  # asking again would not change the answer
-            except (OSError, ValueError) as error:  # refused, reset, timed out, cut off in the middle
+            except (OSError, ValueError, HTTPException) as error:  # refused, reset, timed out, cut off in the middle
                 said = str(getattr(error, "reason", error)) or type(error).__name__
         raise ServerError(f"the server at {self.base_url}{path} failed: {said}")
 
 
-def token_ids(tokenizer: Any, prompt: Any, chat: bool | None) -> list[int]:
+def token_ids(
+    tokenizer: Any, prompt: Any, chat: bool | None, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
     """Tokens of a prompt: messages, and texts where `chat` says so, through the chat template.
 
     Args:
         tokenizer: the model's.
         prompt: a text or a list of messages.
         chat: see `Engine.generate`.
+        chat_template_kwargs: passed to the chat template.
 
     Raises:
         ValueError: a chat template is needed and the tokenizer has none.
@@ -404,5 +458,7 @@ def token_ids(tokenizer: Any, prompt: Any, chat: bool | None) -> list[int]:
     if not has_template:
         raise ValueError("the prompt is a conversation, and the tokenizer has no chat template: give plain text.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )
     return list(encoded["input_ids"])

@@ -55,6 +55,8 @@ ATTRIBUTES = (
     "_step",
     "_tokenizer",
     "beta",
+    "chat_template_kwargs",
+    "eos_token_ids",
     "generation_config",
     "generation_kwargs",
     "shuffle_dataset",

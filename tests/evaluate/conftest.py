@@ -1,11 +1,12 @@
-"""A tiny OpenAI-compatible server on 127.0.0.1 that answers sums, for the tests of the server engine."""
+"""A tiny OpenAI-compatible server on 127.0.0.1 that answers sums."""
 
 import json
 import re
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
 
 
 class Stub:
@@ -20,8 +21,8 @@ class Stub:
         self.answer = lambda body: None
 
 
-@contextmanager
-def serving():
+@pytest.fixture
+def stub_server():
     stub = Stub()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,0 +1,144 @@
+"""Tasks measured while a student trains, with the engine that writes its rollouts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerCallback
+
+from .engines import Completion, Sampling, token_ids
+from .run import run
+from .task import Task
+
+_LOGGED = ("standard_error", "maj_at_k", "mean_tokens", "truncated")
+
+
+class TaskEvaluation(TrainerCallback):
+    """Calls back before the first step, after every `eval_steps` steps, and after the last.
+
+    Args:
+        evaluate: what to call.
+    """
+
+    def __init__(self, evaluate: Callable[[], None]) -> None:
+        self.evaluate = evaluate
+        self.step: int | None = None
+
+    def _at(self, step: int, control: Any) -> None:
+        if step != self.step:
+            self.step = step
+            should_log = control.should_log
+            self.evaluate()
+            control.should_log = should_log  # logging what was measured must not cost the step its own entry
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._at(0, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % state.eval_steps == 0:
+            self._at(state.global_step, control)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._at(state.global_step, control)
+
+
+def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dict[str, float]:
+    """Measure a `TIPTrainer`'s student on tasks; every process calls it, each writes its share of the completions.
+
+    Sampling is the run's own (`temperature`, `top_p`, `max_completion_length`, vLLM where it is used), from random
+    numbers of its own, so that training goes on as if it had not been measured. The samples are kept in
+    `<output_dir>/eval/step-<n>`.
+
+    Args:
+        trainer: in the middle of `train`.
+        tasks: what to measure.
+        num_samples: k, completions per problem.
+
+    Returns:
+        {"eval_<task>/mean_at_<k>": ..., "eval_<task>/standard_error": ..., ...}, the same on every process.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    root = Path(args.output_dir) / "eval" / f"step-{step}"
+    written = {}
+    device = trainer.accelerator.device
+    was_training = trainer.model.training
+    trainer.model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed((args.seed * 1_000_003 + step) * 10_007 + trainer.accelerator.process_index)
+            for task in tasks:
+                written[task.name] = _completions(trainer, task, num_samples)
+    finally:
+        trainer.model.train(was_training)
+    figures: list[Any] = [None]
+    if trainer.accelerator.is_main_process:
+        shutil.rmtree(root, ignore_errors=True)  # of a run that was killed here, and resumed from before
+        found: dict[str, Any] = {"tasks": {}}
+        for task in tasks:
+            found["tasks"] |= run(
+                [task],
+                lambda task=task: _Written(written[task.name]),  # type: ignore[misc]
+                root,
+                num_samples,
+                Sampling(args.temperature, args.top_p, args.max_completion_length),
+                args.seed,
+                settings={"step": step},
+                resume=True,
+            )["tasks"]
+        figures = [
+            {f"eval_{name}/mean_at_{num_samples}": numbers["mean_at_k"] for name, numbers in found["tasks"].items()}
+            | {f"eval_{name}/{key}": numbers[key] for name, numbers in found["tasks"].items() for key in _LOGGED}
+        ]
+    return broadcast_object_list(figures)[0]
+
+
+def _completions(trainer: Any, task: Task, num_samples: int) -> list[Completion]:
+    """Those of every problem and sample, in the order of (problem, sample), on every process."""
+    accelerator, tokenizer = trainer.accelerator, trainer._tokenizer
+    prompts = [
+        token_ids(tokenizer, task.prompt_of(problem), task.chat, trainer.chat_template_kwargs)
+        for problem in task.problems
+    ]
+    total = len(prompts) * num_samples
+    own = range(accelerator.process_index, total, accelerator.num_processes)
+    # as many batches of the same size on every process: sharded engines generate together
+    size = trainer.args.per_device_eval_batch_size
+    most = -(-total // accelerator.num_processes)
+    found = []
+    for first in range(0, most, size):
+        rows = [own[index] if index < len(own) else total - 1 for index in range(first, min(first + size, most))]
+        written = trainer._generate_single_turn([prompts[row // num_samples] for row in rows], None, {})
+        found += [
+            Completion(
+                row,
+                tokenizer.decode(ids, skip_special_tokens=not task.special_tokens),
+                len(ids),
+                ids[-1] in trainer.eos_token_ids,
+            )
+            for row, ids in zip(rows, written, strict=True)
+        ]
+    every = {completion.index: completion for completion in gather_object(found)}
+    return [every[index] for index in range(total)]
+
+
+class _Written:
+    """An engine of completions that are written already."""
+
+    def __init__(self, completions: list[Completion]) -> None:
+        self.completions = completions
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        chat: bool | None = None,
+        special_tokens: bool = False,
+    ) -> Iterator[list[Completion]]:
+        yield self.completions

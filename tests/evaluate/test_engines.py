@@ -1,0 +1,188 @@
+"""What each engine writes, and what it says when it cannot."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tipdistill.evaluate.engines import Sampling, Server, ServerError, Transformers, open_engine, token_ids
+
+SHORT = Sampling(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir):
+    path = tiny_model_dir("qwen3", "student")
+    return Transformers(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path), batch_size=3)
+
+
+PROMPTS = ["Ada has 3 apples.", "A box", "Kurt shares 40 coins among 5 friends.", "Emmy"]
+
+
+def test_greedy_completions_are_those_of_the_model_alone(engine):
+    """Left padding, the batch and the checkpoint's own generation defaults change nothing."""
+    engine.model.generation_config.temperature = 0.3  # a default that must not leak in
+    greedy = Sampling(temperature=0, max_new_tokens=6)
+    found = [row for rows in engine.generate(PROMPTS, [0] * 4, greedy, chat=False) for row in rows]
+    assert [row.index for row in found] == [0, 1, 2, 3]
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        ids = torch.tensor([engine.tokenizer(prompt)["input_ids"]])
+        for _ in range(6):
+            following = engine.model(ids).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, following], 1)
+            if following.item() == engine.tokenizer.eos_token_id:
+                break
+        written = ids[0, len(engine.tokenizer(prompt)["input_ids"]) :]
+        assert completion.text == engine.tokenizer.decode(written, skip_special_tokens=True)
+        assert completion.tokens == len(written)
+        assert completion.finished == (written[-1].item() == engine.tokenizer.eos_token_id)
+
+
+def test_a_seed_gives_the_same_completion_again_and_leaves_torchs_own_state(engine):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first, again = ([row.text for rows in engine.generate(PROMPTS, [5] * 4, SHORT) for row in rows] for _ in range(2))
+    other = [row.text for rows in engine.generate(PROMPTS, [6] * 4, SHORT) for row in rows]
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_lengths_end_with_the_end_of_the_sequence(engine):
+    end = engine.tokenizer.eos_token_id
+
+    class Scripted:
+        config, generation_config, device = engine.model.config, engine.model.generation_config, torch.device("cpu")
+
+        def generate(self, input_ids, **_):
+            written = torch.tensor([[5, end, 6], [5, 6, 7]])
+            return torch.cat([input_ids, written], 1)
+
+    scripted = Transformers(Scripted(), engine.tokenizer, 2)
+    one, two = next(scripted.generate(PROMPTS[:2], [0, 0], SHORT, special_tokens=True))
+    assert (one.tokens, one.finished, two.tokens, two.finished) == (2, True, 3, False)
+    assert one.text.endswith("<|end|>")
+    assert "<|end|>" not in next(scripted.generate(PROMPTS[:2], [0, 0], SHORT))[0].text
+
+
+def test_prompts_go_through_the_chat_template_where_there_is_one(engine):
+    plain = engine.tokenizer("hi")["input_ids"]
+    chat = token_ids(engine.tokenizer, "hi", None)
+    assert token_ids(engine.tokenizer, "hi", False) == plain
+    assert chat == token_ids(engine.tokenizer, [{"role": "user", "content": "hi"}], False)
+    assert len(chat) > len(plain)
+
+    class Bare:
+        chat_template = None
+
+        def __call__(self, _):
+            return {"input_ids": [1]}
+
+    assert token_ids(Bare(), "hi", None) == [1]
+    with pytest.raises(ValueError, match="no chat template"):
+        token_ids(Bare(), "hi", True)
+
+
+def test_a_prompt_longer_than_the_model_is_refused(engine):
+    with pytest.raises(ValueError, match=r"a prompt has .* tokens, and the model takes 512"):
+        next(engine.generate(["apples " * 600], [0], SHORT, chat=False))
+
+
+def sums(count, kind=""):
+    return [f"{kind} {a} + {a} =" for a in range(count)]
+
+
+def test_a_server_completes_texts_and_conversations(stub_server):
+    server = Server(stub_server.url, "m", concurrency=4)
+    plain = [row for rows in server.generate(sums(6), range(6), SHORT, chat=False) for row in rows]
+    assert {row.index: row.text for row in plain} == {a: rf"So \boxed{{{2 * a}}}." for a in range(6)}
+    assert all(row.finished and row.tokens == len(row.text) for row in plain)
+    assert "prompt" in stub_server.bodies[0]
+    chat = next(server.generate(sums(1), [3], SHORT))[0]
+    assert chat.text == r"So \boxed{0}."
+    body = stub_server.bodies[-1]
+    assert body["messages"] == [{"role": "user", "content": " 0 + 0 ="}]
+    assert "chat_template_kwargs" not in body
+    next(Server(stub_server.url, "m", chat_template_kwargs={"enable_thinking": False}).generate(sums(1), [3], SHORT))
+    assert stub_server.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (body["seed"], body["max_tokens"], body["temperature"], body["model"]) == (3, 6, 1.0, "m")
+
+
+def test_the_key_is_sent_and_only_where_there_is_one(stub_server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    next(Server(stub_server.url, "m").generate(sums(1), [0], SHORT))
+    monkeypatch.setenv("OPENAI_API_KEY", "abc")
+    next(Server(stub_server.url, "m").generate(sums(1), [0], SHORT))
+    assert [headers.get("Authorization") for headers in stub_server.headers] == [None, "Bearer abc"]
+
+
+def test_a_length_limit_is_a_truncation(stub_server):
+    stub_server.answer = lambda body: {
+        "choices": [{"text": "So", "finish_reason": "length"}],
+        "usage": {"completion_tokens": 6},
+    }
+    assert not next(Server(stub_server.url, "m").generate(sums(1), [0], SHORT, chat=False))[0].finished
+
+
+@pytest.mark.parametrize("status", [500, None], ids=["error", "broken connection"])
+def test_a_server_that_dies_keeps_what_was_done_and_says_so(stub_server, status):
+    stub_server.dies_after, stub_server.status = 4, status
+    server = Server(stub_server.url, "m", concurrency=2, attempts=2, pause=0.01)
+    found = []
+
+    def collect():
+        for rows in server.generate(sums(40), range(40), SHORT):
+            found.extend(rows)
+
+    with pytest.raises(ServerError, match=r"the server at http://127\.0\.0\.1:\d+/v1/chat/completions failed"):
+        collect()
+    assert len(found) == 4
+    assert len(stub_server.bodies) <= 4 + 2 * 2  # the two in flight, twice each; those that waited are not sent
+
+
+def test_a_server_that_recovers_is_asked_again(stub_server):
+    answers = iter([{"no": "choices"}, None])
+    stub_server.dies_after = 0
+    server = Server(stub_server.url, "m", concurrency=1, attempts=5, pause=0.01)
+
+    def recover(body):
+        return next(answers)
+
+    import threading
+
+    threading.Timer(0.03, lambda: setattr(stub_server, "dies_after", None)).start()
+    assert next(server.generate(sums(1), [0], SHORT))[0].text == r"So \boxed{0}."
+    stub_server.answer = recover
+    with pytest.raises(ServerError, match="answered without choices"):
+        next(server.generate(sums(1), [0], SHORT))
+
+
+def test_a_refused_request_is_not_repeated(stub_server):
+    stub_server.dies_after, stub_server.status = 0, 404
+    with pytest.raises(ServerError, match="HTTP 404"):
+        next(Server(stub_server.url, "m", pause=0.01).generate(sums(1), [0], SHORT))
+    assert len(stub_server.bodies) == 1
+
+
+def test_no_server_at_all():
+    server = Server("http://127.0.0.1:9", "m", attempts=2, pause=0.01)
+    with pytest.raises(ServerError, match="refused"):
+        next(server.generate(sums(1), [0], SHORT))
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="engine must be one of auto, transformers, vllm"):
+        open_engine("m", "sglang")
+    with pytest.raises(ValueError, match="must begin with http"):
+        open_engine("m", base_url="localhost:8000")
+    with pytest.raises(ValueError, match="batch_size and concurrency"):
+        open_engine("m", batch_size=0)
+    for bad in ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Sampling(**bad)
+
+
+def test_vllm_is_asked_for_by_name(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install"):
+        open_engine("m", "vllm")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tipdistill.evaluate.engines import Sampling, Server, ServerError, Transformers, open_engine, token_ids
+from tipdistill.evaluate.engines import Local, Sampling, Server, ServerError, as_fed, open_engine
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -12,7 +12,7 @@ SHORT = Sampling(max_new_tokens=6)
 @pytest.fixture(scope="module")
 def engine(tiny_model_dir):
     path = tiny_model_dir("qwen3", "student")
-    return Transformers(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path), batch_size=3)
+    return Local(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path), batch_size=3)
 
 
 PROMPTS = ["Ada has 3 apples.", "A box", "Kurt shares 40 coins among 5 friends.", "Emmy"]
@@ -46,39 +46,27 @@ def test_a_seed_gives_the_same_completion_again_and_leaves_torchs_own_state(engi
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_lengths_end_with_the_end_of_the_sequence(engine):
-    end = engine.tokenizer.eos_token_id
-
-    class Scripted:
-        config, generation_config, device = engine.model.config, engine.model.generation_config, torch.device("cpu")
-
-        def generate(self, input_ids, **_):
-            written = torch.tensor([[5, end, 6], [5, 6, 7]])
-            return torch.cat([input_ids, written], 1)
-
-    scripted = Transformers(Scripted(), engine.tokenizer, 2)
-    one, two = next(scripted.generate(PROMPTS[:2], [0, 0], SHORT, special_tokens=True))
-    assert (one.tokens, one.finished, two.tokens, two.finished) == (2, True, 3, False)
-    assert one.text.endswith("<|end|>")
-    assert "<|end|>" not in next(scripted.generate(PROMPTS[:2], [0, 0], SHORT))[0].text
+def test_the_end_of_the_sequence_is_kept_where_it_is_asked_for(engine):
+    greedy = Sampling(temperature=0, max_new_tokens=200)
+    found = next(engine.generate(["Ada", "Emmy", "Kurt"], [0] * 3, greedy, chat=False, special_tokens=True))
+    without = next(engine.generate(["Ada", "Emmy", "Kurt"], [0] * 3, greedy, chat=False))
+    for kept, left_out in zip(found, without, strict=True):
+        assert kept.text.endswith("<|end|>") == kept.finished
+        assert "<|end|>" not in left_out.text
+        assert kept.tokens == left_out.tokens <= 200
 
 
 def test_prompts_go_through_the_chat_template_where_there_is_one(engine):
-    plain = engine.tokenizer("hi")["input_ids"]
-    chat = token_ids(engine.tokenizer, "hi", None)
-    assert token_ids(engine.tokenizer, "hi", False) == plain
-    assert chat == token_ids(engine.tokenizer, [{"role": "user", "content": "hi"}], False)
-    assert len(chat) > len(plain)
+    chat = [{"role": "user", "content": "hi"}]
+    assert as_fed(engine.tokenizer, "hi", None) == as_fed(engine.tokenizer, chat, False) == chat
+    assert as_fed(engine.tokenizer, "hi", False) == "hi"
 
     class Bare:
         chat_template = None
 
-        def __call__(self, _):
-            return {"input_ids": [1]}
-
-    assert token_ids(Bare(), "hi", None) == [1]
+    assert as_fed(Bare(), "hi", None) == "hi"
     with pytest.raises(ValueError, match="no chat template"):
-        token_ids(Bare(), "hi", True)
+        as_fed(Bare(), "hi", True)
 
 
 def test_a_prompt_longer_than_the_model_is_refused(engine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 import threading
 import time
 import urllib.error
@@ -16,6 +17,9 @@ from http.client import HTTPException
 from typing import Any, Protocol
 
 import torch
+
+from ..data import encode_prompts
+from ..rollout import generate
 
 ENGINES = ("auto", "transformers", "vllm")
 _VLLM_REQUESTS = 512
@@ -123,17 +127,27 @@ def open_engine(
     if engine == "vllm" and not installed:
         raise ImportError('engine "vllm" needs the package vllm: pip install "tipdistill[vllm]"')
     if engine == "vllm" or (engine == "auto" and installed and torch.cuda.is_available()):
-        return VLLM(model, dtype, trust_remote_code, chat_template_kwargs)
-    return Transformers.load(model, batch_size, dtype, trust_remote_code, chat_template_kwargs)
+        from vllm import LLM
+
+        llm = LLM(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        return Local(llm, llm.get_tokenizer(), max(batch_size, _VLLM_REQUESTS), chat_template_kwargs)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Local(loaded.to(device).eval(), tokenizer, batch_size, chat_template_kwargs)
 
 
-class Transformers:
-    """A model in this process.
+class Local:
+    """A model in this process, sampled as rollouts are (`tipdistill.rollout.generate`).
 
     Args:
-        model: causal language model.
-        tokenizer: its tokenizer.
-        batch_size: prompts per call of `generate`.
+        model: a transformers model, or a `vllm.LLM`.
+        tokenizer: the model's.
+        batch_size: prompts per call; vLLM schedules within it, so give it many.
         chat_template_kwargs: see `open_engine`.
     """
 
@@ -143,26 +157,6 @@ class Transformers:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.chat_template_kwargs = chat_template_kwargs
 
-    @classmethod
-    def load(
-        cls,
-        model: str,
-        batch_size: int,
-        dtype: str,
-        trust_remote_code: bool,
-        chat_template_kwargs: dict[str, Any] | None,
-    ) -> Transformers:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-        )
-        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return cls(loaded, tokenizer, batch_size, chat_template_kwargs)
-
     def generate(
         self,
         prompts: Sequence[Any],
@@ -171,130 +165,41 @@ class Transformers:
         chat: bool | None = None,
         special_tokens: bool = False,
     ) -> Iterator[list[Completion]]:
-        encoded = [token_ids(self.tokenizer, prompt, chat, self.chat_template_kwargs) for prompt in prompts]
-        for start in range(0, len(prompts), self.batch_size):
-            rows = range(start, min(start + self.batch_size, len(prompts)))
-            completions = self._batch([encoded[row] for row in rows], seeds[rows[0]], sampling)
+        dressed = [as_fed(self.tokenizer, prompt, chat) for prompt in prompts]
+        longest = self._longest(dressed)
+        for start in range(0, len(dressed), self.batch_size):
+            batch = dressed[start : start + self.batch_size]
+            (rollouts,) = generate(
+                self.model,
+                self.tokenizer,
+                batch,
+                max_new_tokens=min(sampling.max_new_tokens, longest),
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=seeds[start],
+                batch_size=len(batch),
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
             yield [
                 Completion(
-                    row,
-                    self.tokenizer.decode(ids, skip_special_tokens=not special_tokens),
-                    len(ids),
-                    finished,
+                    start + rollout.prompt_id,
+                    self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=not special_tokens),
+                    len(rollout.completion_ids),
+                    rollout.finished,
                 )
-                for row, (ids, finished) in zip(rows, completions, strict=True)
+                for rollout in rollouts
             ]
 
-    @torch.no_grad()
-    def _batch(self, prompts: list[list[int]], seed: int, sampling: Sampling) -> list[tuple[list[int], bool]]:
-        width = max(map(len, prompts))
-        limit = self._limit(width, sampling)
-        ends = self._ends()
-        pad = self.tokenizer.pad_token_id
-        pad = ends[0] if pad is None else pad
-        device = self.model.device
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        # none of the checkpoint's own sampling defaults: what is reported is what was asked for
-        drawn: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
-        if sampling.temperature:
-            drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            rows = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=bool(sampling.temperature),
-                max_new_tokens=limit,
-                max_length=None,
-                eos_token_id=ends,
-                pad_token_id=pad,
-                **drawn,
-            )
-        found = []
-        for row in rows[:, width:].tolist():
-            end = next((position for position, token in enumerate(row) if token in ends), None)
-            found.append((row if end is None else row[: end + 1], end is not None))
-        return found
-
-    def _ends(self) -> list[int]:
-        ends = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        if ends is None:
-            raise ValueError("neither the model nor its tokenizer says which token ends a sequence (eos_token_id).")
-        return [ends] if isinstance(ends, int) else list(ends)
-
-    def _limit(self, prompt_tokens: int, sampling: Sampling) -> int:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is None:
-            return sampling.max_new_tokens
-        if prompt_tokens >= positions:
-            raise ValueError(f"a prompt has {prompt_tokens} tokens, and the model takes {positions}.")
-        return min(sampling.max_new_tokens, positions - prompt_tokens)
-
-
-class VLLM:
-    """vLLM in this process, one request per completion and a seed for each.
-
-    Args:
-        model: directory or hub id.
-        dtype: of the weights.
-        trust_remote_code: run the model's own code.
-        chat_template_kwargs: see `open_engine`.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        dtype: str = "auto",
-        trust_remote_code: bool = False,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        from vllm import LLM
-
-        self.llm = LLM(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        self.tokenizer = self.llm.get_tokenizer()
-        self.chat_template_kwargs = chat_template_kwargs
-
-    def generate(
-        self,
-        prompts: Sequence[Any],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        chat: bool | None = None,
-        special_tokens: bool = False,
-    ) -> Iterator[list[Completion]]:
-        from vllm import SamplingParams
-
-        for start in range(0, len(prompts), _VLLM_REQUESTS):
-            rows = range(start, min(start + _VLLM_REQUESTS, len(prompts)))
-            outputs = self.llm.generate(
-                [
-                    {"prompt_token_ids": token_ids(self.tokenizer, prompts[row], chat, self.chat_template_kwargs)}
-                    for row in rows
-                ],
-                [
-                    SamplingParams(
-                        temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                        top_k=-1,
-                        max_tokens=sampling.max_new_tokens,
-                        seed=seeds[row],
-                        skip_special_tokens=not special_tokens,
-                    )
-                    for row in rows
-                ],
-                use_tqdm=False,
-            )
-            yield [
-                Completion(row, output.outputs[0].text, len(output.outputs[0].token_ids), _ended(output.outputs[0]))
-                for row, output in zip(rows, outputs, strict=True)
-            ]
-
-
-def _ended(output: Any) -> bool:
-    return output.finish_reason == "stop"
+    def _longest(self, prompts: Sequence[Any]) -> int:
+        """Tokens that are left for a completion after the longest prompt, by what the model can take."""
+        config = getattr(self.model, "config", None)
+        positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is None or not prompts:
+            return sys.maxsize  # vLLM watches its own limit
+        longest = max(map(len, encode_prompts(prompts, self.tokenizer, self.chat_template_kwargs)))
+        if longest >= positions:
+            raise ValueError(f"a prompt has {longest} tokens, and the model takes {positions}.")
+        return positions - longest
 
 
 class ServerError(OSError):
@@ -438,27 +343,20 @@ class Server:
         raise ServerError(f"the server at {self.base_url}{path} failed: {said}")
 
 
-def token_ids(
-    tokenizer: Any, prompt: Any, chat: bool | None, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
-    """Tokens of a prompt: messages, and texts where `chat` says so, through the chat template.
+def as_fed(tokenizer: Any, prompt: Any, chat: bool | None) -> Any:
+    """A prompt as the engine takes it: a text that stays one, or messages for the chat template.
 
     Args:
         tokenizer: the model's.
         prompt: a text or a list of messages.
         chat: see `Engine.generate`.
-        chat_template_kwargs: passed to the chat template.
 
     Raises:
         ValueError: a chat template is needed and the tokenizer has none.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if isinstance(prompt, str) and not (has_template if chat is None else chat):
-        return tokenizer(prompt)["input_ids"]
+        return prompt
     if not has_template:
         raise ValueError("the prompt is a conversation, and the tokenizer has no chat template: give plain text.")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-    )
-    return list(encoded["input_ids"])
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -11,7 +11,8 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from .engines import Completion, Sampling, token_ids
+from ..data import encode_prompts
+from .engines import Completion, Sampling, as_fed
 from .run import run
 from .task import Task
 
@@ -101,10 +102,8 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
 def _completions(trainer: Any, task: Task, num_samples: int) -> list[Completion]:
     """Those of every problem and sample, in the order of (problem, sample), on every process."""
     accelerator, tokenizer = trainer.accelerator, trainer._tokenizer
-    prompts = [
-        token_ids(tokenizer, task.prompt_of(problem), task.chat, trainer.chat_template_kwargs)
-        for problem in task.problems
-    ]
+    fed = [as_fed(tokenizer, task.prompt_of(problem), task.chat) for problem in task.problems]
+    prompts = encode_prompts(fed, tokenizer, trainer.chat_template_kwargs)
     total = len(prompts) * num_samples
     own = range(accelerator.process_index, total, accelerator.num_processes)
     # as many batches of the same size on every process: sharded engines generate together

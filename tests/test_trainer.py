@@ -378,7 +378,7 @@ def test_ranks_with_fewer_pieces_score_in_as_many_forwards(make, monkeypatch):
 
 
 def test_an_offloaded_teacher_is_not_run_in_the_loss(make, monkeypatch):
-    trainer = make(selection_rule="all", teacher_offload=True, max_steps=1, scoring_tokens=10_000)
+    trainer = make(selection_rule="all", teacher_offload=True, max_steps=1, scoring_tokens=10_000, record_rollouts=0)
     calls = []
     trainer.teacher_model.base_model.register_forward_hook(lambda *args: calls.append(1))
     trainer.train()

@@ -8,6 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any import that reads it: a test th
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it in its decorators
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,

@@ -127,8 +127,10 @@ def fused_divergence_loss(
     dtype = torch.promote_types(torch.float32, student.hidden.dtype)
     weight = weight.to(dtype)
     # numbers on a GPU are looked at in fused_rows, together with the logits, so that the host waits once
-    on_gpu = isinstance(denominator, Tensor) and denominator.is_cuda
-    factor = weight / (denominator if on_gpu else _denominator(weight, denominator))
+    if isinstance(denominator, Tensor) and denominator.is_cuda:
+        factor = weight / denominator
+    else:
+        factor = weight / _denominator(weight, denominator)
     loss, scores = fused_rows(student, teacher, factor, divergence, beta, temperature, fields, token_ids, impl)
     return (loss, scores) if fields else loss
 

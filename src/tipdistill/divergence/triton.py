@@ -1,31 +1,33 @@
-"""The contract of `chunked` on CUDA: cuBLAS projects a tile, one Triton kernel reads it once and keeps every running sum.
+"""The contract of `chunked` on CUDA: cuBLAS projects a tile, one Triton kernel reads it once for all running sums.
 
 Scoring. A tile [tokens, columns] of both models' logits is projected by cuBLAS (half-precision operands, float32
 results) into scratch memory that every tile reuses; `_online_kernel` applies bias, scale, softcap and temperature while
 it reads the tile, and updates all sums of all asked statistics, one program per token. The alternative, matmul and
-reductions in one kernel so that logits never leave the SM, was not taken: two float32 accumulators fill the register
-file of a Hopper SM, and a Triton matmul runs below cuBLAS by more than what the one write and the one read of a tile
-cost, 16 bytes per logit pair against 2 (H_S + H_T) operations.
+reductions in one kernel so that logits never leave the SM, was not taken: two float32 accumulators of 128 × 256 fill
+the registers of a Hopper SM, and what a Triton matmul falls short of cuBLAS weighs more than writing and reading a tile
+once, 16 bytes of traffic beside 2 (H_S + H_T) operations per pair of logits.
 
 Statistics that need the normalisers first (jsd, hellinger, signal_to_curvature), and the gradients of `FusedLoss`, look
-at the logits again. They are held for a block of tokens, as the difference from the running maximum: float16 for
-half-precision inputs, where an entry of weight then carries 11 significant bits where a bfloat16 logit has 8, float32
+at the logits again. They are held for a block of tokens, as the difference from the running maximum: in float16 for
+half-precision inputs, where an entry of weight then carries 11 significant bits and a bfloat16 logit has 8, in float32
 for float32. Nothing is projected twice for them.
 
-Gradients. `_gradient_kernel` forms softmax terms, weight, scale and softcap slope of a tile in one pass, in the dtype of
-the hidden states; cuBLAS multiplies it with the lm_head (summed in float32 over the tiles) and with the hidden states.
-The backward of `TokenDivergence` takes all kept tokens at once and the vocabulary in tiles, so that a tile of the weight
-gradient is complete when it is formed: it is rounded once, and a float32 copy of [V, H] never exists.
-`FusedLoss` does without that copy where holding all tokens costs no more memory than it would.
+Gradients. `_gradient_kernel` forms softmax terms, weight, scale and softcap slope of a tile in one pass, in the dtype
+of the hidden states; cuBLAS multiplies it with the lm_head (summed in float32 over the tiles) and the hidden states.
+The backward of `TokenDivergence` takes all kept tokens at once and the vocabulary in tiles, so that a tile of the
+weight gradient is complete when it is formed: it is rounded once, and no float32 copy of [V, H] exists. `FusedLoss`
+does without that copy where holding all tokens costs no more memory than the copy would.
 
-The host waits for the device where it must know a number: the finite check, once per call, and the count of kept rows,
-once per backward. On the first call for a kind of input a few tile shapes are timed (`_search`), unless
+The host waits for the device where it must know a number: one finite check per call, and the count of kept rows in the
+backward. On the first call for a kind of input a few tile shapes are timed (`_search`), unless
 `torch.use_deterministic_algorithms` is on: the shape sets the order of the sums, so a run that must repeat another bit
 for bit keeps the default one.
 
 Without a GPU the kernels run under TRITON_INTERPRET=1, which is how the tests run them.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# (the parameters of a kernel: pointers and numbers whose types Triton infers)
 from __future__ import annotations
 
 import math
@@ -366,11 +368,9 @@ def statistics(
     s_head = Projection.of(student, vocabulary, temperature)
     t_head = None if teacher is None else Projection.of(teacher, vocabulary, temperature)
     t_hidden = None if teacher is None else teacher.hidden.detach()
-    second = not set(SECOND_PASS).isdisjoint(fields)
+    hold = 0 if set(SECOND_PASS).isdisjoint(fields) else _rows_held(hidden, vocabulary)
     with torch.cuda.device_of(hidden):
-        scorer = _Scorer(
-            s_head, t_head, fields, beta, hidden, t_hidden, _rows_held(hidden, vocabulary) if second else 0
-        )
+        scorer = _Scorer(s_head, t_head, fields, beta, hidden, t_hidden, hold)
         pieces = [scorer.score(span, token_ids) for span in _spans(len(hidden), scorer.tokens)]
     return _joined(pieces)
 
@@ -413,13 +413,14 @@ class TokenDivergence(torch.autograd.Function):
                 of_rows = _of_rows(ctx.kind, ctx.beta, found, factor, peak, s_head)
                 half = hidden.dtype in HALF
                 columns = min(_aligned_down(WORKSPACE // (rows * (10 if half else 8))), vocabulary)
-                s_tile, t_tile = (torch.empty(rows * columns, device=hidden.device) for _ in range(2))
-                tile = torch.empty(rows * columns, dtype=hidden.dtype, device=hidden.device) if half else s_tile
+                size = rows * _aligned_up(columns)
+                s_tile, t_tile = (torch.empty(size, device=hidden.device) for _ in range(2))
+                tile = torch.empty(size, dtype=hidden.dtype, device=hidden.device) if half else s_tile
                 for start, stop in _spans(vocabulary, columns):
                     s_rows = s_head.weight[start:stop].to(hidden.dtype)
                     s = _projected(s_hidden, s_rows, s_tile)
                     t = _projected(t_hidden, t_head.weight[start:stop].to(t_hidden.dtype), t_tile)
-                    gradient = tile[: s.numel()].view_as(s)
+                    gradient = _view(tile, *s.shape)
                     _form_gradient(ctx.kind, ctx.beta, s, t, gradient, of_rows, s_head, t_head, start, None, TILE)
                     gradients.add(gradient, s_hidden, s_rows, slice(None), start)
                 gradients.rescale(peak)
@@ -473,10 +474,8 @@ class FusedLoss(torch.autograd.Function):
             scorer.release()
             gradients.rescale(peak)
             ctx.gradients = gradients.finish()
-        if pieces:
-            found = _joined(pieces)
-        else:  # a rank without a kept token: a loss of 0 that still reaches the graph
-            found = dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
+        # no piece: a rank without a kept token has a loss of 0 that still reaches the graph
+        found = _joined(pieces) if pieces else dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
         normaliser = found["s_log"] + found["t_log"]
         divergence = found[kind]
         statistics = [found[name] for name in fields]
@@ -507,7 +506,8 @@ class _Scorer:
         t_hidden: Tensor | None,
         hold: int,
     ) -> None:
-        self.student, self.teacher, self.fields, self.beta = student, teacher, frozenset(fields), beta
+        self.student, self.teacher, self.wanted, self.beta = student, teacher, fields, beta
+        self.fields = frozenset(fields)
         self.s_hidden, self.t_hidden = s_hidden, t_hidden
         self.second = [name for name in SECOND_PASS if name in self.fields]
         self.vocabulary = len(student.weight)
@@ -521,7 +521,8 @@ class _Scorer:
         columns = max(1, self.tile.tokens * self.tile.columns // (self.tokens * block)) * block
         self.columns = min(columns, self.vocabulary)
         models = 1 if teacher is None else 2
-        self.scratch = [torch.empty(self.tokens * self.columns, device=device) for _ in range(models)]
+        size = self.tokens * _aligned_up(self.columns)
+        self.scratch = [torch.empty(size, device=device) for _ in range(models)]
         if hold:
             dtype = torch.float16 if s_hidden.dtype in HALF else torch.float32
             shape = (self.tokens, _aligned_up(self.vocabulary))
@@ -536,7 +537,7 @@ class _Scorer:
         sums = torch.empty(len(ONLINE_SUMS), end - row, device=s_hidden.device)
         for start, stop in _spans(self.vocabulary, self.columns):
             self.take(s_hidden, t_hidden, token_ids, sums, start, stop, self.scratch, self.tile)
-        online = Online(0, self.fields, self.teacher is not None, s_hidden)
+        online = Online(0, self.wanted, self.teacher is not None, s_hidden)
         for name, value in zip(ONLINE_SUMS, sums, strict=True):
             setattr(online, name, value)
         found = online.finish()
@@ -748,10 +749,15 @@ def _peak(factor: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def _projected(hidden: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
     """hidden @ weight.T in float32, in the memory of `scratch`."""
-    rows, columns = len(hidden), len(weight)
-    out = scratch[: rows * columns].view(rows, columns)
+    out = _view(scratch, len(hidden), len(weight))
     _product(out, hidden, weight.t())
     return out
+
+
+def _view(scratch: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns] in the memory of `scratch`, each row aligned."""
+    stride = _aligned_up(columns)
+    return scratch[: rows * stride].view(rows, stride)[:, :columns]
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -794,7 +800,7 @@ def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _aligned_up(columns: int) -> int:
-    """Rows of a multiple of 64 columns start on what cuBLAS and a cache line like."""
+    """Rows of so many elements all start on a cache line, as cuBLAS and vector loads want them."""
     return math.ceil(columns / 64) * 64
 
 
@@ -832,7 +838,7 @@ def _tile(scorer: _Scorer) -> Tile:
 def _search(scorer: _Scorer) -> Tile:
     """Time the first tile in each candidate shape; what is computed is thrown away."""
     able = [tile for tile in CANDIDATES if tile.tokens <= len(scorer.s_hidden) and tile.columns <= scorer.vocabulary]
-    most, device = max(tile.tokens * tile.columns for tile in able), scorer.s_hidden.device
+    most, device = max(tile.tokens * _aligned_up(tile.columns) for tile in able), scorer.s_hidden.device
     scratch = [torch.empty(most, device=device) for _ in range(1 if scorer.teacher is None else 2)]
     times = {}
     for tile in able:

@@ -1,10 +1,20 @@
 """Heads of awkward sizes and contents, for every test of the engine."""
 
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 
 import torch
 
-from tipdistill import Head
+import tipdistill as tip
+from tipdistill import Head, TokenScores
+
+FIELDS = tuple(field.name for field in dataclass_fields(TokenScores))
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scaled": {"logit_scale": 0.37, "bias": True},
+    "softcap": {"softcap": 3.0, "logit_scale": 1.3, "bias": True},
+}
 
 
 def make_head(rows, vocabulary, width, seed, dtype=torch.float64, bias=False, spread=1.0, **options):
@@ -45,3 +55,32 @@ def to(head, dtype):
         weight=head.weight.to(dtype),
         bias=None if head.bias is None else head.bias.to(dtype),
     )
+
+
+def reference(student, teacher, fields=FIELDS, **options):
+    return tip.token_scores(student, teacher, fields=fields, impl="reference", **options)
+
+
+def tokens_of(student, teacher=None):
+    shared = min(len(head.weight) for head in (student, teacher) if head is not None)
+    return torch.randint(shared, (len(student.hidden),), generator=torch.Generator().manual_seed(9))
+
+
+def gradients(student, teacher, incoming, **options):
+    """Gradients of Σ incoming · divergence in the student's hidden states, weight and bias."""
+    tensors, student = leaves(student)
+    scores = tip.token_scores(student, teacher, fields=["divergence"], **options)
+    (scores.require("divergence") * incoming).sum().backward()
+    return [None if tensor is None else tensor.grad for tensor in tensors]
+
+
+def incoming_of(rows, dtype=torch.float64):
+    """A gradient for about half of the rows, of both signs, and 0 for the others."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(rows, generator=generator, dtype=torch.float64)
+    return (values * (torch.rand(rows, generator=generator) < 0.6)).to(dtype)
+
+
+def error(found, truth):
+    """Largest deviation, relative to the largest entry of the truth."""
+    return ((found.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-300)).item()

@@ -2,58 +2,21 @@
 
 import math
 import time
-from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from statistics import median
 
 import pytest
 import torch
-from heads import leaves, make_head, make_pair, to
+from heads import FIELDS, HEADS, error, gradients, incoming_of, leaves, make_head, make_pair, reference, to, tokens_of
 from measure import matmul_flops, peak_bytes
 
 import tipdistill as tip
-from tipdistill import Head, TokenScores
+from tipdistill import Head
 from tipdistill.divergence import NonFiniteLogitsError
 
-FIELDS = tuple(field.name for field in dataclass_fields(TokenScores))
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 # rows, vocabulary: one token, tiles that do not fill, several tiles of rows and of columns, a prime vocabulary
 SIZES = [(1, 37), (3, 2), (5, 2048), (257, 37), (259, 2111), (513, 4099)]
-HEADS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "scaled": {"logit_scale": 0.37, "bias": True},
-    "softcap": {"softcap": 3.0, "logit_scale": 1.3, "bias": True},
-}
-
-
-def reference(student, teacher, fields=FIELDS, **options):
-    return tip.token_scores(student, teacher, fields=fields, impl="reference", **options)
-
-
-def tokens_of(student, teacher=None):
-    shared = min(len(head.weight) for head in (student, teacher) if head is not None)
-    return torch.randint(shared, (len(student.hidden),), generator=torch.Generator().manual_seed(9))
-
-
-def gradients(student, teacher, incoming, **options):
-    """Gradients of Σ incoming · divergence in the student's hidden states, weight and bias."""
-    tensors, student = leaves(student)
-    scores = tip.token_scores(student, teacher, fields=["divergence"], **options)
-    (scores.require("divergence") * incoming).sum().backward()
-    return [None if tensor is None else tensor.grad for tensor in tensors]
-
-
-def incoming_of(rows, dtype=torch.float64):
-    """A gradient for about half of the rows, of both signs, and 0 for the others."""
-    generator = torch.Generator().manual_seed(3)
-    values = torch.randn(rows, generator=generator, dtype=torch.float64)
-    return (values * (torch.rand(rows, generator=generator) < 0.6)).to(dtype)
-
-
-def error(found, truth):
-    """Largest deviation, relative to the largest entry of the truth."""
-    return ((found.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-300)).item()
 
 
 # Float64 against float64: only the order of the sums differs.

@@ -35,6 +35,28 @@ COUNT = sum(map(len, TOKENS))
 ROLLOUT = torch.arange(len(TOKENS)).repeat_interleave(torch.tensor([len(rollout) for rollout in TOKENS]))
 
 
+PROBE = {
+    "student": "small",
+    "teacher": HOSTILE,
+    "recommendation": {"rule": "q3", "retention": 0.1, "reason": "It keeps most of the descent."},
+    "warnings": [HOSTILE],
+    "rows": [
+        {
+            "rule": rule,
+            "retention": retention,
+            "kept": retention,
+            "divergence_share": 0.5,
+            "q3_share": None,
+            "cosine": 0.9 * retention,
+            "cosine_interval": [0.8 * retention, retention],
+            "jaccard": {"soft_or": 0.2, "q3": 0.1, "random": 0.05},
+        }
+        for rule in ("soft_or", "q3", "random")
+        for retention in (0.1, 0.5)
+    ],
+}
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip(
@@ -77,6 +99,7 @@ def report(tmp_path_factory):
         ] + [{"step": step, "eval_accuracy": step / 20} for step in (1, 10, 19)]
         (root / name).mkdir(exist_ok=True)
         (root / name / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (root / "other" / "probe.json").write_text(json.dumps(PROBE))
     return write_report([root / "run", root / "other"], root / "report.html", figures=False), table
 
 
@@ -325,6 +348,19 @@ def test_runs_are_overlaid_and_records_switched(open_page):
     assert "step 9" in page.locator("#facts").text_content()
     assert page.locator("#rule option:checked").text_content() == "Soft-OR"  # what was being looked at
     assert page.locator("#feed .rollout .text").first.text_content() == TEXTS[-1]
+
+
+def test_the_probe_has_its_advice_its_warnings_and_its_rows(open_page):
+    page = open_page()
+    shown = page.locator("#probe")
+    assert "Recommended: Q3 at 10 %. It keeps most of the descent." in shown.text_content()
+    assert shown.locator(".note").text_content() == HOSTILE
+    assert page.evaluate("window.pwned") is None
+    assert shown.locator("tbody tr").count() == len(PROBE["rows"])
+    best = shown.locator("tr.best td").all_text_contents()
+    assert best == ["Q3", "10 %", "10 %", "50 %", "0.090 (0.080 – 0.100)", "Soft-OR (Jaccard 0.20)"]
+    assert shown.locator(".chart").count() == 2  # what is not there is not drawn
+    assert shown.locator(".chart").first.locator("polyline").count() == 3
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -88,6 +88,15 @@ def test_a_recorded_score_is_what_its_rule_ranks_by(tmp_path, records_writer):
     assert (dataset.kept["gradient_norm"] == picked.mask.numpy()).all()
 
 
+def test_budgets_are_spent_where_the_records_spent_them(tmp_path, records_writer):
+    table = records_writer(tmp_path, words(), sidecar={"rule": "soft_or", "scope": "batch", "retention": 0.1})
+    dataset, _, _ = payload_of(tmp_path)
+    rollout = torch.tensor(table["rollout"].to_numpy()).long()
+    for rule in ("divergence", "q3", "complement:soft_or"):
+        mask = select(scores_of(table), rule, 0.1, rollout, scope="batch").mask
+        assert torch.equal(dataset.selection(rule, 0.1).mask, mask)
+
+
 def test_the_map_counts_every_token_and_what_is_kept_of_it(tmp_path, records_writer, unpack):
     records_writer(tmp_path, words(30))
     dataset, payload, pack = payload_of(tmp_path, max_tokens=50)

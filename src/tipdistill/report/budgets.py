@@ -42,7 +42,7 @@ def keep_levels(
 
     Args:
         order: float [N], what the rule ranks by, see `ranking`.
-        rollout: int64 [N] in 0..R−1, every number taken.
+        rollout: int64 [N] in 0..R−1, every number taken; all 0 where one budget is spent over all tokens.
         retentions: ascending, the last one 1; at most 255.
         complement: the rule keeps what comes last.
 

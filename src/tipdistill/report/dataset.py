@@ -139,7 +139,8 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
     recorded_rule = str(sidecar["rule"]) if "rule" in sidecar else None
     given = retention if retention is not None else sidecar.get("retention")
     retentions = tuple(sorted({*RETENTIONS, *([float(given)] if given is not None else [])}))
-    rules = _rules(scores, rollout, retentions, column, recorded_rule, path, seed)
+    spent_in = torch.zeros_like(rollout) if sidecar.get("scope") == "batch" else rollout
+    rules = _rules(scores, spent_in, retentions, column, recorded_rule, path, seed)
     first = rule or recorded_rule
     if rule is not None and rule not in [choice.name for choice in rules]:
         raise ValueError(
@@ -180,7 +181,7 @@ def _finite(values: pa.Array, name: str, path: Path) -> np.ndarray | None:
 
 def _rules(
     scores: TokenScores,
-    rollout: Tensor,
+    spent_in: Tensor,
     retentions: Sequence[float],
     column: dict[str, pa.Array],
     recorded_rule: str | None,
@@ -207,7 +208,7 @@ def _rules(
             kept_by, order = ranking(scores, name, torch.Generator().manual_seed(seed))
         else:
             continue
-        level = keep_levels(order, rollout, retentions, complement=name.startswith(COMPLEMENT))
+        level = keep_levels(order, spent_in, retentions, complement=name.startswith(COMPLEMENT))
         found[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None)
     # those that look at every token first, then the draws, then the control that keeps what is left
     return tuple(sorted(found.values(), key=lambda choice: (choice.name == BOTTOM, choice.name in _DRAWN)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from .dataset import Dataset
 from .history import Run, is_accuracy
-from .tip_map import FAINT, INK, KEPT, tip_map
+from .tip_map import FAINT, INK, KEPT, save_figure, tip_map_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,21 +55,9 @@ def draw_figures(
     """
     folder.mkdir(parents=True, exist_ok=True)
     end = f"-{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}" if name else ""
-    written = []
-    selection = dataset.selection(rule, retention)
-    for suffix in SUFFIXES:
-        path = folder / f"tip_map{end}{suffix}"
-        title = f"{name + ': ' if name else ''}kept by {rule} at {100 * retention:g} %"
-        entropy_threshold, divergence_threshold = dataset.thresholds
-        tip_map(
-            dataset.scores,
-            path,
-            selection=selection,
-            title=_plain(title),
-            entropy_threshold=entropy_threshold,
-            divergence_threshold=divergence_threshold,
-        )
-        written.append(path)
+    title = f"{name + ': ' if name else ''}kept by {rule} at {100 * retention:g} %"
+    figure = tip_map_figure(dataset.scores, dataset.selection(rule, retention), _plain(title), *dataset.thresholds)
+    written = _save(figure, folder / f"tip_map{end}")
     written += _save(_budgets(payload), folder / f"budgets{end}")
     if payload["confusions"]["tables"][2]:
         written += _save(
@@ -86,16 +73,9 @@ def draw_training(folder: Path, runs: Sequence[Run]) -> list[Path]:
 
 
 def _save(figure: Figure, stem: Path) -> list[Path]:
-    paths = []
-    for suffix in SUFFIXES:
-        path = stem.with_name(stem.name + suffix)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            figure.savefig(partial, format=suffix[1:])
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        paths.append(path)
+    paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
+    for path in paths:
+        save_figure(figure, path)
     return paths
 
 

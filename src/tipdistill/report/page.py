@@ -13,7 +13,7 @@ from typing import Any
 
 from ..records import TOKENS_FILE, open_records
 from .dataset import Dataset, load_dataset
-from .figures import draw_figures
+from .figures import draw_figures, draw_training
 from .pack import Pack, script_json
 from .payload import dataset_payload
 from .sources import Sources, find_sources
@@ -78,8 +78,6 @@ def write_report(
                 folder, name if len(sources.records) > 1 else "", sets[-1], dataset, *_first(dataset, retention)
             )
     if figures and sources.runs:
-        from .figures import draw_training
-
         draw_training(folder, sources.runs)
     data = {
         "sets": sets,

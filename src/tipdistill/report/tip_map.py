@@ -68,6 +68,30 @@ def tip_map(
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"a TIP map is a {', '.join(SUFFIXES)} file, got {str(path)!r}.")
+    save_figure(tip_map_figure(scores, selection, title, entropy_threshold, divergence_threshold), path)
+    return path
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Save a figure in full or not at all, in a folder that is made where there is none; the suffix is the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(partial, format=path.suffix[1:].lower())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def tip_map_figure(
+    scores: TokenScores,
+    selection: Selection | None = None,
+    title: str | None = None,
+    entropy_threshold: float = ENTROPY_THRESHOLD,
+    divergence_threshold: float = DIVERGENCE_THRESHOLD,
+) -> Figure:
+    """The figure of `tip_map`, to be saved in several formats; the same arguments, and raises the same."""
     if divergence_threshold <= 0:
         raise ValueError(f"divergence_threshold must be > 0 on a logarithmic axis, got {divergence_threshold}.")
     quadrant = quadrants(scores, entropy_threshold, divergence_threshold)
@@ -77,15 +101,7 @@ def tip_map(
         raise ValueError(f"the selection is of {len(selection.mask)} tokens, the scores of {len(quadrant)}.")
     if not bool(scores.require("reverse_kl").isfinite().all()):
         raise ValueError("a reverse_kl is infinite and has no place on the map: the teacher gives probability 0.")
-    figure = _figure(scores, quadrant, selection, title, entropy_threshold, divergence_threshold)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(partial, format=path.suffix[1:].lower())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return _figure(scores, quadrant, selection, title, entropy_threshold, divergence_threshold)
 
 
 def _figure(

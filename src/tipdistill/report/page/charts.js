@@ -24,7 +24,8 @@ function lineChart(title, lines, { share = false, logX = false, logY = false, ze
   let xLow = Infinity, xHigh = -Infinity, yLow = Infinity, yHigh = -Infinity;
   for (const line of lines) for (let i = 0; i < line.x.length; i++) {
     xLow = Math.min(xLow, line.x[i]); xHigh = Math.max(xHigh, line.x[i]);
-    yLow = Math.min(yLow, line.y[i]); yHigh = Math.max(yHigh, line.y[i]);
+    const span = [line.y[i], ...(Array.isArray(line.interval?.[i]) ? line.interval[i].filter(isNumber) : [])];
+    yLow = Math.min(yLow, ...span); yHigh = Math.max(yHigh, ...span);
   }
   if (zero && !logY) yLow = Math.min(0, yLow);
   if (share && yHigh > 0.9) yHigh = Math.max(1, yHigh);
@@ -47,7 +48,10 @@ function lineChart(title, lines, { share = false, logX = false, logY = false, ze
     const points = line.x.map((x, i) => `${toX(x).toFixed(1)},${toY(line.y[i]).toFixed(1)}`).join(" ");
     const wide = emphasis < 0 ? 1.7 : emphasis === line.number ? 2.8 : 1.2;
     picture.append(drawn("polyline", { points, fill: "none", "stroke-width": wide, "stroke-linejoin": "round", opacity: emphasis >= 0 && emphasis !== line.number ? 0.65 : 1, ...lineStyle(line.number) }));
-    if (line.x.length <= 12 && !logX) line.x.forEach((x, i) => picture.append(drawn("circle", { cx: toX(x), cy: toY(line.y[i]), r: 2.6, fill: lineStyle(line.number).stroke })));
+    line.interval?.forEach((interval, i) => {
+      if (Array.isArray(interval) && interval.every(isNumber)) picture.append(drawn("line", { x1: toX(line.x[i]), x2: toX(line.x[i]), y1: toY(interval[0]), y2: toY(interval[1]), "stroke-width": 1, stroke: lineStyle(line.number).stroke }));
+    });
+    if (line.x.length <= 12 && (!logX || line.interval)) line.x.forEach((x, i) => picture.append(drawn("circle", { cx: toX(x), cy: toY(line.y[i]), r: 2.6, fill: lineStyle(line.number).stroke })));
   }
   const ruler = drawn("line", { class: "axis", y1: plot.y, y2: plot.y + plot.h, visibility: "hidden" });
   picture.append(ruler);
@@ -86,7 +90,7 @@ function drawBudgets() {
     legend.append(key);
   });
   const note = element("p", { class: "small" });
-  note.textContent = set.rules.some((rule) => rule.recorded) ? "● ranked by its recorded score; the others are recomputed from the recorded statistics." : "Recomputed from the recorded statistics, per rollout.";
+  note.textContent = set.rules.some((rule) => rule.recorded) ? "● ranked by its recorded score; the others are recomputed from the recorded statistics." : "Recomputed from the recorded statistics.";
   legend.append(note);
   $("budget-charts").replaceChildren(
     lineChart("Share of the divergence kept", lines((rule, level) => sum(shares.kept_mass[rule][level]) / total), options),
@@ -212,25 +216,51 @@ function timeSplit() {
 function drawProbes() {
   $("probes").replaceChildren(...DATA.probes.map(({ name, probe }) => drawProbe(DATA.probes.length > 1 ? name : "", probe)));
 }
+const PROBE_COLUMNS = [
+  ["kept", "tokens kept", percent], ["divergence_share", "divergence kept", percent], ["q3_share", "Q3 kept", percent],
+  ["cosine", "cosine to the full gradient", (value) => value.toFixed(3)], ["descent", "first-order descent", short],
+  ["against_random", "against random", (value) => value.toFixed(2)], ["peak_memory_gib", "peak memory, GiB", short], ["step_seconds", "step, s", short],
+];
+const PROBE_CHARTS = [["cosine", "Cosine to the full gradient"], ["descent", "First-order descent on held-out rollouts"], ["divergence_share", "Share of the divergence kept"], ["q3_share", "Share of Q3 kept"]];
+const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+
 function drawProbe(name, probe) {
-  const box = element("div");
+  const box = element("div"), advice = probe.recommendation ?? {}, rows = (probe.rows ?? []).filter((row) => row && isNumber(row.retention));
   const paragraph = (content, kind = "") => { const one = element("p", { class: kind }); one.textContent = content; box.append(one); };
   if (name) { const head = element("h3"); head.textContent = name; box.append(head); }
-  for (const one of [probe.recommendation].flat().filter((item) => item)) paragraph(typeof one === "string" ? one : Object.entries(one).map(([key, value]) => `${key}: ${value}`).join(" · "), "headline");
+  paragraph([probe.student && probe.teacher ? `student ${probe.student}, teacher ${probe.teacher}` : "", probe.estimate?.device ? `device ${probe.estimate.device}` : ""].filter((one) => one).join(" · "), "facts");
+  if (advice.rule) paragraph(`Recommended: ${ruleName(advice.rule)}${isNumber(advice.retention) ? ` at ${percent(advice.retention)}` : ""}. ${advice.reason ?? ""}`, "headline");
   for (const warning of probe.warnings ?? []) paragraph(String(warning), "note");
-  const rows = (probe.rows ?? []).filter((row) => row && typeof row === "object");
-  const columns = [...new Set(rows.flatMap((row) => Object.keys(row)))];
+  const rules = [...new Set(rows.map((row) => String(row.rule)))];
+  const legend = element("div", { class: "legend" }), charts = element("div", { class: "charts" });
+  rules.forEach((rule, number) => { const key = element("span", { class: "key" }); key.append(lineSample(number), ruleName(rule)); legend.append(key); });
+  for (const [field, title] of PROBE_CHARTS) {
+    const lines = rules.map((rule, number) => {
+      const own = rows.filter((row) => row.rule === rule && isNumber(row[field]) && row.retention > 0).sort((a, b) => a.retention - b.retention);
+      return { name: ruleName(rule), number, x: own.map((row) => row.retention), y: own.map((row) => row[field]), interval: own.map((row) => row[`${field}_interval`]) };
+    }).filter((line) => line.x.length);
+    if (lines.length) charts.append(lineChart(title, lines, { share: field.endsWith("share"), logX: true, zero: true, xLabel: "retention" }));
+  }
+  const columns = PROBE_COLUMNS.filter(([field]) => rows.some((row) => isNumber(row[field])));
   const head = element("tr"), body = element("tbody");
-  for (const column of columns) { const cell = element("th", { scope: "col" }); cell.textContent = column.replace(/_/g, " "); head.append(cell); }
+  for (const title of ["rule", "retention", ...columns.map(([, title]) => title), "most alike"]) {
+    const cell = element("th", { scope: "col", class: title === "rule" || title === "most alike" ? "" : "number" });
+    cell.textContent = title;
+    head.append(cell);
+  }
   for (const row of rows) {
-    const line = element("tr");
-    for (const column of columns) {
-      const value = row[column], cell = element("td", { class: typeof value === "number" ? "number" : "" });
-      cell.textContent = typeof value === "number" ? short(value) : Array.isArray(value) ? value.map((one) => typeof one === "number" ? short(one) : String(one)).join(" – ") : value === null || value === undefined ? "" : String(value);
-      line.append(cell);
+    const line = element("tr", row.rule === advice.rule && row.retention === advice.retention ? { class: "best" } : {});
+    const add = (content, kind = "number") => { const cell = element("td", { class: kind }); cell.textContent = content; line.append(cell); };
+    add(ruleName(String(row.rule)), "");
+    add(percent(row.retention));
+    for (const [field, , format] of columns) {
+      const interval = row[`${field}_interval`];
+      add(isNumber(row[field]) ? format(row[field]) + (Array.isArray(interval) && interval.every(isNumber) ? ` (${interval.map(format).join(" – ")})` : "") : "");
     }
+    const alike = Object.entries(row.jaccard ?? {}).filter(([rule, value]) => rule !== row.rule && isNumber(value)).sort((a, b) => b[1] - a[1])[0];
+    add(alike ? `${ruleName(alike[0])} (Jaccard ${alike[1].toFixed(2)})` : "", "");
     body.append(line);
   }
-  if (rows.length) box.append(element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)));
+  box.append(legend, charts, element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)));
   return box;
 }

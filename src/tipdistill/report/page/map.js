@@ -166,6 +166,7 @@ function drawHeadline(keptTokens, keptMass, total) {
   const facts = [`${count(set.tokens)} tokens in ${count(set.rollouts)} rollouts`];
   if (set.step !== null && set.step !== undefined) facts.push(`step ${set.step}`);
   const named = new Map(set.settings);
+  if (named.get("scope") === "batch") facts.push("budgets are spent over all tokens");
   for (const key of ["student", "teacher"]) {
     const found = named.get(key) ?? named.get(`models · ${key}`);
     if (found) facts.push(`${key} ${found}`);

@@ -18,7 +18,7 @@ function loadView() {
   state.hexagon = -1;
   const all = data.rollouts.length === current().rollouts;
   $("sampled").textContent = all
-    ? `All ${count(current().rollouts)} rollouts. Shown as text, prompt above completion.`
+    ? `All ${count(current().rollouts)} rollouts, each prompt above its completion.`
     : `${count(data.rollouts.length)} of ${count(current().rollouts)} rollouts, drawn at random (${count(data.tokens)} of ${count(current().tokens)} tokens). The map, the shares and the confusions count every token.`;
 }
 
@@ -180,10 +180,10 @@ function arrange() {
   });
   const keys = new Map(found.map((place) => [place, SORTS[state.sort].by(place)]));
   view.order = found.sort((a, b) => keys.get(a) - keys.get(b) || a - b);
-  const words = [`${count(found.length)} of ${count(rollouts.length)} rollouts`];
+  const words = found.length < rollouts.length ? [`${count(found.length)} of them hold what is looked for`] : [];
   if (query) words.push(`${count(view.matches.size)} tokens match`);
   if (state.hexagon >= 0) words.push("the tokens of the chosen hexagon are framed");
-  $("found").textContent = words.join(" · ");
+  $("found").textContent = words.length ? `${words.join(" · ")}.` : "";
   $("feed").replaceChildren();
   $("feed").classList.toggle("brief", found.length > 0 && found.reduce((sum, place) => sum + rollouts[place].tokens, 0) / found.length < 80);
   view.spans = new Map();

@@ -46,7 +46,7 @@ PROBE = {
             "retention": retention,
             "kept": retention,
             "divergence_share": 0.5,
-            "q3_share": None,
+            "q3_share": float("nan"),
             "cosine": 0.9 * retention,
             "cosine_interval": [0.8 * retention, retention],
             "jaccard": {"soft_or": 0.2, "q3": 0.1, "random": 0.05},

@@ -198,6 +198,7 @@ def test_several_steps_share_the_token_budget(tmp_path, records_writer):
         (lambda d: os.truncate(d / "tokens.parquet", 2000), r"tokens.parquet \(2,000 bytes\) is cut off"),
         (lambda d: os.truncate(d / "rollouts.parquet", 700), r"rollouts.parquet \(700 bytes\) is cut off"),
         (lambda d: (d / "records.json").write_text('{"rule'), "records.json is no sidecar"),
+        (lambda d: (d / "probe.json").write_text("{"), "probe.json is no JSON"),
         (lambda d: (d / "rollouts.parquet").unlink(), "but no rollouts.parquet"),
         (lambda d: (d / "tokens.parquet").unlink(), "neither token records"),
         (lambda d: pq.write_table(pq.read_table(d / "tokens.parquet")[:0], d / "tokens.parquet"), "holds no token"),

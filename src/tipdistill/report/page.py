@@ -66,6 +66,7 @@ def write_report(
     output = Path(output) if output is not None else _home(Path(paths[0])) / "report.html"
     if output.is_dir():
         raise ValueError(f"{output} is a directory; name the page's file, for example {output / 'report.html'}.")
+    probes = [{"name": name, "probe": _probe(path)} for name, path in sources.probes.items()]
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f"{output.stem}-figures")
     pack, sets = Pack(), []
@@ -82,7 +83,7 @@ def write_report(
     data = {
         "sets": sets,
         "runs": [{"name": run.name, "series": run.series} for run in sources.runs],
-        "probes": [{"name": name, "probe": _probe(path)} for name, path in sources.probes.items()],
+        "probes": probes,
         "retention": retention,
         "paper": PAPER_SHARES,
         "blob": pack.text(),
@@ -103,7 +104,8 @@ def _first(dataset: Dataset, retention: float | None) -> tuple[str, float]:
 
 def _probe(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # what could not be computed is left out
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}. Run `tipdistill probe` again, or remove it.") from error
 

@@ -285,12 +285,12 @@ function choose(token, { scroll = true } = {}) {
 }
 
 const TARGETS = {
-  q3: { name: "Q3, confident and wrong", is: (token) => quadrantOf(token) === 3 },
-  q1: { name: "Q1, uncertain, wrong", is: (token) => quadrantOf(token) === 1 },
-  q2: { name: "Q2, uncertain, agreed", is: (token) => quadrantOf(token) === 2 },
+  q3: { name: "Q3 tokens", is: (token) => quadrantOf(token) === 3 },
+  q1: { name: "Q1 tokens", is: (token) => quadrantOf(token) === 1 },
+  q2: { name: "Q2 tokens", is: (token) => quadrantOf(token) === 2 },
   kept: { name: "kept tokens", is: isKept },
-  match: { name: "matches of the search", is: (token) => view.matches.has(token) },
-  hexagon: { name: "tokens of the hexagon", is: (token) => array(current().view.hexagon)[token] === state.hexagon },
+  match: { name: "search matches", is: (token) => view.matches.has(token) },
+  hexagon: { name: "hexagon's tokens", is: (token) => array(current().view.hexagon)[token] === state.hexagon },
 };
 /** Move to the next (or previous) target after the current token, in the order of the feed, round and round. */
 function jump(direction) {
@@ -306,7 +306,7 @@ function jump(direction) {
     for (; token >= from && token < to; token += direction) if (is(token)) { choose(token); return; }
     place = (place + direction + steps) % steps;
   }
-  $("found").textContent = `There is no token of this kind (${TARGETS[state.target].name}) in the rollouts shown.`;
+  $("found").textContent = `There are no ${TARGETS[state.target].name} in the rollouts shown.`;
 }
 function step(direction) {
   if (state.current < 0) { jump(direction); return; }

@@ -8,9 +8,18 @@ from datasets import Dataset
 
 from tipdistill import TIPConfig, TIPTrainer
 
+
+class Ragged(TIPTrainer):
+    """Rollouts of a length of each prompt's own, so that ranks hold different widths: a random model never ends."""
+
+    def _generate_single_turn(self, prompt_ids, *rest):
+        completions = super()._generate_single_turn(prompt_ids, *rest)
+        return [ids[: 1 + sum(prompt) % 12] for prompt, ids in zip(prompt_ids, completions, strict=True)]
+
+
 student, teacher, data, out, settings = sys.argv[1:]
 args = TIPConfig(str(Path(out).with_suffix("")), **json.loads(settings))
-trainer = TIPTrainer(student, teacher, args, Dataset.from_json(data))
+trainer = Ragged(student, teacher, args, Dataset.from_json(data))
 trainer.train()
 if trainer.accelerator.is_main_process:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -380,7 +380,8 @@ class TIPTrainer(DistillationTrainer):
     def _select_globally(self, scores: dict[str, Tensor], mask: Tensor, batch: dict[str, Any]) -> Tensor:
         """Select over the rollouts of all ranks; returns this rank's weights [B, T]. Sets the loss denominator."""
         gathered = {name: self._gather_rollouts(value) for name, value in scores.items()}
-        everywhere = self._gather_rollouts(mask)
+        # as numbers: accelerate pads a bool tensor to int64, on the ranks with shorter completions alone
+        everywhere = self._gather_rollouts(mask.long()).bool()
         flat = TokenScores(**{name: value[everywhere] for name, value in gathered.items()})
         rollout = torch.arange(len(everywhere), device=mask.device)[:, None].expand_as(everywhere)[everywhere]
         selection = self._select(flat, rollout)

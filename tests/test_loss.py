@@ -139,6 +139,19 @@ def test_fused_follows_the_gradient_that_comes_in():
     torch.testing.assert_close(weight.grad, 3 * expected_weight)
 
 
+def test_a_float16_gradient_survives_the_scale_of_a_grad_scaler():
+    """It starts at 2¹⁶, which float16 cannot hold, and the unscaled gradient of one of 10⁶ tokens vanishes in it."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        draw = torch.Generator().manual_seed(0)
+        hidden, weight, teacher = (torch.randn(size, 16, generator=draw) for size in (9, 37, 9))
+        hidden = hidden.half().to(dtype).requires_grad_()
+        loss = tip.fused_divergence_loss(Head(hidden, weight), Head(teacher, weight), denominator=1e6)
+        (loss * 2.0**16).backward()
+        found.append(hidden.grad.float())
+    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=1e-6)  # a rounding to float16, subnormal ones too
+
+
 def test_fused_projects_each_row_once():
     student, teacher = make_pair(40, 301, torch.float32)
     of_student, of_teacher = (2 * 40 * 301 * width for width in (24, 40))

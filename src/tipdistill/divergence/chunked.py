@@ -544,10 +544,13 @@ class FusedLoss(torch.autograd.Function):
             found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         else:  # a rank without a kept token: a loss of 0 that still reaches the graph
             found = dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=hidden.device))
+        # the hidden states' is rounded only when handed out: for want of range, float16 is scaled in the backward
         ctx.gradients = [
             None if value is None or like is None else value.to(like.dtype)
-            for value, like in ((kept.hidden, hidden), (kept.weight, weight), (kept.bias, bias))
+            for value, like in ((kept.weight, weight), (kept.bias, bias))
         ]
+        ctx.gradients.insert(0, kept.hidden)
+        ctx.dtype = hidden.dtype
         normaliser = found["s_log"] + found["t_log"]
         divergence = found[kind]
         statistics = [found[name] for name in fields]
@@ -562,4 +565,5 @@ class FusedLoss(torch.autograd.Function):
                 "again for a second backward, or use token_scores and selected_loss."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if value is None else value.mul_(grads[0].to(value.dtype)) for value in gradients), *(None,) * 8)
+        of_hidden, *rest = (None if value is None else value.mul_(grads[0].to(value.dtype)) for value in gradients)
+        return (None if of_hidden is None else of_hidden.to(ctx.dtype), *rest, *(None,) * 8)

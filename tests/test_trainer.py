@@ -497,6 +497,11 @@ def test_bad_arguments_get_one_clear_error(make, arguments, error, message):
         make(**arguments)
 
 
+def test_settings_for_loading_a_teacher_that_is_loaded_are_refused(make, pair):
+    with pytest.raises(ValueError, match="teacher_model is loaded already"):
+        make(teacher=AutoModelForCausalLM.from_pretrained(pair[1]), teacher_model_init_kwargs={"dtype": "bfloat16"})
+
+
 def test_a_stream_cannot_repeat_prompts(make, prompts):
     with pytest.raises(ValueError, match="num_generations = 4 repeats prompts, which a stream does not"):
         make(dataset=prompts.to_iterable_dataset(), num_generations=4)

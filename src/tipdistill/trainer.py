@@ -114,6 +114,11 @@ class TIPTrainer(DistillationTrainer):
             raise TypeError(f"args must be a TIPConfig, got {type(args).__name__}.")
         if teacher_model is None:
             raise ValueError("a teacher is needed: pass teacher_model, a model, a directory or a hub id.")
+        if not isinstance(teacher_model, str) and args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                "teacher_model_init_kwargs load a teacher, and teacher_model is loaded already: give its path, or "
+                "leave them out."
+            )
         for name, dataset in (("train_dataset", train_dataset), *_named(eval_dataset)):
             _check_prompts(name, dataset)
         tasks = [load_task(name) for name in args.task_names()]

@@ -1,0 +1,596 @@
+"""impl="triton" three ways: a float64 reference, the naive computation in low precision, ours.
+
+Where there is no GPU the kernels are interpreted (`conftest.py`), element by element in Python: the sizes are tiny, and
+so are the tiles, so that every case meets several blocks, several tiles and rows that fill none of them.
+`tests/gpu` has the sizes of real heads.
+"""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from heads import FIELDS, HEADS, error, gradients, incoming_of, leaves, make_head, make_pair, reference, to, tokens_of
+from measure import matmul_flops
+
+import tipdistill as tip
+from tipdistill import Head, divergence
+from tipdistill.divergence import NonFiniteLogitsError
+
+pytest.importorskip("triton", reason="triton is built for Linux")
+
+from tipdistill.divergence import triton as engine
+
+# the interpreter is numpy, which warns where a GPU does not: of lanes that are masked, of rows that are NaN
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPTIONS = {"temperature": 0.7, "beta": 0.3}
+# tokens, vocabulary: one token, two columns, a prime vocabulary, several tiles whose last is one column wide
+SIZES = [(1, 37), (3, 2), (7, 37), (5, 97)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Three tokens by two blocks of 16 columns; two tokens of the fused loss at a time; 64 columns in a backward."""
+    monkeypatch.setattr(engine, "TILE", engine.Tile(3, 32, 16, 1))
+    monkeypatch.setattr(engine, "WORKSPACE", 1)
+    monkeypatch.setattr(engine, "_rows_held", lambda hidden, *_: max(1, min(2, len(hidden))))
+
+
+def pair(rows, vocabulary, dtype=torch.float32, **options):
+    """The pair of `make_pair`, on the device of the tests."""
+    return [on_device(to(head, dtype)) for head in make_pair(rows, vocabulary, **options)]
+
+
+def on_device(head):
+    return replace(
+        head,
+        hidden=head.hidden.to(DEVICE),
+        weight=head.weight.to(DEVICE),
+        bias=None if head.bias is None else head.bias.to(DEVICE),
+    )
+
+
+def doubles(*heads):
+    return [to(head, torch.float64) for head in heads]
+
+
+def scores_of(student, teacher=None, **options):
+    return tip.token_scores(student, teacher, impl="triton", **options)
+
+
+def fused(student, teacher, weight, impl="triton", **options):
+    """The loss, and its gradients in the student's hidden states, weight and bias."""
+    tensors, student = leaves(student)
+    loss = tip.fused_divergence_loss(student, teacher, weight, impl=impl, **options)
+    loss.backward()
+    return loss.detach(), [None if tensor is None else tensor.grad for tensor in tensors]
+
+
+# How far ours may be from float64 of the same inputs.
+TOLERANCES = {
+    # dtype: (values: times the naive error, gradients: times the naive error, floor in units of the format's epsilon)
+    # float32 on both sides; online sums move between maxima, one row of a dozen blocks has a few roundings more than
+    # the naive sum. The floor: so few columns err by a rounding or two, where "times" means nothing.
+    torch.float32: (3.0, 2.0, 8),
+    # half precision: sums and logits are float32 (held ones float16, relative to their maximum), the naive computation
+    # rounds every logit, every probability and every product. A gradient is rounded to the format twice, when it is
+    # formed at the logits and at the end: half an epsilon each.
+    torch.bfloat16: (1.0, 1.0, 1.0),
+    torch.float16: (1.0, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", HEADS)
+def test_values(dtype, kind):
+    student, teacher = pair(7, 37, dtype, **HEADS[kind])
+    options = {"token_ids": tokens_of(student).to(DEVICE), **OPTIONS}
+    found = scores_of(student, teacher, fields=FIELDS, **options)
+    truth, naive = reference(*doubles(student, teacher), **options), reference(student, teacher, **options)
+    times, _, floor = TOLERANCES[dtype]
+    assert {name for name, _ in found.present()} == set(FIELDS)
+    for name in FIELDS:
+        value, exact, rounded = (getattr(scores, name).detach() for scores in (found, truth, naive))
+        assert value.dtype == torch.float32
+        if name == "signal_to_curvature":  # a quotient of two sums that vanish where both models agree
+            torch.testing.assert_close(value.double(), exact, rtol=1e-4 if dtype == torch.float32 else 0.05, atol=0)
+            continue
+        allowed = max(times * error(rounded, exact), floor * torch.finfo(torch.float32).eps)
+        assert error(value, exact) <= allowed, name
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_of_awkward_sizes(size):
+    student, teacher = pair(*size, bias=True, softcap=3.0, logit_scale=1.3)
+    options = {"token_ids": tokens_of(student).to(DEVICE), **OPTIONS}
+    found = scores_of(student, teacher, fields=FIELDS, **options)
+    truth = reference(*doubles(student, teacher), **options)
+    for name, value in found.present():
+        exact = getattr(truth, name).detach()
+        assert value.shape == (size[0],)
+        # relative where values are large, absolute where they are differences of numbers near 1
+        tolerance = {"rtol": 1e-4, "atol": 3e-6}
+        torch.testing.assert_close(value.detach().double(), exact, **tolerance, msg=lambda m, n=name: f"{n} {m}")
+
+
+@pytest.mark.parametrize("way", ["scored", "fused"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(dtype, kind, way):
+    student, teacher = pair(5, 67, dtype, bias=True, softcap=3.0, logit_scale=1.3)
+    incoming = incoming_of(5, torch.float32).to(DEVICE)
+    options = {"divergence": kind, **OPTIONS}
+
+    def of(student, teacher, impl):
+        if way == "scored":
+            return gradients(student, teacher, incoming.to(student.hidden.dtype), impl=impl, **options)
+        weight = incoming.abs().to(student.hidden.dtype)
+        return fused(student, teacher, weight, impl=impl, denominator=3.0, **options)[1]
+
+    exact, naive = of(*doubles(student, teacher), "reference"), of(student, teacher, "reference")
+    _, times, floor = TOLERANCES[dtype]
+    for name, value, truth, rounded in zip(
+        ("hidden", "weight", "bias"), of(student, teacher, "triton"), exact, naive, strict=True
+    ):
+        assert value.dtype == dtype
+        assert error(value, truth) <= max(times * error(rounded, truth), floor * torch.finfo(dtype).eps), name
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gradients_of_awkward_sizes(size, kind):
+    student, teacher = pair(*size)
+    incoming = incoming_of(size[0]).index_fill(0, torch.tensor([0]), 1.5).to(DEVICE)
+    options = {"divergence": kind, **OPTIONS}
+    found = gradients(student, teacher, incoming.float(), impl="triton", **options)
+    exact = gradients(*doubles(student, teacher), incoming, impl="reference", **options)
+    loss, at_once = fused(student, teacher, incoming.abs().float(), **options)
+    loss_exact, at_once_exact = fused(*doubles(student, teacher), incoming.abs(), impl="reference", **options)
+    torch.testing.assert_close(loss.double(), loss_exact, rtol=1e-5, atol=1e-7)
+    for value, truth in zip(found[:2], exact[:2], strict=True):
+        assert value.shape == truth.shape
+        # the backward projects in tiles of another shape than the scoring did, so a logit of 10 differs by its last
+        # bit, 1e-6, and a P_S − P_T of 0.03 by 3e-5 of itself
+        assert error(value, truth) < 1e-4
+    for value, truth in zip(at_once[:2], at_once_exact[:2], strict=True):
+        assert error(value, truth) < 1e-5  # projected once
+
+
+def test_a_gradient_of_one_in_a_million_survives_float16():
+    """Formed as it is, most of it would be below what float16 can say, at the logits if not in the result."""
+    student, teacher = pair(6, 37, torch.float16)
+    incoming = torch.full((6,), 1e-6, device=DEVICE)
+    found = gradients(student, teacher, incoming, impl="triton")[1]
+    exact = gradients(*doubles(student, teacher), incoming.double(), impl="reference")[1]
+    step = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    assert (found.double() - exact).abs().max() <= 0.6 * step
+    _, at_once = fused(student, teacher, torch.ones(6, device=DEVICE), denominator=1e6)
+    assert (at_once[1].double() - exact).abs().max() <= 0.6 * step
+
+
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(41, 37), (37, 41)])
+def test_padded_vocabularies_compare_the_rows_they_share(student_rows, teacher_rows):
+    student, teacher = pair(4, student_rows, teacher_vocabulary=teacher_rows, bias=True)
+    cut = [replace(head, weight=head.weight[:37], bias=head.bias[:37]) for head in (student, teacher)]
+    torch.testing.assert_close(scores_of(student, teacher).reverse_kl, scores_of(*cut).reverse_kl)
+    ones = torch.ones(4, device=DEVICE)
+    for found, of_cut in (
+        (gradients(student, teacher, ones, impl="triton"), gradients(*cut, ones, impl="triton")),
+        (fused(student, teacher, ones)[1], fused(*cut, ones)[1]),
+    ):
+        for value, expected in zip(found[1:], of_cut[1:], strict=True):
+            assert len(value) == student_rows
+            assert not value[37:].any()
+            torch.testing.assert_close(value[:37], expected)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_entropies_of_the_student_alone(kind):
+    student, _ = pair(4, 37, **HEADS[kind])
+    tokens = tokens_of(student).to(DEVICE)
+    found = scores_of(student, token_ids=tokens, temperature=0.7)
+    fields = ("entropy", "entropy_norm", "student_logprob")
+    truth = reference(to(student, torch.float64), None, fields, token_ids=tokens, temperature=0.7)
+    assert [name for name, _ in found.present()] == [name for name, _ in truth.present()]
+    for name, value in found.present():
+        torch.testing.assert_close(value.double(), getattr(truth, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_statistic_alone_is_what_it_is_among_all(name):
+    student, teacher = pair(4, 37)
+    options = {"token_ids": tokens_of(student).to(DEVICE), "divergence": "jsd"}
+    alone = scores_of(student, teacher, fields=[name], **options).require(name)
+    # a kernel with other sums is another kernel, in which the compiler may fuse another multiplication and addition
+    among_all = getattr(scores_of(student, teacher, fields=FIELDS, **options), name)
+    torch.testing.assert_close(alone, among_all, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_teacher_gets_no_gradient_and_no_divergence():
+    student, _ = pair(4, 37)
+    assert scores_of(student, student).reverse_kl.tolist() == [0.0] * 4
+    for value in (*gradients(student, student, torch.ones(4, device=DEVICE), impl="triton")[:2],):
+        assert value.abs().max() < 1e-7
+    for value in fused(student, student, None)[1][:2]:
+        assert value.abs().max() < 1e-7
+
+
+def test_no_token():
+    student, teacher = pair(0, 37)
+    assert {len(value) for _, value in scores_of(student, teacher, fields=["entropy", "jsd"]).present()} == {0}
+    hidden, weight, _ = gradients(student, teacher, torch.ones(0, device=DEVICE), impl="triton")
+    assert hidden.shape == (0, 24)
+    assert not weight.any()
+    loss, (hidden, weight, _) = fused(student, teacher, None)
+    assert loss.item() == 0.0
+    assert hidden.shape == (0, 24)
+    assert not weight.any()
+
+
+def test_no_token_with_a_gradient():
+    student, teacher = pair(3, 37, bias=True)
+    for value in gradients(student, teacher, torch.zeros(3, device=DEVICE), impl="triton"):
+        assert not value.any()
+
+
+# Extreme logits.
+
+
+def one_hot_head(rows):
+    """A head whose logits are the given rows."""
+    logits = torch.tensor(rows)
+    return on_device(Head(torch.eye(len(rows)), logits.t().contiguous()))
+
+
+def test_logits_of_ten_thousand():
+    student = one_hot_head([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [-1e4, -1e4, -1e4 + 1]])
+    teacher = one_hot_head([[-1e4, 1e4, 0.0], [1e4, 1e4, -1e4], [0.0, 0.0, 1.0]])
+    tokens = torch.tensor([0, 1, 2], device=DEVICE)
+    found = scores_of(student, teacher, fields=FIELDS, token_ids=tokens)
+    truth = reference(*doubles(student, teacher), token_ids=tokens)
+    assert found.reverse_kl.tolist() == pytest.approx([2e4, 0.0, 0.0], abs=1e-6)
+    for name, value in found.present():
+        # float32 resolves 10⁴ to 10⁻³
+        torch.testing.assert_close(value.detach().double(), getattr(truth, name).detach(), rtol=2e-3, atol=2e-3)
+    for value in gradients(student, teacher, torch.ones(3, device=DEVICE), impl="triton")[:2]:
+        assert torch.isfinite(value).all()
+    assert torch.isfinite(fused(student, teacher, None)[1][1]).all()
+
+
+def test_logits_of_ten_thousand_held_in_float16():
+    """The held difference from the maximum saturates at the lowest float16, where a probability is 0 all the same."""
+    student = to(one_hot_head([[1e4, -9e4, 0.0], [0.0, 1.0, -1e5]]), torch.bfloat16)
+    teacher = to(one_hot_head([[1e4, -1e4, 0.0], [1.0, 0.0, -1e5]]), torch.bfloat16)
+    found = fused(student, teacher, None, divergence="jsd")
+    exact = fused(*doubles(student, teacher), None, impl="reference", divergence="jsd")
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-3, atol=1e-6)
+    for value, truth in zip(found[1][:2], exact[1][:2], strict=True):
+        torch.testing.assert_close(value.double(), truth, rtol=0.01, atol=1e-4)
+
+
+def test_a_column_that_only_the_teacher_forbids():
+    """KL(P_S ‖ P_T) is infinite where P_S > 0 = P_T; the other statistics are not."""
+    student, teacher = pair(3, 37, bias=True)
+    bias = teacher.bias.clone()
+    bias[2] = -math.inf
+    teacher = replace(teacher, bias=bias)
+    tokens = torch.tensor([2, 2, 3], device=DEVICE)
+    found = scores_of(student, teacher, fields=FIELDS, token_ids=tokens)
+    truth = reference(*doubles(student, teacher), token_ids=tokens)
+    assert found.reverse_kl.tolist() == [math.inf] * 3
+    assert found.gradient_norm.tolist() == [math.inf] * 3
+    assert found.teacher_logprob.tolist()[:2] == [-math.inf] * 2
+    for name, value in found.present():
+        torch.testing.assert_close(value.detach().double(), getattr(truth, name).detach(), rtol=1e-4, atol=1e-5)
+    ones = torch.ones(3, device=DEVICE)
+    ours = gradients(student, teacher, ones, divergence="jsd", impl="triton")
+    expected = gradients(*doubles(student, teacher), ones.double(), divergence="jsd", impl="reference")
+    for value, exact in zip(ours, expected, strict=True):
+        assert error(value, exact) < 1e-5
+    with pytest.raises(NonFiniteLogitsError, match="token 0 of 3: the divergence is infinite"):
+        tip.fused_divergence_loss(student, teacher, impl="triton")
+    assert math.isfinite(tip.fused_divergence_loss(student, teacher, divergence="jsd", impl="triton"))
+
+
+def test_a_column_that_both_forbid_is_no_column():
+    student, teacher = pair(3, 37, bias=True)
+    bias = torch.zeros(37, device=DEVICE).index_fill_(0, torch.tensor([0, 36], device=DEVICE), -math.inf)
+    student, teacher = (replace(head, bias=bias) for head in (student, teacher))
+    cut = [replace(head, weight=head.weight[1:36], bias=None) for head in (student, teacher)]
+    for name in ("entropy", "reverse_kl", "jsd", "hellinger", "gradient_norm"):
+        ours, expected = (getattr(scores_of(*heads, fields=[name]), name) for heads in ((student, teacher), cut))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_logit_that_is_none_names_its_token(value, whose):
+    heads = pair(4, 37)
+    heads[whose].hidden[2, 0] = value
+    with pytest.raises(NonFiniteLogitsError, match="token 2 of 4: the logits are NaN or infinite"):
+        scores_of(*heads)
+    with pytest.raises(NonFiniteLogitsError, match="token 2 of 4: the logits are NaN or infinite"):
+        tip.fused_divergence_loss(*heads, impl="triton")
+
+
+def test_a_row_of_nothing_but_minus_infinity_is_refused():
+    student, _ = pair(3, 37, bias=True)
+    student = replace(student, bias=torch.full((37,), -math.inf, device=DEVICE))
+    with pytest.raises(NonFiniteLogitsError, match="token 0 of 3"):
+        scores_of(student)
+
+
+# What it costs.
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, grid) of every launch."""
+    seen = []
+
+    class Recorded:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            seen.append((self.name, grid))
+            return self.kernel[grid]
+
+    for name in ("_online_kernel", "_second_kernel", "_gradient_kernel"):
+        monkeypatch.setattr(engine, name, Recorded(name, getattr(engine, name)))
+    return seen
+
+
+def test_the_backward_launches_for_the_kept_tokens_alone(launches):
+    student, teacher = pair(7, 97)
+    _, head = leaves(student)
+    divergence = scores_of(head, teacher, fields=["divergence"]).divergence
+    # 3 + 3 + 1 tokens, 32 + 32 + 32 + 1 columns
+    assert launches == [("_online_kernel", (rows,)) for rows in (3, 3, 1) for _ in range(4)]
+    launches.clear()
+    divergence[torch.tensor([1, 4], device=DEVICE)].sum().backward()
+    # both kept tokens at once, 64 + 33 columns in blocks of 16
+    assert launches == [("_gradient_kernel", (2, 4)), ("_gradient_kernel", (2, 3))]
+
+
+def test_a_backward_of_no_token_launches_nothing(launches):
+    student, teacher = pair(3, 37)
+    _, head = leaves(student)
+    divergence = scores_of(head, teacher, fields=["divergence"]).divergence
+    launches.clear()
+    (divergence * 0).sum().backward()
+    assert not launches
+
+
+def test_nothing_is_launched_twice_for_a_second_look(launches):
+    student, teacher = pair(4, 53)
+    scores_of(student, teacher, fields=["reverse_kl", "hellinger"])
+    # two tokens at a time, 48 + 5 columns
+    assert launches == [("_online_kernel", (2,)), ("_online_kernel", (2,)), ("_second_kernel", (2,))] * 2
+
+
+@pytest.mark.parametrize(("trained", "projections"), [("all", 3), ("hidden", 2), ("nothing", 1)])
+def test_fused_multiplies_for_what_is_trained_alone(trained, projections):
+    student, teacher = pair(5, 37)
+    if trained == "all":
+        _, student = leaves(student)
+    elif trained == "hidden":  # a frozen lm_head, as with LoRA
+        student = replace(student, hidden=student.hidden.clone().requires_grad_())
+    unit = 2 * 5 * 37
+
+    def run():
+        loss = tip.fused_divergence_loss(student, teacher, impl="triton")
+        if loss.requires_grad:
+            loss.backward()
+
+    assert matmul_flops(run) == unit * (24 * projections + 40)
+
+
+def test_a_backward_multiplies_for_what_is_kept_and_trained_alone():
+    student, teacher = pair(5, 37)
+    unit = 2 * 2 * 37  # two of five tokens are kept
+    for head, products in ((leaves(student)[1], 3), (replace(student, hidden=student.hidden.requires_grad_()), 2)):
+        divergence = scores_of(head, teacher, fields=["divergence"]).divergence
+        assert matmul_flops(lambda d=divergence: d[:2].sum().backward()) == unit * (24 * products + 40)
+
+
+def test_a_rule_without_a_teacher_projects_none():
+    student, teacher = pair(5, 37)
+    assert matmul_flops(lambda: scores_of(student, teacher, fields=["entropy"])) == 2 * 5 * 37 * 24
+
+
+def test_memory_that_comes_as_nan_changes_nothing(monkeypatch):
+    student, teacher = pair(3, 67, torch.bfloat16, bias=True)
+    tokens, weight = tokens_of(student).to(DEVICE), torch.ones(3, device=DEVICE)
+
+    def run():
+        options = {"divergence": "jsd", "token_ids": tokens}
+        scores = scores_of(student, teacher, fields=FIELDS, **options)
+        return [
+            *(value.detach() for _, value in scores.present()),
+            *gradients(student, teacher, weight, impl="triton"),
+            *fused(student, teacher, weight)[1],
+        ]
+
+    clean, empty = run(), torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(engine.torch, "empty", poisoned)
+    for value, expected in zip(run(), clean, strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_all_tokens_in_one_block_are_what_several_blocks_are(monkeypatch):
+    """One block rounds the weight gradient as it is formed, several sum it in float32 first."""
+    student, teacher = pair(5, 37, torch.bfloat16)
+    _, several = fused(student, teacher, None)
+    monkeypatch.setattr(engine, "_rows_held", lambda hidden, *_: len(hidden))
+    _, one = fused(student, teacher, None)
+    for value, expected in zip(one[:2], several[:2], strict=True):
+        assert error(value, expected) <= torch.finfo(torch.bfloat16).eps
+
+
+def test_rows_are_held_together_where_that_costs_no_more_than_a_copy_of_the_weight_gradient(monkeypatch):
+    monkeypatch.undo()
+    hidden = torch.empty(4000, 2560, dtype=torch.bfloat16, device="meta")
+    vocabulary = 151_936
+    assert engine._rows_held(hidden, vocabulary, spare=4 * vocabulary * 2560) == 4000
+    assert engine._rows_held(hidden, vocabulary) == 1334  # three blocks in the workspace's 1 GiB
+    assert engine._rows_held(hidden[:0], vocabulary) == 1
+
+
+# fused_divergence_loss
+
+
+def test_fused_gives_statistics_of_the_same_pass():
+    student, teacher = pair(3, 37)
+    options = {"fields": FIELDS, "token_ids": tokens_of(student).to(DEVICE)}
+    _, found = tip.fused_divergence_loss(student, teacher, impl="triton", **options)
+    scores = scores_of(student, teacher, **options)
+    for name, value in found.present():
+        expected = getattr(scores, name).detach()
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+        assert not value.requires_grad
+
+
+def test_fused_follows_the_gradient_that_comes_in_once():
+    student, teacher = pair(3, 37)
+    (hidden, _, _), head = leaves(student)
+    loss = 3 * tip.fused_divergence_loss(head, teacher, impl="triton")
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(hidden.grad, 3 * fused(student, teacher, None)[1][0])
+    with pytest.raises(RuntimeError, match="handed out already"):
+        loss.backward()
+
+
+def test_autocast_around_the_call_changes_nothing():
+    student, teacher = pair(3, 37)
+    weight = torch.ones(3, device=DEVICE)
+    plain = fused(student, teacher, weight), gradients(student, teacher, weight, impl="triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        under = fused(student, teacher, weight), gradients(student, teacher, weight, impl="triton")
+    assert torch.equal(plain[0][0], under[0][0])
+    assert torch.equal(plain[1][1], under[1][1])
+
+
+def test_float32_weights_under_half_precision_hidden_states():
+    """Mixed precision: master weights stay float32, and so does their gradient."""
+    student, teacher = pair(5, 37, torch.bfloat16)
+    student, teacher = (replace(head, weight=head.weight.float()) for head in (student, teacher))
+    for found, truth in (
+        (fused(student, teacher, None)[1], fused(*doubles(student, teacher), None, impl="reference")[1]),
+        (
+            gradients(student, teacher, torch.ones(5, device=DEVICE) / 5, impl="triton"),
+            gradients(*doubles(student, teacher), torch.ones(5, device=DEVICE) / 5, impl="reference"),
+        ),
+    ):
+        assert [value.dtype for value in found[:2]] == [torch.bfloat16, torch.float32]
+        for value, exact in zip(found[:2], truth[:2], strict=True):
+            assert error(value, exact) <= torch.finfo(torch.bfloat16).eps
+
+
+# Which engine computes.
+
+
+def test_auto_is_chunked_without_cuda():
+    student, teacher = make_pair(2, 9, torch.float32)
+    assert divergence._engine("auto", student, teacher) is divergence.chunked
+
+
+def stub_head(dtype=torch.bfloat16):
+    """What `_triton_obstacle` reads of a head on a GPU."""
+    tensor = SimpleNamespace(dtype=dtype, is_cuda=True, device=torch.device("cuda", 0))
+    return SimpleNamespace(hidden=tensor, weight=tensor)
+
+
+def test_auto_is_triton_on_cuda_where_the_inputs_qualify(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert divergence._engine("auto", stub_head(), stub_head()) is engine
+    assert divergence._engine("auto", stub_head(torch.float64), None) is divergence.chunked
+    assert divergence._engine("auto", stub_head(), stub_head(torch.float64)) is divergence.chunked
+    assert divergence._engine("chunked", stub_head(), None) is divergence.chunked
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert divergence._engine("auto", stub_head(), stub_head()) is divergence.chunked
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({"find_spec": None}, torch.bfloat16, "needs the package triton: pip install triton"),
+        ({"mixed": False}, torch.bfloat16, "needs torch 2.8 or newer for half precision: pip install"),
+        ({"capability": (7, 5)}, torch.float32, "compute capability 8.0"),
+        ({}, torch.float64, "takes float32, bfloat16 and float16: use impl='chunked'"),
+    ],
+)
+def test_what_triton_cannot_take_is_refused_with_a_remedy(monkeypatch, change, dtype, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: change.get("capability", (9, 0)))
+    monkeypatch.setattr(divergence, "_MIXED_MATMUL", change.get("mixed", True))
+    if "find_spec" in change:
+        monkeypatch.setattr(divergence.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        divergence._engine("triton", stub_head(dtype), None)
+    assert divergence._engine("auto", stub_head(dtype), None) is divergence.chunked
+
+
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"needs a CUDA device, and the tensors are on cpu.*impl='auto'"):
+        tip.token_scores(*make_pair(2, 9, torch.float32), impl="triton")
+
+
+def test_token_ids_outside_the_vocabulary_are_refused():
+    student, teacher = pair(3, 37)
+    with pytest.raises(ValueError, match=r"token_ids must lie in \[0, 37\), got 0 to 37"):
+        scores_of(student, teacher, token_ids=torch.tensor([0, 37, 2], device=DEVICE))
+
+
+# The search for a tile shape.
+
+
+@pytest.mark.parametrize(
+    ("fast", "found"),
+    [({}, 0), ({2: 0.97}, 0), ({2: 0.9, 3: 0.94}, 2), ({4: 0.5}, 4), ({5: 0.1}, 0)],
+    ids=["all alike", "within the scatter", "faster", "fastest", "too tall for the tokens"],
+)
+def test_a_shape_replaces_the_default_where_it_is_clearly_faster(monkeypatch, fast, found):
+    default = engine.Tile(2, 32, 16, 1)
+    shapes = [default, *(engine.Tile(2, 32, block, 1) for block in (4, 8)), engine.Tile(1, 16, 16, 1)]
+    shapes += [engine.Tile(2, 16, 16, 1), engine.Tile(50, 16, 16, 1)]
+    monkeypatch.setattr(engine, "TILE", default)
+    monkeypatch.setattr(engine, "CANDIDATES", shapes)
+
+    def milliseconds(run):
+        run()
+        tile = run.args[-1]
+        return fast.get(shapes.index(tile), 1.0) * tile.tokens * tile.columns
+
+    monkeypatch.setattr(engine, "_milliseconds", milliseconds)
+    student, teacher = pair(5, 37)
+    heads = [engine.Projection.of(head, 37, 1.0) for head in (student, teacher)]
+    scorer = engine._Scorer(*heads, ["entropy", "reverse_kl"], 0.5, student.hidden, teacher.hidden, 0)
+    assert engine._search(scorer) == shapes[found]
+
+
+def test_every_candidate_is_a_shape_that_held_logits_can_use():
+    for tile in engine.CANDIDATES:
+        assert tile.columns % tile.block == 0
+        assert tile.block & (tile.block - 1) == 0
+        assert tile.tokens * tile.columns <= 2**24, "scratch memory is flat"
+
+
+def test_a_head_of_other_widths_and_dtypes():
+    """The student in bfloat16 beside a teacher in float32, as with a quantised or a bigger teacher."""
+    student = on_device(make_head(3, 37, 8, 0, torch.bfloat16))
+    teacher = on_device(make_head(3, 37, 16, 1, torch.float32))
+    found = scores_of(student, teacher, fields=["reverse_kl", "jsd"])
+    truth = reference(*doubles(student, teacher), ["reverse_kl", "jsd"])
+    torch.testing.assert_close(found.reverse_kl.double(), truth.reverse_kl, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.jsd.double(), truth.jsd, rtol=2e-3, atol=1e-6)

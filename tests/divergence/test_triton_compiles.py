@@ -20,18 +20,8 @@ POINTERS = {
     **dict.fromkeys(("s_held", "t_held"), "*fp16"),
     "token_ids": "*i64",
 }
-INTEGERS = (
-    "start",
-    "width",
-    "tile_stride",
-    "sums_stride",
-    "held_stride",
-    "blocks",
-    "rows",
-    "stride",
-    "gradient_stride",
-)
 ALIGNED = ("start", "width", "tile_stride", "held_stride", "stride", "gradient_stride")  # what a full tile's are
+INTEGERS = (*ALIGNED, "sums_stride", "blocks", "rows")
 STATISTICS = ("ENTROPY", "TEACHER_ENTROPY", "REVERSE", "FORWARD", "TOKENS")
 OF_HEADS = ("S_BIAS", "T_BIAS", "S_CAPPED", "T_CAPPED")
 
@@ -48,6 +38,12 @@ def kernels():
         logits = "*fp16" if held else "*fp32"
         types = {"s_logits": logits, "t_logits": logits, "gradient": "*bf16"}
         yield "_gradient_kernel", types, dict.fromkeys(OF_HEADS, not held) | {"KIND": kind, "HELD": held}
+    # one token and one column: Triton makes a constant of an argument that is 1
+    ones = dict.fromkeys(("width", "rows", "blocks"), 1)
+    yield "_gradient_kernel", types, dict.fromkeys(OF_HEADS, True) | {"KIND": "jsd", "HELD": False} | ones
+    yield "_second_kernel", {}, {"MIXTURE": True, "HELLINGER": True, "CURVATURE": True} | ones
+    flags = dict.fromkeys((*STATISTICS, *OF_HEADS, "TEACHER", "SQUARES", "HOLD", "HOLD_HALF"), True)
+    yield "_online_kernel", {}, flags | dict.fromkeys(("width", "sums_stride", "blocks"), 1)
 
 
 def compile_all():
@@ -103,7 +99,8 @@ def test_kernels_compile_for_ampere_and_hopper_without_spills():
         assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", words), f"{name}: {words}"
         # 256 threads: two blocks of them on a multiprocessor of 64 k registers
         assert int(re.search(r"Used (\d+) registers", words)[1]) <= 128, f"{name}: {words}"
-        assert re.search(r"ld\.global\.v[48]", ptx), f"{name}: loads are not vectors"
+        if "'width': 1" not in name:
+            assert re.search(r"ld\.global\.v[48]", ptx), f"{name}: loads are not vectors"
 
 
 if __name__ == "__main__":

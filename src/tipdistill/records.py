@@ -281,7 +281,7 @@ class RecordsWriter:
         except (OSError, ValueError):
             shutil.rmtree(self._parts, ignore_errors=True)  # begun, and killed before it had said what it was
             self._parts.mkdir(parents=True)
-            _write_text(self._parts / SIDECAR_FILE, json.dumps(described))
+            write_text(self._parts / SIDECAR_FILE, json.dumps(described))
             return
         differing = [name for name in described if known.get(name) != described[name]]
         if differing:
@@ -465,7 +465,7 @@ def _assemble(directory: Path, complete: bool) -> None:
         "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
     }
     _write_table(directory / ROLLOUTS_FILE, [rollouts])
-    _write_text(directory / SIDECAR_FILE, json.dumps(described, indent=2) + "\n")
+    write_text(directory / SIDECAR_FILE, json.dumps(described, indent=2) + "\n")
     _write_table(directory / TOKENS_FILE, pieces())
 
 
@@ -527,7 +527,8 @@ def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
     partial.replace(path)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file in full or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -17,7 +17,7 @@ ORDER = [
     {"evaluate"},
     {"tasks"},
     {"trainer"},
-    {"probe"},
+    {"probe", "estimate"},
     {"bench"},
     {"cli"},
 ]

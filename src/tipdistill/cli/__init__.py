@@ -11,6 +11,7 @@ from importlib import import_module
 # command: (module, relative to this one, with `main(argv) -> int`, what it does)
 COMMANDS = {
     "demo": (".demo", "distil a small student on this machine, in minutes, and picture its tokens"),
+    "probe": (".probe", "say which rule and which retention suit a pair, before anything is trained"),
     "score": (".score", "roll a student out, score its tokens beside a teacher, write token records"),
     "train": (".train", "distil a student from a recipe: --config F.yaml [--field value]"),
     "bench": (".bench", "measure the engine beside its peers: head, step or select; `bench table` writes the tables"),

@@ -1,0 +1,192 @@
+"""tipdistill probe: which selection rule and which retention suit a pair, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..probe import PARAMETERS, RETENTIONS, RULES, Settings
+from ..records import RecordsWriter, write_text
+from .pair import Pair, load_engine, load_models, pair_parser, read_pair, require
+from .score import about_of
+
+PROBE_FILE = "probe.json"
+_WIDTH = 126
+
+
+def main(argv: list[str]) -> int:
+    """Probe as the flags say; returns the exit code.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: anything that can be refused before weights are loaded.
+    """
+    options = _parser().read(argv)
+    directory = Path(options.output_dir)
+    if (directory / PROBE_FILE).exists() and not options.overwrite_output_dir:
+        raise ValueError(
+            f"{directory} already holds a probe: choose another --output_dir, or replace it (--overwrite_output_dir)."
+        )
+    settings = _settings(options)
+    options.retention, options.scope = max(settings.retentions), settings.scope
+    about_of(options, settings.rules, vocabulary=0)
+    if settings.parameters == "lora":
+        require("peft", "--parameters lora", 'pip install "tipdistill[peft]"')
+    pair = read_pair(options)
+    if len(pair.prompts) < 4:
+        raise ValueError(f"a probe needs at least 4 prompts, half of them to be held out; got {len(pair.prompts)}.")
+    print("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()), flush=True)
+    result = _run(options, pair, settings, directory)
+    write_text(directory / PROBE_FILE, json.dumps(result, indent=2) + "\n")
+    show(result)
+    print(f"Look at it: tipdistill report {directory} · all figures: {directory / PROBE_FILE}")
+    return 0
+
+
+def _parser() -> Any:
+    parser = pair_parser("probe", __doc__, max_prompts=64, max_new_tokens=1024)
+    add = parser.add_argument_group("probe").add_argument
+    add("--rules", default=",".join(RULES), help="selection rules, separated by commas; random is the control")
+    add("--retentions", default=",".join(map(str, RETENTIONS)), help="shares of the tokens to keep, each in (0, 1)")
+    add("--scope", default="rollout", help="where the budget is spent: rollout, or batch (all tokens)")
+    add("--parameters", choices=PARAMETERS, default="auto", help="whose gradient; auto: all, or lora of a large model")
+    add("--last_blocks", type=int, default=2, help="blocks for --parameters last_blocks")
+    add("--random_seeds", type=int, default=5, help="draws of the random control")
+    add("--bootstrap", type=int, default=1000, help="resamples of the held-out prompts, for the intervals")
+    add("--gradient_gib", type=float, default=4.0, help="memory for gradients that are held at a time, GiB")
+    add("--per_device_train_batch_size", type=int, default=8, help="rollouts of a micro-batch, for the estimate")
+    add("--entropy_threshold", type=float, default=Settings.entropy_threshold, help="border of the quadrants, in ĥ")
+    add("--divergence_threshold", type=float, default=Settings.divergence_threshold, help="the other, in nats")
+    add("--overwrite_output_dir", action="store_true", help="replace the probe and the records that are there")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    try:
+        retentions = tuple(float(text) for text in options.retentions.split(","))
+    except ValueError:
+        raise ValueError(f"--retentions takes numbers separated by commas, got {options.retentions!r}.") from None
+    if options.per_device_train_batch_size < 1 or not options.gradient_gib > 0:
+        raise ValueError("--per_device_train_batch_size must be at least 1 and --gradient_gib positive.")
+    return Settings(
+        rules=tuple(rule for rule in options.rules.split(",") if rule != "random"),
+        retentions=retentions,
+        scope=options.scope,
+        random_seeds=options.random_seeds,
+        temperature=options.temperature,
+        seed=options.seed,
+        parameters=options.parameters,
+        last_blocks=options.last_blocks,
+        bootstrap=options.bootstrap,
+        tokens_per_forward=options.tokens_per_forward,
+        gradient_bytes=int(options.gradient_gib * 2**30),
+        entropy_threshold=options.entropy_threshold,
+        divergence_threshold=options.divergence_threshold,
+    )
+
+
+def _run(options: argparse.Namespace, pair: Pair, settings: Settings, directory: Path) -> dict[str, Any]:
+    from ..estimate import step_estimate
+    from ..probe import probe
+    from ..rollout import generate, score_rollouts
+
+    def say(line: str) -> None:
+        print(f"# {line}", flush=True)
+
+    student, teacher = load_models(options)
+    started = time.perf_counter()
+    rollouts = [
+        rollout
+        for batch in generate(
+            load_engine(options, student),
+            pair.tokenizer,
+            pair.prompts,
+            samples=options.num_generations,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            forbidden=pair.forbidden,
+        )
+        for rollout in batch
+    ]
+    about = about_of(options, settings.rules, pair.vocabulary)
+    scored = score_rollouts(
+        student,
+        teacher,
+        rollouts,
+        tuple(dict.fromkeys([*about.fields(), *settings.fields()])),
+        temperature=options.temperature,
+        tokens_per_forward=options.tokens_per_forward,
+    )
+    seconds = time.perf_counter() - started
+    say(f"{len(scored.scores):,} tokens of {len(rollouts):,} rollouts sampled and scored in {seconds:.0f} s")
+    with RecordsWriter(directory, pair.tokenizer, about) as writer:
+        writer.write(rollouts, scored)
+    result = probe(student, teacher, rollouts, scored.scores, settings, say)
+    estimate = step_estimate(
+        student,
+        teacher,
+        rollouts,
+        (1.0, *sorted(settings.retentions, reverse=True)),
+        micro_batch=options.per_device_train_batch_size,
+        temperature=options.temperature,
+        seconds_before=seconds,
+    )
+    at = {row["retention"]: row for row in estimate["rows"]}
+    for row in result["rows"]:
+        row |= {name: at[row["retention"]][name] for name in ("step_seconds", "peak_memory_gib")}
+    return {
+        "student": options.model,
+        "teacher": options.teacher,
+        **result,
+        "estimate": estimate,
+        "seconds": time.perf_counter() - started,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """The rows of a probe as a table, its warnings, and what it recommends."""
+    console = Console()
+    if console.width < _WIDTH:
+        console = Console(width=_WIDTH)  # a table that is cut off is no use; a terminal wraps it
+    table = Table(
+        *("rule", "kept", "divergence", "Q3", "cosine", "descent / all", "over random", "step", "memory"),
+        title=f"{result['student']} from {result['teacher']}",
+    )
+    best = result["recommendation"]
+    for row in result["rows"]:
+        chosen = (row["rule"], row["retention"]) == (best["rule"], best["retention"])
+        table.add_row(
+            f"{row['rule']} {row['retention']:.0%}",
+            f"{row['kept']:.1%}",
+            f"{row['divergence_share']:.1%}",
+            _or_dash(row["q3_share"], "{:.1%}"),
+            f"{row['cosine']:.3f}",
+            _or_dash(row["descent_share"], "{:.3f}") + _spread(row["descent_share_interval"], "{:.3f}"),
+            _or_dash(row["over_random"], "{:+.3g}") + _spread(row["over_random_interval"], "{:+.3g}"),
+            _or_dash(row["step_seconds"], "{:.3g} s"),
+            _or_dash(row["peak_memory_gib"], "{:.3g} GiB"),
+            style="bold" if chosen else None,
+        )
+    console.print(table)
+    for warning in result["warnings"]:
+        console.print(f"! {warning}", soft_wrap=True, markup=False)
+    console.print(
+        f"Take {best['rule']} at a retention of {best['retention']:g}: {best['reason']}", soft_wrap=True, markup=False
+    )
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _spread(interval: list[float] | None, form: str) -> str:
+    return "" if interval is None else f" ({form.format(interval[0])} … {form.format(interval[1])})"

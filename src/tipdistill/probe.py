@@ -1,0 +1,542 @@
+"""Which rule and which retention suit a pair: measured on one batch of rollouts, before a GPU-hour is spent.
+
+Half of the prompts play the training batch: each rule chooses there, and the gradient of what it keeps is compared
+with the gradient of all tokens. The other half is held out: how fast does its loss fall along that gradient? Random
+tokens at the same retention are the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from .loss import fused_divergence_loss
+from .report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
+from .rollout import head_of, hidden_states, micro_batches
+from .select import resolve_rule, rule_fields, select
+from .select.normalize import min_max
+from .types import Rollout, TokenScores
+
+SCHEMA_VERSION = 1
+RULES = ("soft_or", "soft_or_log", "entropy", "entropy_sampling", "q3", "divergence", "gradient_norm")
+RETENTIONS = (0.5, 0.2, 0.1, 0.05)
+PARAMETERS = ("auto", "all", "last_blocks", "lora")
+# What `auto` differentiates in full.
+ALL_PARAMETERS_UP_TO = 100_000_000
+# A step is called as good as one on all tokens where its descent is at least this share of theirs.
+ENOUGH = 0.9
+# The least retention that is recommended: below it rules were seen to collapse in training that look well at its start.
+LEAST_RETENTION = 0.1
+_FEW_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a probe compares, and how.
+
+    Args:
+        rules: selection rules by name; "random" is added as the control.
+        retentions: shares of the tokens to keep, each in (0, 1).
+        scope: "rollout" or "batch", where the budget is spent.
+        random_seeds: draws of the random control.
+        temperature: of the sampling; it divides the logits of both models.
+        seed: of the rules that draw, of the bootstrap and of LoRA's projections.
+        parameters: whose gradient is taken: "all", "last_blocks", "lora" (rank-8 adapters on every linear layer, a
+            random projection of the whole gradient; needs peft), or "auto": all of a small model, lora of a large one.
+        last_blocks: how many for "last_blocks".
+        bootstrap: resamples of the held-out prompts.
+        tokens_per_forward: tokens of a forward, padding included.
+        gradient_bytes: of the gradients that are held at a time; more rules are then gone through in turns.
+        entropy_threshold, divergence_threshold: borders of the quadrants.
+
+    Raises:
+        ValueError: an unknown rule or kind of parameters, or a number out of range.
+    """
+
+    rules: Sequence[str] = RULES
+    retentions: Sequence[float] = RETENTIONS
+    scope: str = "rollout"
+    random_seeds: int = 5
+    temperature: float = 1.0
+    seed: int = 0
+    parameters: str = "auto"
+    last_blocks: int = 2
+    bootstrap: int = 1000
+    tokens_per_forward: int = 16384
+    gradient_bytes: int = 4 * 2**30
+    entropy_threshold: float = ENTROPY_THRESHOLD
+    divergence_threshold: float = DIVERGENCE_THRESHOLD
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if resolve_rule(rule).budget == "all":
+                raise ValueError(
+                    f"{rule!r} keeps everything: it is the yardstick of every probe, and no rule to probe."
+                )
+        if not self.rules:
+            raise ValueError("there is no rule to probe.")
+        if not self.retentions or any(not 0 < retention < 1 for retention in self.retentions):
+            raise ValueError(f"retentions must lie in (0, 1), got {list(self.retentions)}.")
+        if self.parameters not in PARAMETERS:
+            raise ValueError(f"parameters must be one of {', '.join(PARAMETERS)}, got {self.parameters!r}.")
+        for name in ("random_seeds", "last_blocks", "bootstrap"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def fields(self) -> tuple[str, ...]:
+        """Statistics that the probe reads of every token."""
+        read = [name for rule in self.rules for name in rule_fields(rule) or ()]
+        return tuple(dict.fromkeys(["entropy", "entropy_norm", "reverse_kl", *read]))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One rule at one retention, on the training half."""
+
+    rule: str
+    retention: float
+    mask: Tensor
+
+
+def probe(
+    student: Any,
+    teacher: Any,
+    rollouts: Sequence[Rollout],
+    scores: TokenScores,
+    settings: Settings | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """What each rule keeps of the tokens, of the divergence and of the learning signal, and which one to take.
+
+    With g_K = ∇ mean_{t ∈ K} KL(P_S ‖ P_T) over the kept tokens of the training half and L the loss over all tokens of
+    the held-out half: cosine = ⟨g_K, g_all⟩ / (‖g_K‖ ‖g_all‖), and descent = ⟨∇L, g_K⟩ / ‖g_K‖, how fast L falls per
+    unit of a step along −g_K (nats). Intervals are 95 % bootstrap intervals over the held-out prompts; they say nothing
+    of the choice of the training half.
+
+    Args:
+        student, teacher: transformers models on one device. The student's `requires_grad` flags are left as they were.
+        rollouts: of at least four prompts, sampled from the student.
+        scores: of their tokens, `settings.fields()` at least, in the order of the rollouts.
+        settings: see `Settings`.
+        say: takes one line of progress.
+
+    Returns:
+        What probe.json holds, of JSON's types: see docs/probe.md.
+
+    Raises:
+        ValueError: too few prompts, or a statistic that was not computed.
+    """
+    settings = settings or Settings()
+    training, held_out = _halves(rollouts)
+    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    owner = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)
+    scores = scores.map(Tensor.cpu)
+    inside = torch.isin(owner, torch.tensor(training))
+    batch, rollout = scores.map(lambda value: value[inside]), owner[inside]
+    kept = list(_choices(batch, rollout, settings))
+    quadrant = quadrants(batch, settings.entropy_threshold, settings.divergence_threshold)
+
+    with _differentiated(student, settings) as (model, parameters, chosen):
+        count = sum(parameter.numel() for parameter in parameters)
+        say(f"gradients of {count:,} parameters ({chosen}), {len(kept) + 1} choices")
+        everything = torch.ones(1, len(rollout), dtype=torch.bool)
+        # all tokens first: every other gradient is compared with it
+        whole = _gradients(model, teacher, [rollouts[place] for place in training], everything, parameters, settings)[0]
+        cosine, slopes = [], []
+        for group in _turns(kept, count * whole.element_size(), settings.gradient_bytes):
+            masks = torch.stack([one.mask for one in group])
+            gradients = _gradients(model, teacher, [rollouts[place] for place in training], masks, parameters, settings)
+            gradients = torch.cat([gradients, whole[None]])
+            unit = gradients / gradients.norm(dim=1, keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
+            cosine.append((unit[:-1] @ unit[-1]).double().cpu())
+            slopes.append(_slopes(model, teacher, rollouts, held_out, unit, parameters, settings))
+            say(f"{sum(map(len, cosine))} of {len(kept)} choices")
+    # [prompts, choices]; the last column of every group is the gradient of all tokens
+    slope = torch.cat([*(piece[:, :-1] for piece in slopes), slopes[0][:, -1:]], dim=1)
+    tokens = torch.tensor([float(lengths[places].sum()) for places in held_out], dtype=torch.float64)
+    descent = _bootstrap(slope, tokens, settings)
+
+    found = _rows(kept, quadrant, batch, torch.cat(cosine), descent)
+    shares = quadrant_shares(quadrant)
+    warnings = _warnings(found, batch, quadrant, rollouts, len(held_out), settings)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "recommendation": _recommend(found, warnings),
+        "warnings": [text for _, text in warnings],
+        "rows": found,
+        "quadrants": {
+            f"q{number}": {"token_share": share, "divergence_share": mass}
+            for (number, share), mass in zip(
+                shares.items(), quadrant_shares(quadrant, batch.require("reverse_kl")).values(), strict=True
+            )
+        },
+        "parameters": {"kind": chosen, "count": count},
+        "training": {"rollouts": len(training), "tokens": int(inside.sum())},
+        "held_out": {"prompts": len(held_out), "rollouts": sum(map(len, held_out)), "tokens": int(tokens.sum())},
+        "settings": asdict(settings),
+    }
+
+
+# Which tokens.
+
+
+def _halves(rollouts: Sequence[Rollout]) -> tuple[list[int], list[list[int]]]:
+    """Places of the training rollouts, and of the held-out ones prompt by prompt: every other prompt is held out."""
+    by_prompt: dict[int, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        if rollout.completion_ids:
+            by_prompt.setdefault(rollout.prompt_id, []).append(place)
+    prompts = list(by_prompt.values())
+    if len(prompts) < 4:
+        raise ValueError(
+            f"a probe needs rollouts of at least 4 prompts, half of them to be held out; got {len(prompts)}."
+        )
+    return [place for places in prompts[::2] for place in places], prompts[1::2]
+
+
+def _choices(batch: TokenScores, rollout: Tensor, settings: Settings) -> Iterator[Kept]:
+    for retention in settings.retentions:
+        for rule in dict.fromkeys([*settings.rules, "random"]):
+            for draw in range(settings.random_seeds if rule == "random" else 1):
+                generator = torch.Generator().manual_seed(settings.seed * 1009 + draw)
+                chosen = select(batch, rule, retention, rollout, settings.scope, generator)
+                yield Kept(rule, retention, chosen.mask)
+
+
+# Gradients.
+
+
+@contextmanager
+def _differentiated(student: Any, settings: Settings) -> Iterator[tuple[Any, list[nn.Parameter], str]]:
+    """The model to run, the parameters whose gradient is taken, and how to call them."""
+    flags = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    was_training = student.training
+    total = sum(parameter.numel() for parameter in student.parameters())
+    kind = settings.parameters
+    if kind == "auto":
+        kind = "all" if total <= ALL_PARAMETERS_UP_TO else "lora" if _has_peft() else "last_blocks"
+    student.eval().requires_grad_(False)
+    model, adapted = student, None
+    try:
+        if kind == "all":
+            chosen = list(student.parameters())
+        elif kind == "last_blocks":
+            chosen = _last_blocks(student, settings.last_blocks)
+            kind = f"the last {settings.last_blocks} blocks"
+        else:
+            model = adapted = _with_adapters(student, settings.seed)
+            # A ∘ x is a random projection and B is 0, so the gradient of A is 0 and that of B the projected one
+            chosen = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+            model.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        yield model, chosen, kind
+    finally:
+        if adapted is not None:
+            adapted.unload()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        student.train(was_training)
+
+
+def _has_peft() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("peft") is not None
+
+
+def _with_adapters(student: Any, seed: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('parameters="lora" needs the package peft: pip install "tipdistill[peft]"') from error
+    device = student.get_input_embeddings().weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return get_peft_model(student, LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)).eval()
+
+
+def _last_blocks(student: Any, count: int) -> list[nn.Parameter]:
+    backbone = (student.base_model.model if is_peft_model(student) else student).base_model
+    blocks = max((module for module in backbone.modules() if isinstance(module, nn.ModuleList)), key=len)
+    return [parameter for block in blocks[-count:] for parameter in block.parameters()]
+
+
+def _turns(kept: Sequence[Kept], size: int, budget: int) -> Iterator[Sequence[Kept]]:
+    """The choices in groups whose gradients fit into the budget together with the one of all tokens."""
+    step = max(1, budget // (2 * size) - 1)  # twice: as they are and as unit vectors
+    for start in range(0, len(kept), step):
+        yield kept[start : start + step]
+
+
+def _gradients(
+    model: Any,
+    teacher: Any,
+    rollouts: Sequence[Rollout],
+    masks: Tensor,
+    parameters: Sequence[nn.Parameter],
+    settings: Settings,
+) -> Tensor:
+    """∇ of the mean divergence over each mask's tokens, [K, P]. One forward per micro-batch, one backward per mask.
+
+    Args:
+        masks: bool [K, N], over the tokens of the rollouts.
+    """
+    total: Tensor | None = None
+    spans = torch.arange(masks.shape[1]).split([len(rollout.completion_ids) for rollout in rollouts])
+    for places in micro_batches(rollouts, settings.tokens_per_forward):
+        student_head, teacher_head = _heads(model, teacher, [rollouts[place] for place in places])
+        rows = torch.cat([spans[place] for place in places])
+        for number, mask in enumerate(masks):
+            kept = mask[rows].nonzero()[:, 0].to(student_head.hidden.device)
+            if len(kept) == 0:
+                continue
+            loss = fused_divergence_loss(
+                replace(student_head, hidden=student_head.hidden[kept]),
+                replace(teacher_head, hidden=teacher_head.hidden[kept]),
+                temperature=settings.temperature,
+                denominator=float(mask.sum()),
+            )
+            gradient = _flat(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True), parameters)
+            if total is None:
+                total = gradient.new_zeros(len(masks), len(gradient))
+            total[number] += gradient
+    assert total is not None, "every choice keeps a token of each rollout, and there are rollouts"
+    return total
+
+
+def _slopes(
+    model: Any,
+    teacher: Any,
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Sequence[int]],
+    unit: Tensor,
+    parameters: Sequence[nn.Parameter],
+    settings: Settings,
+) -> Tensor:
+    """⟨∇ of the summed divergence of each held-out prompt, each unit gradient⟩, float64 [prompts, K]."""
+    rows = []
+    for places in prompts:
+        of_prompt = unit.new_zeros(unit.shape[1])
+        chosen = [rollouts[place] for place in places]
+        for batch in micro_batches(chosen, settings.tokens_per_forward):
+            student_head, teacher_head = _heads(model, teacher, [chosen[place] for place in batch])
+            loss = fused_divergence_loss(student_head, teacher_head, temperature=settings.temperature, denominator=1.0)
+            of_prompt += _flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+        rows.append((unit @ of_prompt).double().cpu())
+    return torch.stack(rows)
+
+
+def _heads(model: Any, teacher: Any, rollouts: Sequence[Rollout]) -> tuple[Any, Any]:
+    with torch.no_grad():
+        teacher_head = head_of(teacher, hidden_states(teacher, rollouts))
+    with torch.enable_grad():
+        return head_of(model, hidden_states(model, rollouts)), teacher_head
+
+
+def _flat(gradients: Iterable[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
+    dtype = torch.promote_types(torch.float32, parameters[0].dtype)
+    return torch.cat(
+        [
+            parameter.new_zeros(parameter.numel(), dtype=dtype) if gradient is None else gradient.flatten().to(dtype)
+            for gradient, parameter in zip(gradients, parameters, strict=True)
+        ]
+    )
+
+
+# Figures.
+
+
+def _bootstrap(slope: Tensor, tokens: Tensor, settings: Settings) -> Tensor:
+    """Descent per choice, [1 + resamples, K]: as measured, then over prompts drawn with replacement."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = torch.randint(len(tokens), (settings.bootstrap, len(tokens)), generator=generator)
+    places = torch.cat([torch.arange(len(tokens))[None], drawn])
+    return slope[places].sum(1) / tokens[places].sum(1)[:, None]
+
+
+def _rows(
+    kept: Sequence[Kept], quadrant: Tensor, batch: TokenScores, cosine: Tensor, descent: Tensor
+) -> list[dict[str, Any]]:
+    """One row per rule and retention, the draws of the control averaged, and the row of all tokens first."""
+    divergence = batch.require("reverse_kl").double()
+    q3 = quadrant == 3
+    whole = descent[:, -1]
+    rows: list[dict[str, Any]] = [
+        {
+            "rule": "all",
+            "retention": 1.0,
+            "kept": 1.0,
+            "divergence_share": 1.0,
+            "q3_share": 1.0,
+            "q2_of_kept": float((quadrant == 2).double().mean()),
+            "cosine": 1.0,
+            "descent": float(whole[0]),
+            "descent_interval": _interval(whole[1:]),
+            "descent_share": 1.0,
+            "descent_share_interval": [1.0, 1.0],
+            "over_random": None,
+            "over_random_interval": None,
+            "jaccard": {},
+        }
+    ]
+    places: dict[tuple[str, float], list[int]] = {}
+    for place, one in enumerate(kept):
+        places.setdefault((one.rule, one.retention), []).append(place)
+    for (rule, retention), drawn in places.items():
+        masks = torch.stack([kept[place].mask for place in drawn]).double()
+        here = descent[:, drawn].mean(1)
+        random = descent[:, places["random", retention]].mean(1)
+        share = here / whole
+        others = {
+            other: _overlap([kept[place].mask for place in drawn], [kept[place].mask for place in theirs])
+            for (other, at), theirs in places.items()
+            if at == retention and other != rule
+        }
+        rows.append(
+            {
+                "rule": rule,
+                "retention": retention,
+                "kept": float(masks.mean()),
+                "divergence_share": float((masks @ divergence).mean() / divergence.sum()),
+                "q3_share": float((masks @ q3.double()).mean() / q3.sum()) if q3.any() else None,
+                "q2_of_kept": float((masks @ (quadrant == 2).double() / masks.sum(1)).mean()),
+                "cosine": float(cosine[drawn].mean()),
+                "descent": float(here[0]),
+                "descent_interval": _interval(here[1:]),
+                "descent_share": float(share[0]) if whole[0] > 0 else None,
+                "descent_share_interval": _interval(share[1:]) if bool((whole > 0).all()) else None,
+                "over_random": None if rule == "random" else float(here[0] - random[0]),
+                "over_random_interval": None if rule == "random" else _interval((here - random)[1:]),
+                "jaccard": others,
+            }
+        )
+    return rows
+
+
+def _interval(values: Tensor) -> list[float]:
+    return torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+
+
+def _overlap(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Mean |A ∩ B| / |A ∪ B| over all pairs of draws."""
+    pairs = [(a & b).sum() / (a | b).sum() for a in mine for b in theirs]
+    return float(torch.stack(pairs).mean())
+
+
+# Advice.
+
+_TURNS_AWAY = ("q3", "divergence", "hellinger", "signal_to_curvature")
+_BY_ENTROPY = ("soft_or", "soft_or_log", "entropy")
+
+
+def _warnings(
+    rows: Sequence[dict[str, Any]],
+    batch: TokenScores,
+    quadrant: Tensor,
+    rollouts: Sequence[Rollout],
+    held_out: int,
+    settings: Settings,
+) -> list[tuple[tuple[str, float] | None, str]]:
+    """(the rule and retention that it speaks against, or None) and what to know."""
+    found: list[tuple[tuple[str, float] | None, str]] = []
+    shares = quadrant_shares(quadrant)
+    uncertain = shares[1] + shares[2]
+    for row in rows[1:]:
+        place, kept = (row["rule"], row["retention"]), row["kept"]
+        name = f"{place[0]} at {place[1]:g}"
+        if place[0] in _BY_ENTROPY and kept < uncertain and row["q2_of_kept"] > 0.5:
+            found.append(
+                (
+                    place,
+                    f"{name} keeps {kept:.1%} of the tokens where {uncertain:.1%} are uncertain, and spends "
+                    f"{row['q2_of_kept']:.0%} of that on tokens both models agree on (Q2): a known failure of rules "
+                    "that follow the entropy. Take a larger retention, or gradient_norm.",
+                )
+            )
+        if place[0] in _TURNS_AWAY and place[1] < LEAST_RETENTION:
+            found.append(
+                (
+                    place,
+                    f"{name} may collapse in training although it looks well here: tokens that are never trained "
+                    "drift, and it does not call them back (seen on the addition task at 5 %, docs/rules.md).",
+                )
+            )
+        interval = row["over_random_interval"]
+        if interval is not None and interval[0] <= 0:
+            found.append((place, f"{name} is not told apart from random tokens here, or is worse."))
+    delta = batch.require("reverse_kl")
+    confident = quadrant == 3
+    if "soft_or" in settings.rules and confident.any():
+        typical = float(min_max(delta)[confident].median())
+        if typical < 0.05:
+            found.append(
+                (
+                    None,
+                    f"the largest divergence ({float(delta.max()):.3g} nats) dwarfs the others: the typical confident "
+                    f"mistake scores {typical:.2f} after min-max, so soft_or ranks by entropy. soft_or_log does not.",
+                )
+            )
+    if rows[0]["descent_interval"][0] <= 0:
+        found.append(
+            (
+                None,
+                "the gradient of all tokens does not reliably lower the held-out loss: these rollouts are too few or "
+                "too unlike to tell rules apart. Probe with more prompts.",
+            )
+        )
+    if held_out < _FEW_PROMPTS:
+        found.append((None, f"only {held_out} prompts are held out: the intervals are rough. Probe with more prompts."))
+    cut = sum(not rollout.finished for rollout in rollouts) / len(rollouts)
+    if cut > 0.5:
+        found.append(
+            (
+                None,
+                f"{cut:.0%} of the rollouts were cut at the length limit: what comes later in a completion was not "
+                "probed. Let them be as long as in training.",
+            )
+        )
+    return found
+
+
+def _recommend(
+    rows: Sequence[dict[str, Any]], warnings: Sequence[tuple[tuple[str, float] | None, str]]
+) -> dict[str, Any]:
+    """The smallest retention at which a rule keeps the signal, and the rule that keeps most of it there."""
+    against = {place for place, _ in warnings if place is not None}
+    fit = [
+        row
+        for row in rows[1:]
+        if row["rule"] != "random"
+        and row["retention"] >= LEAST_RETENTION
+        and (row["rule"], row["retention"]) not in against
+        and row["descent_share_interval"] is not None
+        and row["descent_share_interval"][0] >= ENOUGH
+    ]
+    if not fit:
+        return {
+            "rule": "all",
+            "retention": 1.0,
+            "reason": f"no rule at a retention of {LEAST_RETENTION:g} or more keeps {ENOUGH:.0%} of the held-out "
+            "descent of all tokens with confidence and beats random tokens. Train on all tokens, or probe with more "
+            "prompts.",
+        }
+    least = min(row["retention"] for row in fit)
+    best = max((row for row in fit if row["retention"] == least), key=lambda row: row["descent"])
+    random = next(row for row in rows if row["rule"] == "random" and row["retention"] == least)
+    low, high = best["descent_share_interval"]
+    return {
+        "rule": best["rule"],
+        "retention": least,
+        "reason": f"it keeps {best['kept']:.1%} of the tokens, {best['divergence_share']:.0%} of the divergence, and "
+        f"a step along its gradient lowers the held-out loss {best['descent_share']:.2f} times as fast as one on all "
+        f"tokens ({low:.2f} to {high:.2f}; random tokens: {random['descent_share']:.2f}). {least:g} is the smallest "
+        f"retention probed, from {LEAST_RETENTION:g} up, at which a rule keeps {ENOUGH:.0%} with confidence and beats "
+        "random. This speaks of the first steps of a run: watch selection/dropped_divergence in the later ones.",
+    }

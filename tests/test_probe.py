@@ -1,0 +1,317 @@
+"""The probe against plain autograd, and its advice on cases where the answer is known."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tipdistill import probe as module
+from tipdistill import quadrants, select
+from tipdistill.probe import Settings, probe
+from tipdistill.rollout import generate, score_rollouts
+from tipdistill.types import TokenScores
+
+TOLERANCE = 1e-6
+PROMPTS = [f"{name} has {number}" for number, name in enumerate(("Ada", "Emmy", "Kurt", "Alan", "Grace", "Ada"), 10)]
+QUICK = Settings(rules=("soft_or", "q3", "entropy_sampling"), retentions=(0.5, 0.2), random_seeds=2, bootstrap=50)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model_dir):
+    """In float64, but for the RMSNorms, which compute in float32 whatever the weights are: hence TOLERANCE."""
+    return [
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama", role)).double().eval()
+        for role in ("student", "teacher")
+    ]
+
+
+@pytest.fixture(scope="module")
+def rollouts(pair, tiny_tokenizer):
+    return [
+        rollout
+        for batch in generate(pair[0], tiny_tokenizer, PROMPTS, samples=2, max_new_tokens=9, seed=5)
+        for rollout in batch
+    ]
+
+
+@pytest.fixture(scope="module")
+def scores(pair, rollouts):
+    return score_rollouts(*pair, rollouts, QUICK.fields()).scores
+
+
+def losses(student, teacher, rollout):
+    """KL(P_S ‖ P_T) of each completion token, as the equation has it."""
+    tokens = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
+    rows = slice(len(rollout.prompt_ids) - 1, tokens.shape[1] - 1)
+    log_s = student(tokens).logits[0, rows].log_softmax(-1)
+    with torch.no_grad():
+        log_t = teacher(tokens).logits[0, rows].log_softmax(-1)
+    return (log_s.exp() * (log_s - log_t)).sum(-1)
+
+
+def gradient(student, teacher, rollouts, mask=None, parameters=None):
+    """∇ of the mean over the mask's tokens by plain autograd."""
+    parameters = list(student.parameters()) if parameters is None else parameters
+    every = torch.cat([losses(student, teacher, rollout) for rollout in rollouts])
+    loss = every.mean() if mask is None else every[mask].mean()
+    return torch.cat([one.flatten() for one in torch.autograd.grad(loss, parameters)])
+
+
+def by_prompt(rollouts, places):
+    return [rollout for rollout in rollouts if rollout.prompt_id in places]
+
+
+def test_figures_are_those_of_plain_autograd(pair, rollouts, scores):
+    result = probe(*pair, rollouts, scores, QUICK)
+    training, held_out = by_prompt(rollouts, (0, 2, 4)), by_prompt(rollouts, (1, 3, 5))
+    inside = torch.cat([torch.full((len(one.completion_ids),), one.prompt_id % 2 == 0) for one in rollouts])
+    batch = scores.map(lambda value: value[inside])
+    owner = torch.repeat_interleave(
+        torch.arange(len(training)), torch.tensor([len(one.completion_ids) for one in training])
+    )
+    whole, downhill = gradient(*pair, training), gradient(*pair, held_out)
+    for row in result["rows"]:
+        if row["rule"] in ("random", "entropy_sampling"):
+            continue
+        mask = torch.ones_like(owner, dtype=torch.bool)
+        if row["rule"] != "all":
+            mask = select(batch, row["rule"], row["retention"], owner).mask
+        kept = gradient(*pair, training, mask)
+        assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(kept, whole, dim=0)), abs=TOLERANCE)
+        assert row["descent"] == pytest.approx(float(downhill @ kept / kept.norm()), rel=TOLERANCE)
+        assert row["kept"] == pytest.approx(float(mask.double().mean()))
+        delta = batch.reverse_kl
+        assert row["divergence_share"] == pytest.approx(float(delta[mask].sum() / delta.sum()), rel=1e-6)
+        q3 = quadrants(batch) == 3
+        expected = float((q3 & mask).sum() / q3.sum()) if q3.any() else None
+        assert row["q3_share"] == (None if expected is None else pytest.approx(expected))
+    assert json.loads(json.dumps(result)) == json.loads(json.dumps(result, allow_nan=False))
+
+
+def test_descent_is_how_fast_the_held_out_loss_falls(pair, rollouts, scores):
+    """A small step along −g_K / ‖g_K‖, taken."""
+    student, teacher = copy.deepcopy(pair[0]), pair[1]
+    row = next(row for row in probe(*pair, rollouts, scores, QUICK)["rows"] if row["rule"] == "q3")
+    training, held_out = by_prompt(rollouts, (0, 2, 4)), by_prompt(rollouts, (1, 3, 5))
+    inside = torch.cat([torch.full((len(one.completion_ids),), one.prompt_id % 2 == 0) for one in rollouts])
+    owner = torch.cat([torch.full((len(one.completion_ids),), place) for place, one in enumerate(training)])
+    mask = select(scores.map(lambda value: value[inside]), "q3", row["retention"], owner).mask
+    step = gradient(student, teacher, training, mask)
+    step = step / step.norm()
+
+    def loss_after(size):
+        moved = copy.deepcopy(student)
+        with torch.no_grad():
+            for parameter, part in zip(
+                moved.parameters(), step.split([p.numel() for p in moved.parameters()]), strict=True
+            ):
+                parameter -= size * part.view_as(parameter)
+            return torch.cat([losses(moved, teacher, rollout) for rollout in held_out]).mean().item()
+
+    # large enough a step for float32 noise in the norms, small enough for what is left of the curvature
+    assert (loss_after(-1e-2) - loss_after(1e-2)) / 2e-2 == pytest.approx(row["descent"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"gradient_bytes": 1}, {"tokens_per_forward": 1}, {"tokens_per_forward": 60}], ids=str
+)
+def test_memory_and_micro_batches_change_no_figure(pair, rollouts, scores, change):
+    expected = probe(*pair, rollouts, scores, QUICK)["rows"]
+    for mine, theirs in zip(probe(*pair, rollouts, scores, replace(QUICK, **change))["rows"], expected, strict=True):
+        for name in ("cosine", "descent", "descent_share", "over_random"):
+            assert mine[name] == (None if theirs[name] is None else pytest.approx(theirs[name], rel=1e-9, abs=1e-12))
+
+
+def test_the_last_blocks_alone(pair, rollouts, scores):
+    result = probe(*pair, rollouts, scores, replace(QUICK, parameters="last_blocks", last_blocks=1))
+    block = list(pair[0].model.layers[-1].parameters())
+    assert result["parameters"] == {"kind": "the last 1 blocks", "count": sum(one.numel() for one in block)}
+    whole, downhill = (
+        gradient(*pair, by_prompt(rollouts, places), parameters=block) for places in ((0, 2, 4), (1, 3, 5))
+    )
+    assert result["rows"][0]["descent"] == pytest.approx(float(downhill @ whole / whole.norm()), rel=TOLERANCE)
+
+
+def test_lora_is_a_projection_of_the_whole_gradient(pair, rollouts, scores):
+    """∂L/∂B = s · ∂L/∂W · Aᵀ with B = 0, of every linear layer, and nothing of the adapters stays."""
+    student, teacher = pair
+    names = set(student.state_dict())
+    settings = replace(QUICK, parameters="lora")
+    training = by_prompt(rollouts, (0, 2, 4))
+    with module._differentiated(student, settings) as (model, parameters, _):
+        everything = torch.ones(1, sum(len(one.completion_ids) for one in training), dtype=torch.bool)
+        (found,) = module._gradients(model, teacher, training, everything, parameters, settings)
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        project, scale = layer.lora_A["default"].weight.detach().double(), layer.scaling["default"]
+        place = next(n for n, one in enumerate(parameters) if one is layer.lora_B["default"].weight)
+        sizes = [one.numel() for one in parameters]
+    assert set(student.state_dict()) == names
+    weight = student.model.layers[0].mlp.up_proj.weight
+    expected = scale * gradient(student, teacher, training, parameters=[weight]).view_as(weight) @ project.T
+    torch.testing.assert_close(found.split(sizes)[place].view_as(expected).double(), expected, rtol=1e-5, atol=1e-9)
+    result = probe(*pair, rollouts, scores, settings)
+    assert result["parameters"]["kind"] == "lora"
+
+
+def test_the_student_is_left_as_it_was(tiny_model_dir, rollouts, scores):
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama", role)) for role in ("student", "teacher")
+    )
+    student.train().requires_grad_(False)
+    student.lm_head.weight.requires_grad_(True)
+    state = {name: value.clone() for name, value in student.state_dict().items()}
+    for parameters in ("all", "lora"):
+        probe(student, teacher, rollouts, scores, replace(QUICK, parameters=parameters))
+    assert student.training
+    assert [name for name, one in student.named_parameters() if one.requires_grad] == ["lm_head.weight"]
+    assert all(one.grad is None for one in student.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
+
+
+def test_random_is_the_control_and_overlaps_are_symmetric(pair, rollouts, scores):
+    rows = {(row["rule"], row["retention"]): row for row in probe(*pair, rollouts, scores, QUICK)["rows"]}
+    assert set(rows) == {
+        ("all", 1.0),
+        *((rule, at) for at in (0.5, 0.2) for rule in ("soft_or", "q3", "entropy_sampling", "random")),
+    }
+    for (rule, at), row in rows.items():
+        for other, overlap in row["jaccard"].items():
+            assert overlap == pytest.approx(rows[other, at]["jaccard"][rule])
+        if rule not in ("all", "random"):
+            assert row["over_random"] == pytest.approx(row["descent"] - rows["random", at]["descent"])
+            low, high = row["descent_interval"]
+            assert low <= row["descent"] <= high
+
+
+def test_intervals_narrow_as_prompts_are_added():
+    generator = torch.Generator().manual_seed(0)
+    width = []
+    for prompts in (10, 1000):
+        slope = torch.randn(prompts, 1, generator=generator, dtype=torch.float64) + 2
+        found = module._bootstrap(slope, torch.ones(prompts, dtype=torch.float64), Settings(bootstrap=400))
+        low, high = module._interval(found[1:, 0])
+        assert low < 2 < high
+        width.append(high - low)
+    # the standard error of a mean is 1 / √n
+    assert 5 < width[0] / width[1] < 20
+
+
+# Advice.
+
+
+def row_of(rule, retention, share, low, **others):
+    return {
+        "rule": rule,
+        "retention": retention,
+        "kept": retention,
+        "divergence_share": 0.9,
+        "q2_of_kept": 0.1,
+        "descent": share,
+        "descent_share": share,
+        "descent_interval": [low, share],
+        "descent_share_interval": [low, 1.0],
+        "over_random_interval": [0.1, 0.2],
+        **others,
+    }
+
+
+ALL = row_of("all", 1.0, 1.0, 1.0, over_random_interval=None)
+
+
+def test_the_least_retention_that_keeps_the_signal_is_recommended():
+    rows = [
+        ALL,
+        row_of("soft_or", 0.5, 1.0, 0.99),
+        row_of("soft_or", 0.2, 0.97, 0.93),
+        row_of("q3", 0.2, 0.99, 0.95),
+        row_of("q3", 0.1, 0.95, 0.8),
+        row_of("q3", 0.05, 1.0, 0.99),
+        row_of("random", 0.2, 0.5, 0.4),
+    ]
+    best = module._recommend(rows, [])
+    assert (best["rule"], best["retention"]) == ("q3", 0.2)
+    assert "random tokens: 0.50" in best["reason"]
+    best = module._recommend(rows, [(("q3", 0.2), "known to fail")])
+    assert (best["rule"], best["retention"]) == ("soft_or", 0.2)
+
+
+def test_all_tokens_where_no_rule_keeps_the_signal():
+    rows = [ALL, row_of("q3", 0.2, 0.95, 0.5), row_of("random", 0.2, 0.5, 0.4)]
+    assert module._recommend(rows, [])["rule"] == "all"
+
+
+def advice(rows, rollouts, uncertain_share=0.3, held_out=40, largest=2.0):
+    count = 100
+    quadrant = torch.full((count,), 4, dtype=torch.int8)
+    quadrant[: int(uncertain_share * count)] = 2
+    quadrant[-3:] = 3
+    delta = torch.zeros(count, dtype=torch.float64)
+    delta[-3:] = torch.tensor([1.0, 1.0, largest])
+    found = module._warnings(rows, TokenScores(reverse_kl=delta), quadrant, rollouts, held_out, Settings())
+    return [text for _, text in found]
+
+
+@pytest.fixture
+def finished(rollouts):
+    return [replace(rollout, finished=True) for rollout in rollouts]
+
+
+def test_a_budget_smaller_than_the_uncertain_share_is_warned_of(finished):
+    spent = {"q2_of_kept": 0.9}
+    assert (
+        "spends 90% of that on tokens both models agree on"
+        in advice([ALL, row_of("soft_or", 0.2, 0.1, 0.1, **spent)], finished)[0]
+    )
+    assert not advice([ALL, row_of("soft_or", 0.5, 1, 0.9, **spent)], finished)
+    assert not advice([ALL, row_of("gradient_norm", 0.2, 1, 0.9, **spent)], finished)
+
+
+def test_a_rule_that_turns_away_is_warned_of_at_small_budgets(finished):
+    assert "may collapse in training" in advice([ALL, row_of("q3", 0.05, 1, 1)], finished)[0]
+    assert not advice([ALL, row_of("q3", 0.1, 1, 1)], finished)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "text"),
+    [
+        ([ALL, row_of("q3", 0.2, 1, 0.9, over_random_interval=[-0.1, 0.3])], {}, "not told apart from random"),
+        ([ALL], {"largest": 500.0}, "dwarfs the others"),
+        ([ALL], {"held_out": 5}, "only 5 prompts are held out"),
+        ([{**ALL, "descent_interval": [-0.1, 1.0]}], {}, "does not reliably lower the held-out loss"),
+    ],
+    ids=["random", "outlier", "few", "noise"],
+)
+def test_further_warnings(finished, rows, options, text):
+    (found,) = advice(rows, finished, **options)
+    assert text in found
+
+
+def test_rollouts_cut_at_the_limit_are_warned_of(rollouts):
+    assert "were cut at the length limit" in advice([ALL], [replace(one, finished=False) for one in rollouts])[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rules": ("all",)}, "keeps everything"),
+        ({"rules": ()}, "no rule to probe"),
+        ({"rules": ("softor",)}, "unknown rule"),
+        ({"retentions": (0.5, 1.0)}, r"retentions must lie in \(0, 1\)"),
+        ({"retentions": ()}, r"retentions must lie in \(0, 1\)"),
+        ({"parameters": "some"}, "parameters must be one of auto, all, last_blocks, lora"),
+        ({"bootstrap": 0}, "bootstrap must be at least 1"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**options)
+
+
+def test_too_few_prompts(pair, rollouts, scores):
+    few = by_prompt(rollouts, (0, 1, 2))
+    with pytest.raises(ValueError, match="rollouts of at least 4 prompts"):
+        probe(*pair, few, scores, QUICK)

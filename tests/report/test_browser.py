@@ -96,7 +96,7 @@ def report(tmp_path_factory):
                 "time/loss": 0.5,
             }
             for step in range(1, 20)
-        ] + [{"step": step, "eval_accuracy": step / 20} for step in (1, 10, 19)]
+        ] + [{"step": step, "eval_addition/mean_at_4": step / 20} for step in (1, 10, 19)]
         (root / name).mkdir(exist_ok=True)
         (root / name / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (root / "other" / "probe.json").write_text(json.dumps(PROBE))
@@ -339,7 +339,7 @@ def test_runs_are_overlaid_and_records_switched(open_page):
     page = open_page()
     assert page.locator("#run-legend .key").all_text_contents() == ["run", "other"]
     titles = page.locator("#training-charts h3").all_text_contents()
-    assert {"Loss", "Share of tokens in Q3", "Entropy, nats", "eval_accuracy", "Where a step's time goes"} <= {
+    assert {"Loss", "Share of tokens in Q3", "Entropy, nats", "addition: mean@4", "Where a step's time goes"} <= {
         title.removesuffix(", log scale") for title in titles
     }
     for chart in page.locator("#training-charts .chart").all()[: len(titles) - 1]:

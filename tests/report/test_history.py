@@ -10,7 +10,7 @@ from tipdistill.report.sources import MOST_STEPS, find_sources
 ENTRIES = [
     {"step": 1, "loss": 2.0, "epoch": 0.1, "note": "text"},
     {"step": 2, "loss": 1.0, "quadrants/q3": 0.1},
-    {"step": 2, "eval_loss": 0.7, "eval_math500/mean@16": 0.5},
+    {"step": 2, "eval_loss": 0.7, "eval_math500/mean_at_16": 0.5},
     {"step": 2, "loss": 0.9},  # logged again by a resumed run
     {"step": 3, "loss": float("nan")},
 ]
@@ -30,7 +30,7 @@ def test_a_runs_own_state_comes_before_its_checkpoints(tmp_path):
         "loss": ([1, 2], [2.0, 0.9]),
         "quadrants/q3": ([2], [0.1]),
         "eval_loss": ([2], [0.7]),
-        "eval_math500/mean@16": ([2], [0.5]),
+        "eval_math500/mean_at_16": ([2], [0.5]),
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_ACCURACY = re.compile(r"(^|[_/])(accuracy|mean@\d+|pass@\d+|maj@\d+)", re.IGNORECASE)
+_ACCURACY = re.compile(r"(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$", re.IGNORECASE)
 _NOT_SERIES = {"step", "epoch", "total_flos"}
 
 
@@ -31,7 +31,7 @@ def is_accuracy(metric: str) -> bool:
     """Whether a metric is an accuracy, by its name.
 
     Example:
-        >>> [is_accuracy(name) for name in ("accuracy", "eval_math500/mean@16", "loss", "time/rollout")]
+        >>> [is_accuracy(name) for name in ("accuracy", "eval_math500/mean_at_16", "loss", "time/rollout")]
         [True, True, False, False]
     """
     return _ACCURACY.search(metric) is not None

@@ -163,7 +163,7 @@ const PANELS = [
   ["Tokens per second", ["tokens_per_second"], { zero: true }],
 ];
 const STAGES = [["rollout", 0], ["score", 5], ["select", 4], ["loss", 1], ["optimizer", 2]];
-const ACCURACY = /(^|[_/])(accuracy|mean@\d+|pass@\d+|maj@\d+)/i;
+const ACCURACY = /(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$/i;
 
 function drawTraining() {
   $("run-legend").replaceChildren(...DATA.runs.map((run, number) => { const key = element("span", { class: "key" }); key.append(lineSample(number), run.name); return key; }));
@@ -176,7 +176,7 @@ function drawTraining() {
   };
   for (const [title, metrics, options] of PANELS) {
     if (metrics) { for (const metric of metrics) add(title, metric, options); continue; }
-    for (const metric of [...new Set(DATA.runs.flatMap((run) => Object.keys(run.series).filter((one) => ACCURACY.test(one))))].slice(0, 8)) add(metric === "accuracy" ? title : metric, metric, options);
+    for (const metric of [...new Set(DATA.runs.flatMap((run) => Object.keys(run.series).filter((one) => ACCURACY.test(one))))].slice(0, 8)) add(metric === "accuracy" ? title : metric.replace(/^eval_/, "").replace("_at_", "@").replace("/", ": "), metric, options);
   }
   const time = timeSplit();
   if (time) charts.push(time);

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +115,20 @@ RULES = [
     {"selection_rule": "soft_or", "retention": 0.3, "scoring_tokens": 64},
     # a rule without normalisers across rollouts is exact here too: the denominator is known ahead
     {"selection_rule": "divergence", "retention": 0.3, "normalization": "micro_batch"},
+    *(
+        {"selection_rule": rule, "retention": 0.3}
+        for rule in (
+            "entropy_jsd_sampling",
+            "teachability",
+            "teachability_soft_or",
+            "selectkd",
+            "position",
+            "prefix_compatibility",
+            "confidence_ratio",
+            "entropy_gap",
+            "cumulative_advantage",
+        )
+    ),
 ]
 
 
@@ -680,6 +695,67 @@ def test_records_that_cannot_be_written_do_not_stop_a_run(make, tmp_path, caplog
     assert "no token records were written" in caplog.text
 
 
+# Weights, positions and the likeliest tokens
+
+
+def prepared(trainer, prompts, count=8):
+    trainer.model.train()
+    return trainer._generate_and_score_completions([prompts[index] for index in range(count)])
+
+
+def test_weights_follow_the_position_in_the_rollout(make, prompts):
+    batch = prepared(make(selection_rule="position", generation_kwargs=None, seed=3), prompts)
+    mask = batch["completion_mask"].bool()
+    lengths = mask.sum(1, keepdim=True)
+    assert len(lengths.unique()) > 1
+    fraction = (torch.arange(mask.shape[1]) + 0.5) / lengths
+    expected = (0.25 + 0.75 * torch.sigmoid((fraction - 0.3) / 0.1)).masked_fill(~mask, 0.0)
+    torch.testing.assert_close(batch["selection_weight"], expected)
+    torch.testing.assert_close(batch["num_items_in_batch"], expected.sum())
+
+
+def test_teachability_spends_over_the_batch_unless_told_otherwise(make, prompts):
+    assert make(selection_rule="teachability").args.selection_scope == "batch"
+    assert make(selection_rule="soft_or").args.selection_scope == "rollout"
+    trainer = make(selection_rule="teachability", retention=0.05, selection_scope="rollout")
+    kept = (prepared(trainer, prompts)["selection_weight"] > 0).sum(1)
+    assert kept.tolist() == [1] * 8
+    trainer = make(selection_rule="teachability", retention=0.3)
+    kept = (prepared(trainer, prompts)["selection_weight"] > 0).sum(1)
+    assert kept.min() >= 1
+    assert len(kept.unique()) > 1
+
+
+@pytest.mark.parametrize("rule", ["teachability", "position", "cumulative_advantage", "entropy_jsd_sampling"])
+def test_every_kind_of_rule_trains_inside_the_micro_batch(make, rule):
+    trainer = make(
+        selection_rule=rule, normalization="micro_batch", per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    weighs = rule in ("position", "cumulative_advantage")
+    for loss, norm, kept in zip(*steps(trainer, "loss", "grad_norm", "selection/kept_fraction"), strict=True):
+        assert 0 < loss < 20
+        assert norm > 0
+        assert (kept == 1) == weighs
+
+
+def test_the_scores_jensen_shannon_divergence_is_the_symmetric_one_whatever_is_trained_on(make, prompts, monkeypatch):
+    """At β = 1, TRL's reverse KL, the mixture is the teacher and its divergence from it would be 0 for every token."""
+    seen = []
+
+    def watched(scores):
+        seen.append(scores.require("jsd"))
+        return scores.require("jsd")
+
+    watched.fields = ("jsd",)
+    module = types.ModuleType("rules_of_test_trainer")
+    module.watched = watched
+    monkeypatch.setitem(sys.modules, "rules_of_test_trainer", module)
+    prepared(make(selection_rule="rules_of_test_trainer.watched", beta=1.0), prompts)
+    assert seen[0].max() > 0.01
+    assert seen[0].max() <= math.log(2) + 1e-6
+
+
 # Tasks during training
 
 
@@ -717,8 +793,9 @@ def test_two_processes_measure_a_task_together(pair, word_problems, tmp_path):
     (tmp_path / "tasks_of_two.py").write_text("six = {'problems': [(f'{a} + 1 =', str(a + 1)) for a in range(5)]}\n")
     settings = {**PLAIN, "per_device_train_batch_size": 4, "max_steps": 1, "eval_tasks": "tasks_of_two:six"}
     settings |= {"eval_steps": 1, "eval_num_samples": 3, "per_device_eval_batch_size": 4}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
-    command += [str(DISTRIBUTED), *pair, str(word_problems), str(tmp_path / "run.json"), json.dumps(settings)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(DISTRIBUTED)]
+    command += [*pair, str(word_problems), str(tmp_path / "run.json"), json.dumps(settings)]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     for step in (0, 1):

@@ -21,7 +21,8 @@ class TIPConfig(DistillationConfig):
     Args:
         selection_rule: name in `tipdistill.RULES`, "complement:<name>", or the dotted path of a callable.
         retention: share of the completion tokens that is trained on, in (0, 1].
-        selection_scope: "rollout" spends the budget inside each rollout (paper Eq. 8), "batch" over the whole batch.
+        selection_scope: "rollout" spends the budget inside each rollout (paper Eq. 8), "batch" over the whole batch;
+            None: the rule's own, "rollout" for all but teachability.
         normalization: "batch" scores the whole generation batch once, so that normalisers, budgets and the loss
             denominator are the same whatever the micro-batch size and the number of processes; "micro_batch"
             scores inside the loss and saves one student forward.
@@ -51,9 +52,9 @@ class TIPConfig(DistillationConfig):
     retention: float = field(
         default=0.5, metadata={"help": "Share of the completion tokens that is trained on, in (0, 1]."}
     )
-    selection_scope: str = field(
-        default="rollout",
-        metadata={"help": "Spend the budget per 'rollout' (paper Eq. 8) or over the 'batch'."},
+    selection_scope: str | None = field(
+        default=None,
+        metadata={"help": "Spend the budget per 'rollout' (paper Eq. 8) or over the 'batch'; null: as the rule does."},
     )
     normalization: str = field(
         default="batch",
@@ -92,7 +93,9 @@ class TIPConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        resolve_rule(self.selection_rule)
+        rule = resolve_rule(self.selection_rule)
+        if self.selection_scope is None:
+            self.selection_scope = rule.scope
         for name, value in (("retention", self.retention), ("drift_retention", self.drift_retention)):
             # `bool` is an `int`, and `retention: true` in a YAML file would otherwise pass as 1.0.
             share = not isinstance(value, bool) and value is not None and 0.0 < value <= 1.0

@@ -38,7 +38,7 @@ from .monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
 from .records import About, Choice, RecordsWriter
 from .report.taxonomy import quadrants
 from .rollout import Scored, joined, score_heads
-from .select import kept_counts, needs_teacher, rule_fields, select
+from .select import kept_counts, needs_teacher, resolve_rule, rule_fields, select
 from .tasks import load_task
 from .types import Head, Rollout, Selection, TokenScores
 from .vocabulary import check_same_tokenizer, shared_vocabulary
@@ -164,6 +164,7 @@ class TIPTrainer(DistillationTrainer):
         self._rule_fields = rule_fields(args.selection_rule)
         self._keeps_all = args.selection_rule == "all"
         self._reads_teacher = needs_teacher(args.selection_rule)
+        self._weighs = resolve_rule(args.selection_rule).budget == "weight"
         self._divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
         self._seconds: dict[str, float] = defaultdict(float)
         self._sums: Tensor | None = None
@@ -376,7 +377,7 @@ class TIPTrainer(DistillationTrainer):
         return token_scores(
             student,
             teacher,
-            beta=self.beta,
+            beta=0.5,  # a score is no loss: rules read the symmetric Jensen-Shannon divergence whatever is trained on
             temperature=self.temperature,
             token_ids=tokens if reads_tokens else None,
             fields=fields or None,
@@ -410,7 +411,7 @@ class TIPTrainer(DistillationTrainer):
         if self.args.normalization == "micro_batch":
             micro_batch = self._step % self.args.gradient_accumulation_steps
             seed = (seed * 1_009 + micro_batch) * 10_007 + self.accelerator.process_index
-        return select(
+        selection = select(
             scores,
             rule=self.args.selection_rule,
             retention=self._monitor.retention,
@@ -418,6 +419,11 @@ class TIPTrainer(DistillationTrainer):
             scope=self.args.selection_scope,
             generator=torch.Generator(device=device).manual_seed(seed % 2**63),
         )
+        if self._weighs and self.args.normalization == "micro_batch":
+            # the global sum of weights is not known ahead, so each micro-batch's is made its number of tokens
+            scale = len(selection.weight) / selection.weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
+            selection = replace(selection, weight=selection.weight * scale)
+        return selection
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         regenerates = self.model.training and (
@@ -432,10 +438,13 @@ class TIPTrainer(DistillationTrainer):
         """The global number of kept tokens, known from the lengths before any token is scored."""
         kept = 0
         for micro_batch in self._buffered_inputs:
-            lengths = _loss_mask(micro_batch).sum(1)
-            if self.args.selection_scope == "batch":
-                lengths = lengths.sum().reshape(1)
-            kept += int(kept_counts(lengths, self._monitor.retention, self.args.selection_rule).sum())
+            counts = kept_counts(
+                _loss_mask(micro_batch).sum(1),
+                self._monitor.retention,
+                self.args.selection_rule,
+                self.args.selection_scope,
+            )
+            kept += int(counts.sum())
         total = self.accelerator.gather(torch.tensor([kept], device=self.accelerator.device)).sum()
         for micro_batch in self._buffered_inputs:
             micro_batch["num_items_in_batch"] = total

@@ -91,6 +91,10 @@ class TokenScores:
         hellinger: ‖√P_S − √P_T‖₂ / √2, in [0, 1].
         gradient_norm: ‖P_S ∘ (log P_S/P_T − KL)‖₂, the norm of the reverse-KL gradient at the logits.
         signal_to_curvature: ‖g‖² / gᵀHg with g = P_S − P_T, H = diag(P_S) − P_S P_Sᵀ (paper Eq. 6).
+        top16_forward_kl: KL(P_T ‖ P_S) on the union of both models' 16 likeliest tokens, renormalised there.
+        top16_teacher_mass: P_T of the student's 16 likeliest tokens together, in [0, 1].
+        top16_overlap: share of the student's 16 likeliest tokens that are among the teacher's 16, in [0, 1].
+        argmax_in_top5: 1 where the student's likeliest token is among the teacher's 5 likeliest, else 0.
     """
 
     entropy: Tensor | None = None
@@ -105,6 +109,10 @@ class TokenScores:
     hellinger: Tensor | None = None
     gradient_norm: Tensor | None = None
     signal_to_curvature: Tensor | None = None
+    top16_forward_kl: Tensor | None = None
+    top16_teacher_mass: Tensor | None = None
+    top16_overlap: Tensor | None = None
+    argmax_in_top5: Tensor | None = None
 
     def present(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) for every statistic that was computed."""

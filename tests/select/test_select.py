@@ -12,12 +12,16 @@ from tipdistill import RULES, TokenScores, select
 from tipdistill.select import Rule, kept_counts, needs_teacher, resolve_rule, rule_fields
 
 STATISTICS = [field.name for field in dataclass_fields(TokenScores)]
-SAMPLED = ("random", "entropy_sampling")
-RANKED = [rule for rule in RULES if rule not in (*SAMPLED, "all")]
+SAMPLED = tuple(name for name, rule in RULES.items() if rule.budget == "sample")
+RANKED = [name for name, rule in RULES.items() if rule.budget == "top"]
+WEIGHED = [name for name, rule in RULES.items() if rule.budget == "weight"]
+# Their weights are no function of the batch they are in.
+WEIGHED_ALONE = [name for name in WEIGHED if name != "confidence_ratio"]
 # Their ĥ and δ̂ run over all the tokens given, so a rollout's choice depends on the company it is in; the other rules'
 # does not.
 NORMALISED = ("soft_or", "soft_or_log", "q3")
-COMPLEMENTS = [f"complement:{rule}" for rule in RULES if rule != "all"]
+TEACHABILITY = ("teachability", "teachability_soft_or")
+COMPLEMENTS = [f"complement:{rule}" for rule in (*RANKED, *SAMPLED)]
 # each property runs for every rule, so that few examples of each are many in all
 few = settings(deadline=None, max_examples=25)
 RETENTIONS = st.one_of(st.sampled_from([0.1, 0.29, 0.5, 0.9, 1.0]), st.floats(0.01, 1))
@@ -66,6 +70,8 @@ def brute_force(score, rollout, retention, scope):
 @given(batches(), st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.77, 1.0]), st.sampled_from(["rollout", "batch"]))
 @pytest.mark.parametrize("rule", RANKED)
 def test_keeps_the_highest_scores_of_every_rollout(rule, batch, retention, scope):
+    if rule in TEACHABILITY:
+        scope = "rollout"  # over a batch it keeps a token of each rollout first
     scores, rollout = batch
     scores = scores.map(lambda value: value.double())
     picked = select(scores, rule, retention, rollout, scope)
@@ -79,17 +85,19 @@ def test_keeps_the_highest_scores_of_every_rollout(rule, batch, retention, scope
 def test_counts_are_known_from_the_lengths_alone(rule, batch, retention):
     scores, rollout = batch
     numbers, lengths = rollout.unique(return_counts=True)
-    mask = select(scores, rule, retention, rollout).mask
+    mask = select(scores, rule, retention, rollout, "rollout").mask
     kept = torch.stack([mask[rollout == number].sum() for number in numbers])
     assert torch.equal(kept, kept_counts(lengths, retention, rule))
     assert bool((kept >= 1).all())
     mask = select(scores, rule, retention, rollout, scope="batch").mask
-    assert torch.equal(mask.sum().reshape(1), kept_counts(lengths.sum().reshape(1), retention, rule))
+    assert torch.equal(mask.sum().reshape(1), kept_counts(lengths, retention, rule, scope="batch"))
 
 
 @few
 @given(batches(), RETENTIONS, st.data())
-@pytest.mark.parametrize("rule", [rule for rule in (*RANKED, "all") if rule not in NORMALISED])
+@pytest.mark.parametrize(
+    "rule", [rule for rule in (*RANKED, "all", *WEIGHED_ALONE) if rule not in NORMALISED + TEACHABILITY]
+)
 def test_a_subset_of_rollouts_is_selected_as_in_the_whole(rule, batch, retention, data):
     scores, rollout = batch
     chosen = data.draw(st.sets(st.sampled_from(rollout.unique().tolist()), min_size=1))
@@ -118,8 +126,8 @@ def test_the_order_of_the_rollouts_does_not_matter(rule, batch, retention, data)
     scores, rollout = batch
     numbers = data.draw(st.permutations(rollout.unique().tolist()))
     order = torch.cat([(rollout == number).nonzero()[:, 0] for number in numbers])
-    mask = select(scores, rule, retention, rollout).mask
-    assert torch.equal(select(take(scores, order), rule, retention, rollout[order]).mask, mask[order])
+    mask = select(scores, rule, retention, rollout, "rollout").mask
+    assert torch.equal(select(take(scores, order), rule, retention, rollout[order], "rollout").mask, mask[order])
 
 
 @few
@@ -216,7 +224,7 @@ def test_entropy_sampling_takes_certain_tokens_only_when_no_other_is_left():
 @few
 @given(batches(), st.integers(1, 99), st.integers(0, 1000))
 @pytest.mark.parametrize("scope", ["rollout", "batch"])
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "all"])
+@pytest.mark.parametrize("rule", [rule for rule in (*RANKED, *SAMPLED) if rule not in TEACHABILITY])
 def test_a_complement_keeps_what_the_rule_would_not(rule, scope, batch, percent, seed):
     scores, rollout = batch
     kept = select(scores, rule, (100 - percent) / 100, rollout, scope, seeded(seed)).mask
@@ -446,7 +454,7 @@ def test_lengths_that_are_no_counts_are_refused(lengths):
 
 
 def test_a_rule_with_an_unknown_budget_or_statistic_is_refused():
-    with pytest.raises(ValueError, match="one of top, sample, all, got 'bottom'"):
+    with pytest.raises(ValueError, match="one of top, sample, all, weight, got 'bottom'"):
         Rule(surprise, None, "bottom")
     with pytest.raises(ValueError, match=r"unknown statistic 'reverse_kld'.* Did you mean 'reverse_kl'"):
         Rule(surprise, ("reverse_kld",))

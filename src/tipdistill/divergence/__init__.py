@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..types import DIVERGENCES, Head, TokenScores
 from . import chunked, reference
-from .top import top_tokens
+from .top import STATISTICS as _OF_LIKELIEST
+from .top import top_statistics, top_tokens
 
 __all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores", "top_tokens"]
 
@@ -82,7 +83,7 @@ def token_scores(
         temperature: divides both models' logits, > 0.
         token_ids: int64 [N], the sampled tokens, for student_logprob and teacher_logprob.
         fields: names of the statistics wanted, see `TokenScores`; None: those of the paper, that is all but jsd,
-            hellinger, gradient_norm and signal_to_curvature. Nothing else is computed.
+            hellinger, gradient_norm, signal_to_curvature and those of the likeliest tokens. Nothing else is computed.
         impl: "chunked" (tiles, any device), "triton" (CUDA, float32 and half precision), "reference" (full logits, any
             dtype up to float64) or "auto": triton where it can be had, and chunked elsewhere.
 
@@ -112,7 +113,8 @@ def token_scores(
                 normaliser = reference.logits(head, vocabulary, temperature).detach().logsumexp(-1)
                 _check_rows(normaliser, vocabulary, token_ids)
         return reference.token_scores(student, teacher, divergence, beta, temperature, token_ids, wanted)
-    computed = tuple(divergence if name == "divergence" else name for name in wanted)
+    likeliest = tuple(name for name in wanted if name in _OF_LIKELIEST)
+    computed = tuple(divergence if name == "divergence" else name for name in wanted if name not in likeliest)
     if "entropy_norm" in wanted:
         computed += ("entropy",)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
@@ -122,6 +124,9 @@ def token_scores(
     values = {name: found[name] for name in wanted if name in found}
     if "entropy_norm" in wanted:
         values["entropy_norm"] = found["entropy"] / math.log(vocabulary)
+    if likeliest:
+        assert teacher is not None
+        values |= top_statistics(student, teacher, likeliest, temperature, vocabulary)
     if "divergence" in wanted:
         assert teacher is not None
         values["divergence"] = engine.TokenDivergence.apply(
@@ -170,7 +175,11 @@ def fused_rows(
         loss = (scores.require("divergence") * factor).sum()
         return loss, TokenScores(**{name: getattr(scores, name).detach() for name in wanted})
     computed = tuple(
-        dict.fromkeys({"divergence": divergence, "entropy_norm": "entropy"}.get(name, name) for name in wanted)
+        dict.fromkeys(
+            {"divergence": divergence, "entropy_norm": "entropy"}.get(name, name)
+            for name in wanted
+            if name not in _OF_LIKELIEST
+        )
     )
     loss, of_rows, normaliser, *values = engine.FusedLoss.apply(
         student.hidden,
@@ -191,6 +200,9 @@ def fused_rows(
         found["divergence"] = found[divergence]
     if "entropy" in found:
         found["entropy_norm"] = found["entropy"] / math.log(vocabulary)
+    likeliest = tuple(name for name in wanted if name in _OF_LIKELIEST)
+    if likeliest:
+        found |= top_statistics(student, teacher, likeliest, temperature, vocabulary)
     return loss, TokenScores(**{name: found[name] for name in wanted})
 
 

@@ -77,9 +77,25 @@ def token_scores(
         g = s - t
         curvature = (s * (g - (s * g).sum(-1, keepdim=True)) ** 2).sum(-1)  # gᵀHg, the variance of g under P_S
         found["signal_to_curvature"] = torch.where(curvature > 0, (g**2).sum(-1) / curvature, 0.0)
+        found |= _of_likeliest(log_s, log_t)
         if token_ids is not None:
             found["teacher_logprob"] = log_t.gather(-1, token_ids[:, None])[:, 0]
     return TokenScores(**{name: found[name] for name in fields})
+
+
+def _of_likeliest(log_s: Tensor, log_t: Tensor) -> dict[str, Tensor]:
+    """Statistics of both models' 16 (and the teacher's 5) likeliest tokens; all of them where V is smaller."""
+    k = min(16, log_s.shape[1])
+    of_s, of_t = (torch.zeros_like(log_s).scatter_(1, log.topk(k).indices, 1.0).bool() for log in (log_s, log_t))
+    in_top5 = torch.zeros_like(of_t).scatter_(1, log_t.topk(min(5, k)).indices, True)
+    on_union = [log.masked_fill(~(of_s | of_t), -math.inf).log_softmax(-1) for log in (log_s, log_t)]
+    t = on_union[1].exp()
+    return {
+        "top16_forward_kl": _weighted(t, on_union[1] - on_union[0]).sum(-1).clamp(min=0),
+        "top16_teacher_mass": _weighted(of_s.to(log_t.dtype), log_t.exp()).sum(-1).clamp(max=1),
+        "top16_overlap": (of_s & of_t).sum(-1).to(log_s.dtype) / k,
+        "argmax_in_top5": in_top5.gather(1, log_s.argmax(-1, keepdim=True))[:, 0].to(log_s.dtype),
+    }
 
 
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..types import Selection, TokenScores
 from . import budget, rules
+from .order import Order
 
-__all__ = ["RULES", "SCOPES", "Rule", "kept_counts", "needs_teacher", "resolve_rule", "rule_fields", "select"]
+__all__ = ["RULES", "SCOPES", "Order", "Rule", "kept_counts", "needs_teacher", "resolve_rule", "rule_fields", "select"]
 
 SCOPES = ("rollout", "batch")
-BUDGETS = ("top", "sample", "all")
+BUDGETS = ("top", "sample", "all", "weight")
 COMPLEMENT = "complement:"
 _STATISTICS = tuple(field.name for field in dataclass_fields(TokenScores))
 _OF_STUDENT = {"entropy", "entropy_norm", "student_logprob"}
@@ -30,20 +31,29 @@ class Rule:
     """A score, the statistics it reads, and what is done with it.
 
     Attributes:
-        score: TokenScores → float [N].
+        score: TokenScores → float [N]; (TokenScores, Order) → float [N] where `ordered`.
         fields: names of the statistics that it reads; None: all of them.
-        budget: "top" keeps the highest scores, "sample" draws ∝ score without replacement, "all" keeps everything.
+        budget: "top" keeps the highest scores, "sample" draws ∝ score without replacement, "all" keeps everything,
+            "weight" keeps everything and weighs it by the score, which is ≥ 0; a weight of 0 drops the token.
         complement: keep what the rule would not have kept.
+        scope: where the budget is spent unless the caller says so, "rollout" or "batch".
+        every_rollout: over a batch too, keep the best token of each rollout before any other.
+        ordered: the score reads where the tokens stand in their rollouts.
     """
 
-    score: Callable[[TokenScores], Tensor]
+    score: Callable[..., Tensor]
     fields: tuple[str, ...] | None
     budget: str = "top"
     complement: bool = False
+    scope: str = "rollout"
+    every_rollout: bool = False
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise ValueError(f"a rule's budget is one of {', '.join(BUDGETS)}, got {self.budget!r}.")
+        if self.scope not in SCOPES:
+            raise ValueError(f"a rule's scope is one of {', '.join(SCOPES)}, got {self.scope!r}.")
         for name in self.fields or ():
             if name not in _STATISTICS:
                 raise ValueError(
@@ -64,6 +74,24 @@ RULES: dict[str, Rule] = {
     "hellinger": Rule(rules.hellinger, ("hellinger",)),
     "gradient_norm": Rule(rules.gradient_norm, ("gradient_norm",)),
     "signal_to_curvature": Rule(rules.signal_to_curvature, ("signal_to_curvature",)),
+    "entropy_jsd_sampling": Rule(rules.entropy_jsd, ("entropy_norm", "jsd"), "sample"),
+    "teachability": Rule(
+        rules.teachability, ("top16_forward_kl", "top16_teacher_mass"), scope="batch", every_rollout=True
+    ),
+    "teachability_soft_or": Rule(
+        rules.teachability_soft_or,
+        ("entropy_norm", "top16_forward_kl", "top16_teacher_mass"),
+        scope="batch",
+        every_rollout=True,
+    ),
+    "selectkd": Rule(rules.selectkd, ("argmax_in_top5",), "weight"),
+    "position": Rule(rules.position, (), "weight", ordered=True),
+    "prefix_compatibility": Rule(rules.prefix_compatibility, ("top16_overlap",), "weight", ordered=True),
+    "confidence_ratio": Rule(rules.confidence_ratio, ("entropy", "teacher_entropy"), "weight"),
+    "entropy_gap": Rule(rules.entropy_gap, ("entropy", "teacher_entropy"), "weight"),
+    "cumulative_advantage": Rule(
+        rules.cumulative_advantage, ("student_logprob", "teacher_logprob"), "weight", ordered=True
+    ),
 }
 
 
@@ -73,28 +101,32 @@ def select(
     rule: str | Callable[[TokenScores], Tensor] | Rule = "soft_or",
     retention: float = 0.5,
     rollout: Tensor | None = None,
-    scope: str = "rollout",
+    scope: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Selection:
     """Choose the tokens that are trained on.
 
     K = the max(1, ⌊ρ·m⌋) tokens of each rollout (of m tokens) with the highest score, the earlier of equal ones
     (paper Eq. 8); sampling rules draw as many without replacement, each ∝ score. Percentiles and min-max run over all
-    the tokens given, so give no padding and no prompt.
+    the tokens given, so give no padding and no prompt. Weight rules keep every token, whatever the retention, and give
+    it their score as its weight in the loss.
 
     Args:
         scores: statistics of N tokens, float [N]; those that the rule reads must have been computed.
         rule: a name in `RULES`; "complement:<name>", which at retention ρ keeps what the rule at 1 − ρ would not keep
             (one token where that is nothing, at ρ = 1 everything; drawn from the same state of the generator);
             a function TokenScores → float [N]; or the dotted path of one. A function may say what it reads in an
-            attribute `fields`.
+            attribute `fields`; one with an attribute `ordered = True` is given the tokens' `Order` beside the scores.
         retention: ρ in (0, 1], read as the fraction that was written. "all" keeps everything whatever it is.
-        rollout: int64 [N], which rollout each token belongs to, any numbers in any order; None: one rollout.
-        scope: "rollout" spends the budget inside each rollout, "batch" over all tokens.
+        rollout: int64 [N], which rollout each token belongs to, any numbers in any order; None: one rollout. Rules that
+            read positions take the tokens of a rollout to be in their order.
+        scope: "rollout" spends the budget inside each rollout, "batch" over all tokens; None: the rule's own, which is
+            "rollout" for all but teachability.
         generator: source of randomness of sampling rules; None: torch's default for the scores' device.
 
     Returns:
-        Selection: mask bool [N], weight float32 [N] (1 for the kept tokens, 0 for the others), score float32 [N].
+        Selection: mask bool [N], weight float32 [N] (1 for the kept tokens or what a weight rule gives them, 0 for the
+        others), score float32 [N].
 
     Raises:
         ValueError: an unknown name (the nearest is given), a retention outside (0, 1], no token, a rollout that does
@@ -108,6 +140,7 @@ def select(
     """
     resolved = resolve_rule(rule)
     _check_retention(retention)
+    scope = resolved.scope if scope is None else scope
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}.{_nearest(scope, SCOPES)}")
     _, some = next(scores.present(), (None, None))
@@ -119,8 +152,10 @@ def select(
     # half precision has too few steps to rank by
     scores = scores.map(lambda value: value if value.dtype == torch.float64 else value.float())
     _check_statistics(scores, resolved.fields, rollout)
-    score = resolved.score(scores)
+    score = resolved.score(scores, Order.of(rollout)) if resolved.ordered else resolved.score(scores)
     _check_score(score, resolved, rollout)
+    if resolved.budget == "weight":
+        return Selection(mask=score > 0, weight=score.detach().float(), score=score.detach().float())
     if resolved.budget == "all" or retention == 1:
         mask = torch.ones_like(rollout, dtype=torch.bool)
     else:
@@ -128,6 +163,10 @@ def select(
         _, group, sizes = spent_in.unique(return_inverse=True, return_counts=True)
         order = budget.race(score, generator) if resolved.budget == "sample" else score
         kept = _counts(resolved, sizes, retention)
+        if scope == "batch" and _keeps_every_rollout(resolved):
+            best = budget.top_k(score, *_one_each(rollout))
+            order = order.masked_fill(best, math.inf)
+            kept = kept.clamp(min=int(best.sum()))
         # a complement keeps what comes last in the very same order
         first = budget.top_k(order, group, sizes - kept if resolved.complement else kept)
         mask = ~first if resolved.complement else first
@@ -135,19 +174,24 @@ def select(
 
 
 def kept_counts(
-    lengths: Tensor, retention: float, rule: str | Callable[[TokenScores], Tensor] | Rule = "soft_or"
+    lengths: Tensor,
+    retention: float,
+    rule: str | Callable[[TokenScores], Tensor] | Rule = "soft_or",
+    scope: str = "rollout",
 ) -> Tensor:
     """Tokens that `select` keeps of each rollout, known from the lengths alone.
 
-    max(1, ⌊ρ·m⌋) of m tokens; max(1, m − max(1, ⌊(1 − ρ)·m⌋)) for a complement; m for "all"; 0 of an empty rollout.
+    max(1, ⌊ρ·m⌋) of m tokens; max(1, m − max(1, ⌊(1 − ρ)·m⌋)) for a complement; m for "all" and for weight rules
+    (whose weights of 0 are counted); 0 of an empty rollout.
 
     Args:
-        lengths: int64 [B], tokens of each rollout (one entry with those of the batch for scope "batch").
+        lengths: int64 [B], tokens of each rollout.
         retention: ρ in (0, 1].
         rule: as in `select`.
+        scope: "rollout", or "batch" for the one budget of all of them.
 
     Returns:
-        int64 [B], tokens.
+        int64 [B], tokens; [1] for scope "batch".
 
     Raises:
         ValueError: an unknown rule, a retention outside (0, 1], or lengths that are no counts.
@@ -161,7 +205,11 @@ def kept_counts(
     _check_retention(retention)
     if lengths.dtype != torch.int64 or bool((lengths < 0).any()):
         raise ValueError(f"lengths must be int64 counts of tokens ≥ 0, got {lengths.dtype}: {lengths.tolist()}.")
-    return _counts(resolve_rule(rule), lengths, retention)
+    resolved = resolve_rule(rule)
+    if scope == "rollout":
+        return _counts(resolved, lengths, retention)
+    counts = _counts(resolved, lengths.sum().reshape(1), retention)
+    return counts.clamp(min=int((lengths > 0).sum())) if _keeps_every_rollout(resolved) else counts
 
 
 def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
@@ -182,12 +230,12 @@ def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
     if isinstance(rule, Rule):
         return rule
     if callable(rule):
-        return Rule(rule, _declared_fields(rule))
+        return Rule(rule, _declared_fields(rule), ordered=bool(getattr(rule, "ordered", False)))
     if not isinstance(rule, str):
         raise ValueError(f"a rule is a name, a dotted path or a function of TokenScores, got {rule!r}.")
     if rule.startswith(COMPLEMENT):
         inner = resolve_rule(rule.removeprefix(COMPLEMENT))
-        if inner.budget == "all" or inner.complement:
+        if inner.budget in ("all", "weight") or inner.complement:
             raise ValueError(f"{rule!r} is no rule: take the complement of a rule that drops something, once.")
         return replace(inner, complement=True)
     return RULES[rule] if rule in RULES else _imported(rule)
@@ -222,7 +270,7 @@ def needs_teacher(rule: str | Callable[[TokenScores], Tensor] | Rule) -> bool:
 
 def _imported(path: str) -> Rule:
     module, _, name = path.replace(":", ".").rpartition(".")
-    known = [*RULES, *(COMPLEMENT + rule for rule in RULES if rule != "all")]
+    known = [*RULES, *(COMPLEMENT + name for name, rule in RULES.items() if rule.budget not in ("all", "weight"))]
     unknown = (
         f"unknown rule {path!r}; there are {', '.join(RULES)}, '{COMPLEMENT}<rule>', and the dotted path of a function "
         f"of TokenScores.{_nearest(path, known)}"
@@ -244,11 +292,21 @@ def _declared_fields(function: Any) -> tuple[str, ...] | None:
 
 
 def _counts(rule: Rule, lengths: Tensor, retention: float) -> Tensor:
-    if rule.budget == "all" or retention == 1:
+    if rule.budget in ("all", "weight") or retention == 1:
         return lengths
     if rule.complement:
         return (lengths - budget.share_of(lengths, 1 - retention)).clamp(min=1).minimum(lengths)
     return budget.share_of(lengths, retention)
+
+
+def _keeps_every_rollout(rule: Rule) -> bool:
+    # a complement is a control of the plain order
+    return rule.every_rollout and not rule.complement and rule.budget in ("top", "sample")
+
+
+def _one_each(rollout: Tensor) -> tuple[Tensor, Tensor]:
+    numbers, group = rollout.unique(return_inverse=True)
+    return group, torch.ones_like(numbers)
 
 
 def _check_retention(retention: Any) -> None:
@@ -286,8 +344,10 @@ def _check_score(score: Any, rule: Rule, rollout: Tensor) -> None:
     if score.device != rollout.device:
         raise ValueError(f"the rule's score is on {score.device}, the statistics on {rollout.device}.")
     _check_finite("the rule's score", score, rollout)
-    if rule.budget == "sample" and bool((score < 0).any()):
-        raise ValueError("a sampling rule's score must be ≥ 0: tokens are drawn in proportion to it.")
+    if rule.budget in ("sample", "weight") and bool((score < 0).any()):
+        raise ValueError(
+            f"a {rule.budget} rule's score must be ≥ 0: tokens are drawn, or weighed, in proportion to it."
+        )
 
 
 def _check_finite(name: str, value: Tensor, rollout: Tensor) -> None:

@@ -63,3 +63,23 @@ def clipped_entropy(entropy_norm: Tensor) -> Tensor:
     top = percentile(entropy_norm, ENTROPY_PERCENTILE)
     top = torch.where(top > entropy_norm.min(), top, entropy_norm.max())
     return min_max(torch.minimum(entropy_norm, top))
+
+
+def between_percentiles(values: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
+    """Clip to two percentiles of the tokens given, then scale to [0, 1].
+
+    Where the two are equal (nine tokens in ten agree) minimum and maximum take their place; where all values are equal
+    each becomes 1, so that a product is left to its other factors.
+
+    Args:
+        values: float [N], N ≥ 1.
+        low, high: which percentiles, as shares.
+
+    Example:
+        >>> between_percentiles(torch.arange(101.0))[[0, 50, 100]].tolist()
+        [0.0, 0.5, 1.0]
+    """
+    bottom, top = percentile(values, low), percentile(values, high)
+    if bool(values.min() == values.max()):
+        return torch.ones_like(values)
+    return min_max(values.clamp(bottom, top) if bool(bottom < top) else values)

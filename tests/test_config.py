@@ -11,6 +11,8 @@ CPU = {"use_cpu": True, "bf16": False}
         ({"retention": 0}, r"retention must be in \(0, 1\], got 0"),
         ({"retention": 1.5}, r"retention must be in \(0, 1\]"),
         ({"retention": float("nan")}, r"retention must be in \(0, 1\]"),
+        ({"retention": "0.5"}, r"retention must be in \(0, 1\], got '0.5'"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"retention": True}, r"retention must be in \(0, 1\]"),
         ({"selection_rule": "softor"}, "soft_or"),
         ({"selection_scope": "rolout"}, "Did you mean 'rollout'"),

@@ -138,3 +138,10 @@ def test_chat_template_kwargs_count():
 
     assert prompt_lengths([CHAT], Tokenizer()) == [3]
     assert prompt_lengths([CHAT], Tokenizer(), {"thinking": True}) == [5]
+
+
+def test_a_file_that_is_not_utf8_names_itself(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"prompt": "naïve"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.jsonl is not UTF-8 \(byte 14\)"):
+        load_prompts(path)

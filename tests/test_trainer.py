@@ -204,6 +204,14 @@ def test_padded_vocabularies(make, tiny_model_dir, tiny_tokenizer, rows):
     assert (after[:used] != before[:used]).any()
 
 
+def test_a_loaded_teacher_without_a_tokenizer_is_taken_with_a_warning(make, pair, caplog):
+    teacher = AutoModelForCausalLM.from_pretrained(pair[1])
+    teacher.config._name_or_path = "nobody/no-such-model"
+    with caplog.at_level("WARNING"):
+        make(teacher=teacher)
+    assert "pass teacher_processing_class" in caplog.text
+
+
 def test_different_tokenizers_are_refused_before_weights_are_loaded(make, pair, tmp_path, tiny_tokenizer, monkeypatch):
     other = copy.deepcopy(tiny_tokenizer)
     other.add_tokens(["<surplus>"])
@@ -333,6 +341,21 @@ def test_tool_results_are_never_selected_or_scored(make, monkeypatch):
     trainer.train()
     assert seen["scored"] == seen["tokens"]
     assert steps(trainer, "selection/trained_tokens") == [[seen["tokens"]]]
+
+
+def test_a_batch_of_tool_results_alone_trains_nothing(make, monkeypatch):
+    inner = DistillationTrainer._generate_and_score_completions
+
+    def with_tools(self, inputs):
+        batch = inner(self, inputs)
+        return {**batch, "tool_mask": torch.zeros_like(batch["completion_mask"])}
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", with_tools)
+    trainer = make(max_steps=1, record_rollouts=0)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    assert steps(trainer, "loss", "selection/trained_tokens") == [[0.0], [0]]
+    assert all(torch.equal(*both) for both in zip(before, trainer.model.parameters(), strict=True))
 
 
 def test_a_micro_batch_of_tool_results_alone_is_passed_over(make, monkeypatch):

@@ -98,9 +98,11 @@ class TIPConfig(DistillationConfig):
             self.selection_scope = rule.scope
         for name, value in (("retention", self.retention), ("drift_retention", self.drift_retention)):
             # `bool` is an `int`, and `retention: true` in a YAML file would otherwise pass as 1.0.
-            share = not isinstance(value, bool) and value is not None and 0.0 < value <= 1.0
+            share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
             if not share and (name == "retention" or value is not None):
-                raise ValueError(f"{name} must be in (0, 1], got {value}.")
+                raise ValueError(f"{name} must be in (0, 1], got {value!r}.")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive, got {self.temperature}: rollouts are sampled, not greedy.")
         if self.drift_retention is not None and self.drift_factor == 0:
             raise ValueError("drift_retention acts on the drift guard's warning, and drift_factor = 0 turns that off.")
         _one_of("selection_scope", self.selection_scope, SCOPES)

@@ -221,7 +221,10 @@ def _read_file(path: Path) -> Dataset:
             raise ValueError(f"{path} is no Parquet file that can be read: {_first_line(error)}") from error
     if path.suffix not in _FILE_SUFFIXES:
         raise ValueError(f"{path}: prompts are read from {', '.join(_FILE_SUFFIXES)} files, not {path.suffix!r}.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
     rows = _read_array(path, text) if text.lstrip().startswith("[") else _read_lines(path, text)
     # Column by column: `datasets` would take the columns from the first row alone, and names no row when types differ.
     names = dict.fromkeys(key for row in rows for key in row)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import shutil
 import time
 from collections import defaultdict
@@ -390,7 +389,11 @@ class TIPTrainer(DistillationTrainer):
         everywhere = self._gather_rollouts(mask.long()).bool()
         flat = TokenScores(**{name: value[everywhere] for name, value in gathered.items()})
         rollout = torch.arange(len(everywhere), device=mask.device)[:, None].expand_as(everywhere)[everywhere]
-        selection = self._select(flat, rollout)
+        if len(flat):
+            selection = self._select(flat, rollout)
+        else:  # nothing but results of tools, on every rank
+            nothing = torch.zeros(0, device=mask.device)
+            selection = Selection(nothing.bool(), nothing, nothing)
         weight = torch.zeros(everywhere.shape, device=mask.device)
         weight[everywhere] = selection.weight
         batch["num_items_in_batch"] = selection.weight.sum()
@@ -792,19 +795,26 @@ def _check_fills_a_batch(dataset: Any, args: TIPConfig) -> None:
 
 
 def _load_tokenizer(model: Any, args: TIPConfig, teacher: bool = False) -> Any | None:
-    """The processing class saved with a model, or None for an instantiated one that came from no directory."""
+    """The processing class saved with a model; None for an instantiated one that came from nowhere it can be read."""
     name = _name_of(model)
-    if not name or not (isinstance(model, str) or os.path.isdir(name)):
+    if not name:
         return None
     kwargs = (args.teacher_model_init_kwargs if teacher else args.model_init_kwargs) or {}
     revision = (args.teacher_model_revision if teacher else None) or dict(kwargs).get("revision")
-    return AutoProcessor.from_pretrained(
-        name,
-        revision=revision,
-        truncation_side="left",
-        padding_side="left",
-        trust_remote_code=args.trust_remote_code,
-    )
+    try:
+        return AutoProcessor.from_pretrained(
+            name,
+            revision=revision,
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError):
+        if isinstance(model, str):
+            raise
+        argument = "teacher_processing_class" if teacher else "processing_class"
+        logger.warning(f"There is no tokenizer at {name}, so the two are not compared: pass {argument}.")
+        return None
 
 
 def _load_teacher(name: str, args: TIPConfig) -> PreTrainedModel:

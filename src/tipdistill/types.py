@@ -128,7 +128,8 @@ class TokenScores:
             have = ", ".join(present for present, _ in self.present()) or "none"
             raise ValueError(
                 f"statistic '{name}' was not computed (computed: {have}). "
-                f"Ask for it: token_scores(..., fields=[..., '{name}'])."
+                f"Ask for it: token_scores(..., fields=[..., '{name}']); a rule of your own names what it reads in its "
+                "attribute `fields`."
             )
         return value
 

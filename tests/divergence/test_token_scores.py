@@ -452,6 +452,7 @@ GOOD = make_pair(3, 9)
         ({"fields": "entropy"}, r"fields must be a list of names, got the string 'entropy'"),
         ({"fields": ["entropi"]}, r"unknown statistic 'entropi'.*Did you mean 'entropy'"),
         ({"fields": ["student_logprob"]}, "pass token_ids"),
+        ({"fields": ["jsd"], "beta": 1.0}, "'jsd' is a statistic at β in"),
         ({"teacher": None, "fields": ["reverse_kl"]}, "compares with a teacher"),
         ({"token_ids": torch.tensor([0, 1])}, r"token_ids must be int64 \[3\]"),
         ({"token_ids": torch.tensor([0.0, 1.0, 2.0])}, r"token_ids must be int64 \[3\], got torch.float32"),

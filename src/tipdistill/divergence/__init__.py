@@ -104,7 +104,7 @@ def token_scores(
     """
     vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
     engine = _engine(impl, student, teacher)
-    wanted = _wanted(fields, teacher, token_ids)
+    wanted = _wanted(fields, teacher, token_ids, beta)
     if _OF_STUDENT.issuperset(wanted):
         teacher = None  # nobody asked for it, so it is not projected
     if impl == "reference":
@@ -165,7 +165,7 @@ def fused_rows(
     """
     vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
     engine = _engine(impl, student, teacher)
-    wanted = _wanted(fields, teacher, token_ids)
+    wanted = _wanted(fields, teacher, token_ids, beta)
     if impl == "reference":
         scores = token_scores(
             student, teacher, divergence, beta, temperature, token_ids, tuple({*wanted, "divergence"}), impl
@@ -239,7 +239,9 @@ def _triton_obstacle(student: Head, teacher: Head | None) -> str | None:
     return None
 
 
-def _wanted(fields: Sequence[str] | None, teacher: Head | None, token_ids: Tensor | None) -> tuple[str, ...]:
+def _wanted(
+    fields: Sequence[str] | None, teacher: Head | None, token_ids: Tensor | None, beta: float
+) -> tuple[str, ...]:
     if fields is None:
         fields = [name for name in _DEFAULT if teacher is not None or name in _OF_STUDENT]
         return tuple(name for name in fields if token_ids is not None or name not in _OF_TOKENS)
@@ -250,6 +252,8 @@ def _wanted(fields: Sequence[str] | None, teacher: Head | None, token_ids: Tenso
             raise ValueError(f"unknown statistic {name!r}; there are {', '.join(_FIELDS)}.{_nearest(name, _FIELDS)}")
         if teacher is None and name not in _OF_STUDENT:
             raise ValueError(f"'{name}' compares with a teacher: pass teacher=Head(...).")
+        if name == "jsd" and not 0 < beta < 1:
+            raise ValueError(f"'jsd' is a statistic at β in (0, 1), got beta = {beta!r}: 0 and 1 are the KLs.")
         if token_ids is None and name in _OF_TOKENS:
             raise ValueError(f"'{name}' is of the sampled tokens: pass token_ids, int64 [N].")
     return tuple(dict.fromkeys(fields))

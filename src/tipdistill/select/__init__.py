@@ -32,7 +32,7 @@ class Rule:
 
     Attributes:
         score: TokenScores → float [N]; (TokenScores, Order) → float [N] where `ordered`.
-        fields: names of the statistics that it reads; None: all of them.
+        fields: names of the statistics that it reads; None: those that `token_scores` computes by default.
         budget: "top" keeps the highest scores, "sample" draws ∝ score without replacement, "all" keeps everything,
             "weight" keeps everything and weighs it by the score, which is ≥ 0; a weight of 0 drops the token.
         complement: keep what the rule would not have kept.
@@ -242,7 +242,7 @@ def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
 
 
 def rule_fields(rule: str | Callable[[TokenScores], Tensor] | Rule) -> tuple[str, ...] | None:
-    """Names of the statistics that a rule reads; None: all of them.
+    """Names of the statistics that a rule reads; None: those that `token_scores` computes by default.
 
     Args:
         rule: as in `select`.

@@ -3,10 +3,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo bench test lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
+
+# Everything that is measured on a CPU; half an hour on an idle machine, and worth nothing on a busy one.
+bench: $(VENV)/.installed
+	$(BIN)/tipdistill bench head
+	$(BIN)/tipdistill bench head --preset scaling
+	$(BIN)/tipdistill bench select
+	$(BIN)/tipdistill bench step
+	$(BIN)/python benchmarks/plot_engine.py
+	$(BIN)/tipdistill bench table
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -515,7 +515,7 @@ class _Scorer:
         self.references: Tensor | None = None
         self.tile = _tile(self)
         block, device = self.tile.block, s_hidden.device
-        self.tokens = min(hold or _even(len(s_hidden), self.tile.tokens), max(len(s_hidden), 1))
+        self.tokens = hold or _rows(len(s_hidden), self.tile.tokens)
         self.blocks = math.ceil(self.vocabulary / block)
         # whole blocks: the held logits of a block share one reference
         columns = max(1, self.tile.tokens * self.tile.columns // (self.tokens * block)) * block
@@ -814,7 +814,14 @@ def _rows_held(hidden: Tensor, vocabulary: int, spare: int = 0) -> int:
     of_token = 2 * vocabulary * (2 if hidden.dtype in HALF else 4)
     if tokens * of_token <= WORKSPACE + spare:
         return max(tokens, 1)
-    return _even(tokens, max(1, WORKSPACE // of_token))
+    return _rows(tokens, max(1, WORKSPACE // of_token))
+
+
+def _rows(tokens: int, most: int) -> int:
+    """Tokens of a block: nearly equal blocks of up to `most`, in the 128 rows that a tile of cuBLAS has."""
+    if most < 128:
+        return _even(tokens, most)
+    return max(1, min(tokens, math.ceil(_even(tokens, most // 128 * 128) / 128) * 128))
 
 
 def _tile(scorer: _Scorer) -> Tile:

@@ -553,6 +553,25 @@ def test_token_ids_outside_the_vocabulary_are_refused():
         scores_of(student, teacher, token_ids=torch.tensor([0, 37, 2], device=DEVICE))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": [0, 9, 2]}, r"token_ids must lie in \[0, 9\), got 0 to 9"),
+        ({"factor": [1.0, -1.0, 1.0]}, "weights must be finite and ≥ 0, and their denominator positive"),
+        ({"factor": [1.0, math.inf, 1.0]}, "weights must be finite"),
+        ({"factor": [math.nan, 1.0, 1.0]}, "weights must be finite"),
+        ({"divergence": [0.0, 1.0, math.inf]}, "token 2 of 3: the divergence is infinite"),
+        ({"normaliser": [0.0, math.nan, 0.0], "divergence": [0.0, math.nan, 0.0]}, "token 1 of 3: the logits are NaN"),
+    ],
+)
+def test_one_look_finds_whatever_is_wrong(change, message):
+    """What is refused ahead on a CPU is looked at together with the results on a GPU, where each look waits."""
+    rows = {"normaliser": [0.0] * 3, "token_ids": [0, 1, 8], "divergence": [0.0] * 3, "factor": [0.0, 1.0, 2.0]}
+    divergence._check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in rows.items()})
+    with pytest.raises(ValueError, match=message):
+        divergence._check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in (rows | change).items()})
+
+
 # The search for a tile shape.
 
 

@@ -110,6 +110,18 @@ def test_auto_takes_triton_where_it_can_be_had():
     assert torch.equal(ours, forced)
 
 
+def test_bad_numbers_are_refused_on_a_gpu_as_on_a_cpu():
+    heads = pair(torch.bfloat16, 3, 300)
+    ids = torch.tensor([0, 300, 1], device="cuda")
+    for impl in ("triton", "chunked", "reference"):
+        with pytest.raises(ValueError, match=r"token_ids must lie in \[0, 300\)"):
+            tip.token_scores(*heads, token_ids=ids, impl=impl)
+        for weight, denominator in (([1.0, -1.0, 1.0], 3.0), ([1.0, float("nan"), 1.0], 3.0), ([1.0] * 3, 0.0)):
+            weight, denominator = torch.tensor(weight, device="cuda"), torch.tensor(denominator, device="cuda")
+            with pytest.raises(ValueError, match="weights must be finite"):
+                tip.fused_divergence_loss(*heads, weight, denominator=denominator, impl=impl)
+
+
 def waits(function):
     """How often the host waited for the device, and what the function gave."""
     torch.cuda.synchronize()

@@ -17,11 +17,11 @@ CELLS = (
     ("all", 1.0),
     *(("soft_or", retention) for retention in (0.5, 0.2, 0.1)),
     *(("entropy_sampling", retention) for retention in (0.5, 0.2, 0.1)),
-    *(("random", retention) for retention in (0.5, 0.2, 0.1, 0.05)),
-    *(("q3", retention) for retention in (0.2, 0.1, 0.05)),
-    *(("divergence", retention) for retention in (0.2, 0.1, 0.05)),
-    *(("gradient_norm", retention) for retention in (0.1, 0.05, 0.02)),
-    *(("soft_or_log", retention) for retention in (0.1, 0.05)),
+    *(("random", retention) for retention in (0.5, 0.2, 0.1)),
+    *(("q3", retention) for retention in (0.1, 0.05)),
+    *(("gradient_norm", retention) for retention in (0.1, 0.05)),
+    *(("divergence", retention) for retention in (0.1, 0.05)),
+    ("soft_or_log", 0.1),
     ("complement:soft_or", 0.5),
 )
 OUTCOMES = Path("runs/probe-agreement/outcomes.json")

@@ -10,6 +10,7 @@ from typing import Any
 from ..bench import measure, table
 from ..bench.head import PRESETS as HEADS
 from ..bench.head import TOLERANCES, run_head, run_scaling
+from ..bench.records import run_records
 from ..bench.select import run_select
 from ..bench.step import PRESETS as STEPS
 from ..bench.step import run_step
@@ -31,7 +32,12 @@ def main(argv: list[str]) -> int:
             print(f"{document}: {'rewritten' if changed else 'as the results have it'}")
         return 0
     given = {name: value for name, value in arguments.items() if value is not None}
-    runs: dict[str, Callable[..., dict[str, Any]]] = {"head": _head, "step": run_step, "select": run_select}
+    runs: dict[str, Callable[..., dict[str, Any]]] = {
+        "head": _head,
+        "step": run_step,
+        "select": run_select,
+        "records": run_records,
+    }
     result = runs[what](**given)
     suffix = result["preset"]
     path = output or measure.RESULTS / f"{what}-{suffix}.json"
@@ -49,7 +55,7 @@ def _head(preset: str = "cpu", **given: Any) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tipdistill bench", description=measure.__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="head | step | select | table")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="head | step | select | records | table")
 
     head = commands.add_parser("head", help="score + select + loss of two lm_heads", allow_abbrev=False)
     head.add_argument("--preset", help=f"{', '.join(HEADS)} (default cpu)")
@@ -71,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--device", help="cpu or cuda")
     select.add_argument("--threads", type=int)
 
-    for command in (head, step, select):
+    records = commands.add_parser("records", help="writing token records", allow_abbrev=False)
+    records.add_argument("--sizes", type=int, nargs="+", help="numbers of tokens")
+    records.add_argument("--vocabulary", type=int)
+    records.add_argument("--threads", type=int)
+
+    for command in (head, step, select, records):
         command.add_argument("--output", type=Path, help=f"the JSON file (default {measure.RESULTS}/NAME.json)")
 
     tables = commands.add_parser("table", help="rewrite the tables of the documents", allow_abbrev=False)

@@ -1,0 +1,109 @@
+"""Writing token records: time and memory beyond the models', from thousands to millions of tokens."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from ..records import PART_TOKENS, About, RecordsWriter, open_records
+from ..types import Rollout, Scored, TokenScores, TopTokens
+from .measure import environment
+
+SIZES = (256_000, 2_048_000)
+ROLLOUT_LENGTH = 1000
+BATCH = 32
+VOCABULARY = 151_936
+
+
+def run_records(
+    say: Callable[[str], None] = print,
+    sizes: Sequence[int] = SIZES,
+    vocabulary: int = VOCABULARY,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Seconds to write records of rollouts of a thousand tokens, in batches of 32, with three rules.
+
+    Statistics and tokens are drawn at random, so that nothing is gained by repetition; drawing them is not timed.
+    Memory is how far the process's peak resident set rose while a size was written: what grows with the number of
+    tokens is the statistics that the rules choose by.
+
+    Args:
+        say: takes one line of progress.
+        sizes: numbers of tokens, rising.
+        vocabulary: of the tokenizer.
+        threads: of torch.
+
+    Example:
+        >>> result = run_records(say=lambda line: None, sizes=(2000,), vocabulary=300)
+        >>> result["sizes"]["2000"]["tokens_read_back"]
+        2000
+    """
+    torch.set_num_threads(threads)
+    tokenizer = _tokenizer(vocabulary)
+    about = About("student", "teacher", vocabulary, rules=("soft_or", "q3", "gradient_norm"))
+    found = {}
+    for size in sizes:
+        before = _peak_gib()
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.perf_counter()
+            writer = RecordsWriter(folder, tokenizer, about)
+            starting, writing = time.perf_counter() - begun, 0.0
+            generator = torch.Generator().manual_seed(size)
+            for _ in range(max(1, size // (BATCH * ROLLOUT_LENGTH))):
+                batch = _batch(about, min(size, BATCH * ROLLOUT_LENGTH), vocabulary, generator)
+                begun = time.perf_counter()
+                writer.write(*batch)
+                writing += time.perf_counter() - begun
+            begun = time.perf_counter()
+            writer.close()
+            closing = time.perf_counter() - begun
+            records = open_records(folder)
+            found[str(size)] = {
+                "seconds": {"start": starting, "write": writing, "close": closing, "total": starting + writing + closing},
+                "peak_memory_rise_gib": _peak_gib() - before,
+                "bytes_per_token": (Path(folder) / "tokens.parquet").stat().st_size / records.tokens.metadata.num_rows,
+                "tokens_read_back": records.tokens.metadata.num_rows,
+            }
+        say(f"{size} tokens: {found[str(size)]['seconds']['total']:.1f} s")
+    return {
+        "benchmark": "records",
+        "preset": "cpu",
+        **environment("cpu", threads),
+        "settings": {"rollout_length": ROLLOUT_LENGTH, "batch": BATCH, "vocabulary": vocabulary, "part": PART_TOKENS},
+        "sizes": found,
+    }
+
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({f" t{index}": index for index in range(vocabulary)}, unk_token=" t0"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def _batch(about: About, count: int, vocabulary: int, generator: torch.Generator) -> tuple[list[Rollout], Scored]:
+    ids = torch.randint(vocabulary, (count,), generator=generator)
+    rollouts = [
+        Rollout(number, "a prompt of some length " * 8, (1, 2), tuple(piece.tolist()), True)
+        for number, piece in enumerate(ids.split(ROLLOUT_LENGTH))
+    ]
+    scores = {name: torch.rand(count, generator=generator) ** 4 for name in about.fields()}
+    tops = [
+        TopTokens(
+            torch.randint(vocabulary, (count, 5), generator=generator),
+            torch.rand(count, 5, generator=generator).sort(descending=True).values,
+        )
+        for _ in range(2)
+    ]
+    return rollouts, Scored(TokenScores(**scores), *tops)

@@ -125,6 +125,23 @@ def test_memory_and_micro_batches_change_no_figure(pair, rollouts, scores, chang
             assert mine[name] == (None if theirs[name] is None else pytest.approx(theirs[name], rel=1e-9, abs=1e-12))
 
 
+def test_a_rule_that_weighs_every_token_is_probed_once_with_its_weights(pair, rollouts):
+    settings = replace(QUICK, rules=("position", "soft_or"))
+    scores = score_rollouts(*pair, rollouts, settings.fields()).scores
+    rows = probe(*pair, rollouts, scores, settings)["rows"]
+    (row,) = [row for row in rows if row["rule"] == "position"]
+    training, held_out = by_prompt(rollouts, (0, 2, 4)), by_prompt(rollouts, (1, 3, 5))
+    inside = torch.cat([torch.full((len(one.completion_ids),), one.prompt_id % 2 == 0) for one in rollouts])
+    owner = torch.cat([torch.full((len(one.completion_ids),), place) for place, one in enumerate(training)])
+    weight = select(scores.map(lambda value: value[inside]), "position", 1.0, owner).weight
+    every = torch.cat([losses(*pair, rollout) for rollout in training])
+    grads = torch.autograd.grad((every * weight).sum() / weight.sum(), list(pair[0].parameters()))
+    weighed = torch.cat([one.flatten() for one in grads])
+    assert row["retention"] == 1
+    assert row["descent"] == pytest.approx(float(gradient(*pair, held_out) @ weighed / weighed.norm()), rel=TOLERANCE)
+    assert row["over_random"] is None
+
+
 def test_the_last_blocks_alone(pair, rollouts, scores):
     result = probe(*pair, rollouts, scores, replace(QUICK, parameters="last_blocks", last_blocks=1))
     block = list(pair[0].model.layers[-1].parameters())
@@ -142,7 +159,7 @@ def test_lora_is_a_projection_of_the_whole_gradient(pair, rollouts, scores):
     settings = replace(QUICK, parameters="lora")
     training = by_prompt(rollouts, (0, 2, 4))
     with module._differentiated(student, settings) as (model, parameters, _):
-        everything = torch.ones(1, sum(len(one.completion_ids) for one in training), dtype=torch.bool)
+        everything = torch.ones(1, sum(len(one.completion_ids) for one in training))
         (found,) = module._gradients(model, teacher, training, everything, parameters, settings)
         layer = model.base_model.model.model.layers[0].mlp.up_proj
         project, scale = layer.lora_A["default"].weight.detach().double(), layer.scaling["default"]

@@ -41,9 +41,10 @@ class Settings:
     """What a probe compares, and how.
 
     Args:
-        rules: selection rules by name; "random" is added as the control.
+        rules: selection rules by name; "random" is added as the control. A rule that weighs every token is probed once,
+            as retention 1.
         retentions: shares of the tokens to keep, each in (0, 1).
-        scope: "rollout" or "batch", where the budget is spent.
+        scope: "rollout" or "batch", where the budget is spent; None: each rule's own.
         random_seeds: draws of the random control.
         temperature: of the sampling; it divides the logits of both models.
         seed: of the rules that draw, of the bootstrap and of LoRA's projections.
@@ -61,7 +62,7 @@ class Settings:
 
     rules: Sequence[str] = RULES
     retentions: Sequence[float] = RETENTIONS
-    scope: str = "rollout"
+    scope: str | None = None
     random_seeds: int = 5
     temperature: float = 1.0
     seed: int = 0
@@ -97,11 +98,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Kept:
-    """One rule at one retention, on the training half."""
+    """One rule at one retention, on the training half: what it keeps, and with what weight."""
 
     rule: str
     retention: float
     mask: Tensor
+    weight: Tensor
 
 
 def probe(
@@ -145,13 +147,15 @@ def probe(
     with _differentiated(student, settings) as (model, parameters, chosen):
         count = sum(parameter.numel() for parameter in parameters)
         say(f"gradients of {count:,} parameters ({chosen}), {len(kept) + 1} choices")
-        everything = torch.ones(1, len(rollout), dtype=torch.bool)
+        everything = torch.ones(1, len(rollout))
         # all tokens first: every other gradient is compared with it
         whole = _gradients(model, teacher, [rollouts[place] for place in training], everything, parameters, settings)[0]
         cosine, slopes = [], []
         for group in _turns(kept, count * whole.element_size(), settings.gradient_bytes):
-            masks = torch.stack([one.mask for one in group])
-            gradients = _gradients(model, teacher, [rollouts[place] for place in training], masks, parameters, settings)
+            weights = torch.stack([one.weight for one in group])
+            gradients = _gradients(
+                model, teacher, [rollouts[place] for place in training], weights, parameters, settings
+            )
             gradients = torch.cat([gradients, whole[None]])
             unit = gradients / gradients.norm(dim=1, keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
             cosine.append((unit[:-1] @ unit[-1]).double().cpu())
@@ -201,12 +205,18 @@ def _halves(rollouts: Sequence[Rollout]) -> tuple[list[int], list[list[int]]]:
 
 
 def _choices(batch: TokenScores, rollout: Tensor, settings: Settings) -> Iterator[Kept]:
+    def kept(rule: str, retention: float, draw: int = 0) -> Kept:
+        generator = torch.Generator().manual_seed(settings.seed * 1009 + draw)
+        chosen = select(batch, rule, retention, rollout, settings.scope, generator)
+        return Kept(rule, retention, chosen.mask, chosen.weight)
+
+    weighing = [rule for rule in settings.rules if resolve_rule(rule).budget == "weight"]
+    for rule in weighing:
+        yield kept(rule, 1.0)
     for retention in settings.retentions:
-        for rule in dict.fromkeys([*settings.rules, "random"]):
+        for rule in dict.fromkeys([*(rule for rule in settings.rules if rule not in weighing), "random"]):
             for draw in range(settings.random_seeds if rule == "random" else 1):
-                generator = torch.Generator().manual_seed(settings.seed * 1009 + draw)
-                chosen = select(batch, rule, retention, rollout, settings.scope, generator)
-                yield Kept(rule, retention, chosen.mask)
+                yield kept(rule, retention, draw)
 
 
 # Gradients.
@@ -279,35 +289,37 @@ def _gradients(
     model: Any,
     teacher: Any,
     rollouts: Sequence[Rollout],
-    masks: Tensor,
+    weights: Tensor,
     parameters: Sequence[nn.Parameter],
     settings: Settings,
 ) -> Tensor:
-    """∇ of the mean divergence over each mask's tokens, [K, P]. One forward per micro-batch, one backward per mask.
+    """∇ of the weighted mean divergence of each choice, [K, P]. One forward per micro-batch, one backward per choice.
 
     Args:
-        masks: bool [K, N], over the tokens of the rollouts.
+        weights: float [K, N], over the tokens of the rollouts; 0 where a token is dropped.
     """
     total: Tensor | None = None
-    spans = torch.arange(masks.shape[1]).split([len(rollout.completion_ids) for rollout in rollouts])
+    spans = torch.arange(weights.shape[1]).split([len(rollout.completion_ids) for rollout in rollouts])
     for places in micro_batches(rollouts, settings.tokens_per_forward):
         student_head, teacher_head = _heads(model, teacher, [rollouts[place] for place in places])
         rows = torch.cat([spans[place] for place in places])
-        for number, mask in enumerate(masks):
-            kept = mask[rows].nonzero()[:, 0].to(student_head.hidden.device)
+        for number, weight in enumerate(weights):
+            here = weight[rows].to(student_head.hidden.device)
+            kept = here.nonzero()[:, 0]
             if len(kept) == 0:
                 continue
             loss = fused_divergence_loss(
                 replace(student_head, hidden=student_head.hidden[kept]),
                 replace(teacher_head, hidden=teacher_head.hidden[kept]),
+                here[kept],
                 temperature=settings.temperature,
-                denominator=float(mask.sum()),
+                denominator=float(weight.sum()),
             )
             gradient = _flat(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True), parameters)
             if total is None:
-                total = gradient.new_zeros(len(masks), len(gradient))
+                total = gradient.new_zeros(len(weights), len(gradient))
             total[number] += gradient
-    assert total is not None, "every choice keeps a token of each rollout, and there are rollouts"
+    assert total is not None, "every choice keeps a token, and there are rollouts"
     return total
 
 
@@ -392,7 +404,8 @@ def _rows(
     for (rule, retention), drawn in places.items():
         masks = torch.stack([kept[place].mask for place in drawn]).double()
         here = descent[:, drawn].mean(1)
-        random = descent[:, places["random", retention]].mean(1)
+        control = places.get(("random", retention)) if rule != "random" else None
+        over = None if control is None else here - descent[:, control].mean(1)
         share = here / whole
         others = {
             other: _overlap([kept[place].mask for place in drawn], [kept[place].mask for place in theirs])
@@ -412,8 +425,8 @@ def _rows(
                 "descent_interval": _interval(here[1:]),
                 "descent_share": float(share[0]) if whole[0] > 0 else None,
                 "descent_share_interval": _interval(share[1:]) if bool((whole > 0).all()) else None,
-                "over_random": None if rule == "random" else float(here[0] - random[0]),
-                "over_random_interval": None if rule == "random" else _interval((here - random)[1:]),
+                "over_random": None if over is None else float(over[0]),
+                "over_random_interval": None if over is None else _interval(over[1:]),
                 "jaccard": others,
             }
         )
@@ -514,7 +527,7 @@ def _recommend(
         row
         for row in rows[1:]
         if row["rule"] != "random"
-        and row["retention"] >= LEAST_RETENTION
+        and LEAST_RETENTION <= row["retention"] < 1
         and (row["rule"], row["retention"]) not in against
         and row["descent_share_interval"] is not None
         and row["descent_share_interval"][0] >= ENOUGH

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
-from .select import SCOPES, kept_counts, rule_fields, select
+from .select import SCOPES, kept_counts, resolve_rule, rule_fields, select
 from .types import Rollout, Scored, TokenScores, TopTokens
 from .vocabulary import token_bytes
 
@@ -89,7 +89,7 @@ class About:
         vocabulary: V, the vocabulary they share; entropy / log V is the normalised entropy.
         rules: selection rules by name, the main one first.
         retention: share of the tokens that each rule keeps, in (0, 1].
-        scope: "rollout" or "batch" (all the records).
+        scope: "rollout" or "batch" (all the records); None: each rule's own.
         seed: of the sampling, and of rules that draw.
         temperature: of the sampling; it divides the logits of both models.
         entropy_threshold, divergence_threshold: borders of the quadrants, see `tipdistill.quadrants`.
@@ -105,7 +105,7 @@ class About:
     vocabulary: int
     rules: Sequence[str] = ("soft_or",)
     retention: float = 0.5
-    scope: str = "rollout"
+    scope: str | None = None
     seed: int = 0
     temperature: float = 1.0
     entropy_threshold: float = ENTROPY_THRESHOLD
@@ -121,7 +121,7 @@ class About:
             kept_counts(one, self.retention, rule)  # refuses an unknown rule, and a retention that is no share
         nothing = TokenScores(entropy=torch.zeros(0), reverse_kl=torch.zeros(0))
         quadrants(nothing, self.entropy_threshold, self.divergence_threshold)
-        if self.scope not in SCOPES:
+        if self.scope not in (None, *SCOPES):
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}.")
 
     def fields(self) -> tuple[str, ...]:
@@ -454,6 +454,7 @@ def _assemble(directory: Path, complete: bool) -> None:
         "tokens": len(quadrant),
         "rule": about.rules[0],
         **asdict(about),
+        "scope": about.scope or resolve_rule(about.rules[0]).scope,
         "quadrants": {
             f"q{number}": {"token_share": share, "divergence_share": mass}
             for (number, share), mass in zip(

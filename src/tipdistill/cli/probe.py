@@ -54,7 +54,7 @@ def _parser() -> Any:
     add = parser.add_argument_group("probe").add_argument
     add("--rules", default=",".join(RULES), help="selection rules, separated by commas; random is the control")
     add("--retentions", default=",".join(map(str, RETENTIONS)), help="shares of the tokens to keep, each in (0, 1)")
-    add("--scope", default="rollout", help="where the budget is spent: rollout, or batch (all tokens)")
+    add("--scope", help="where the budget is spent: rollout, or batch (all tokens); default: as the rule has it")
     add("--parameters", choices=PARAMETERS, default="auto", help="whose gradient; auto: all, or lora of a large model")
     add("--last_blocks", type=int, default=2, help="blocks for --parameters last_blocks")
     add("--random_seeds", type=int, default=5, help="draws of the random control")

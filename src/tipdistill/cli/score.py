@@ -45,7 +45,7 @@ def _parser() -> Any:
     add = parser.add_argument_group("records").add_argument
     add("--rules", default="soft_or", help="selection rules, the main one first, separated by commas")
     add("--retention", type=float, default=0.5, help="share of the tokens that each rule keeps, in (0, 1]")
-    add("--scope", default="rollout", help="where the budget is spent: rollout, or batch (all tokens)")
+    add("--scope", help="where the budget is spent: rollout, or batch (all tokens); default: as the rule has it")
     add("--entropy_threshold", type=float, default=ENTROPY_THRESHOLD, help="border of the quadrants, in ĥ")
     add("--divergence_threshold", type=float, default=DIVERGENCE_THRESHOLD, help="border of the quadrants, nats")
     add("--overwrite_output_dir", action="store_true", help="replace the records that are there")

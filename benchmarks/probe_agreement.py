@@ -1,7 +1,7 @@
 """Does the probe's ranking agree with what training comes to? On the laptop's addition task, rule by rule.
 
-    python benchmarks/probe_agreement.py train --seeds 0 1    # about ten minutes of a core per seed
-    python benchmarks/probe_agreement.py probe                # writes benchmarks/results/probe-agreement.json
+    python benchmarks/probe_agreement.py train --seeds 0 1        # about ten minutes of a core per seed
+    python benchmarks/probe_agreement.py probe --seeds 0 1 2 3    # writes benchmarks/results/probe-agreement.json
 
 `train` distils the demo's student on every cell below and keeps the outcomes; `probe` asks the probe about the same
 student before any training, with prompts and rollouts of several seeds, and compares the two rankings by Spearman's
@@ -44,15 +44,112 @@ def train(seeds, workers, directory):
         OUTCOMES.write_text(json.dumps(outcomes, indent=2) + "\n")
 
 
+def ask(seeds, directory, prompts):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tipdistill.probe import Settings, probe
+    from tipdistill.rollout import generate, score_rollouts
+    from tipdistill.tasks import arithmetic
+
+    torch.set_num_threads(1)
+    models = directory / "models"
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name).eval() for name in ("student", "teacher"))
+    tokenizer = AutoTokenizer.from_pretrained(models / "student")
+    rules = dict.fromkeys(rule for rule, _ in CELLS if rule not in ("all", "random"))
+    retentions = sorted({retention for _, retention in CELLS if retention < 1}, reverse=True)
+    found = []
+    for seed in seeds:
+        settings = Settings(rules=tuple(rules), retentions=tuple(retentions), seed=seed)
+        # prompts that no training of seed 0 or 1 has seen
+        texts = [arithmetic.prompt_of(*pair) for pair in arithmetic.problems(prompts, 1000 + seed)]
+        batches = generate(
+            student, tokenizer, texts, max_new_tokens=arithmetic.COMPLETION_TOKENS, seed=seed, batch_size=prompts
+        )
+        rollouts = [rollout for batch in batches for rollout in batch]
+        scores = score_rollouts(student, teacher, rollouts, settings.fields()).scores
+        found.append(probe(student, teacher, rollouts, scores, settings))
+        print(f"seed {seed}: {found[-1]['recommendation']}", flush=True)
+    return found
+
+
+def ranks(values):
+    """Ranks from 1, equal values share the mean of theirs."""
+    ordered = sorted(values)
+    return [mean(place for place, other in enumerate(ordered, 1) if other == value) for value in values]
+
+
+def spearman(one, two):
+    x, y = ranks(one), ranks(two)
+    mx, my = mean(x), mean(y)
+    return (
+        sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+        / (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
+    )
+
+
+def compare(outcomes, probes, prompts):
+    from tipdistill.bench.measure import environment
+
+    accuracy = {
+        cell: mean(
+            row["accuracy"] for rows in outcomes.values() for row in rows if (row["rule"], row["retention"]) == cell
+        )
+        for cell in CELLS
+    }
+    rows = [{(row["rule"], row["retention"]): row for row in result["rows"]} for result in probes]
+    figures = ("descent", "cosine", "divergence_share", "q3_share", "kept")
+    correlation = {}
+    for name in figures:
+        each = [spearman([by_cell[cell][name] for cell in CELLS], list(accuracy.values())) for by_cell in rows]
+        averaged = [mean(by_cell[cell][name] for by_cell in rows) for cell in CELLS]
+        correlation[name] = {
+            "per_probe": each,
+            "standard_deviation": stdev(each) if len(each) > 1 else None,
+            "of_the_mean_over_probes": spearman(averaged, list(accuracy.values())),
+        }
+    sparse = [cell for cell in CELLS if cell[0] not in ("all", "random")]
+    return {
+        "benchmark": "probe-agreement",
+        "task": "four-digit addition with planted errors: a mechanism, no replication",
+        **environment("cpu", 1),
+        "settings": {"training_seeds": sorted(outcomes), "probes": len(probes), "prompts": prompts},
+        "spearman_with_trained_accuracy": correlation,
+        "spearman_of_descent_without_controls": spearman(
+            [mean(by_cell[cell]["descent"] for by_cell in rows) for cell in sparse], [accuracy[cell] for cell in sparse]
+        ),
+        "recommendations": [result["recommendation"] for result in probes],
+        "cells": [
+            {
+                "rule": cell[0],
+                "retention": cell[1],
+                "trained_accuracy": accuracy[cell],
+                "accuracy_before": next(iter(outcomes.values()))[0]["accuracy_before"],
+                **{name: mean(by_cell[cell][name] for by_cell in rows) for name in figures},
+                "descent_share": mean(by_cell[cell]["descent_share"] for by_cell in rows),
+                "descent_share_per_probe": [by_cell[cell]["descent_share"] for by_cell in rows],
+            }
+            for cell in CELLS
+        ],
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("train", "probe"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--directory", type=Path, default=Path("runs/probe-agreement"), help="of the demo's models")
+    parser.add_argument("--prompts", type=int, default=64, help="of a probe, one rollout each")
     options = parser.parse_args()
     if options.what == "train":
         train(options.seeds, options.workers, options.directory)
+        return
+    from tipdistill.bench.measure import write
+
+    probes = ask(options.seeds, options.directory, options.prompts)
+    write(RESULT, compare(json.loads(OUTCOMES.read_text()), probes, options.prompts))
+    print(f"written: {RESULT}")
 
 
 if __name__ == "__main__":

@@ -60,59 +60,64 @@ def gradient(student, teacher, rollouts, mask=None, parameters=None):
     return torch.cat([one.flatten() for one in torch.autograd.grad(loss, parameters)])
 
 
-def by_prompt(rollouts, places):
-    return [rollout for rollout in rollouts if rollout.prompt_id in places]
+def halves(rollouts, scores):
+    """(rollouts to train on, their scores, the rollout of each token, rollouts held out), both ways round."""
+    for even in (True, False):
+        training = [rollout for rollout in rollouts if (rollout.prompt_id % 2 == 0) == even]
+        held_out = [rollout for rollout in rollouts if (rollout.prompt_id % 2 == 0) != even]
+        inside = torch.cat([torch.full((len(one.completion_ids),), one in training) for one in rollouts])
+        owner = torch.cat([torch.full((len(one.completion_ids),), place) for place, one in enumerate(training)])
+        yield training, scores.map(lambda value, inside=inside: value[inside]), owner, held_out
+
+
+def size(rollouts):
+    return sum(len(rollout.completion_ids) for rollout in rollouts)
 
 
 def test_figures_are_those_of_plain_autograd(pair, rollouts, scores):
     result = probe(*pair, rollouts, scores, QUICK)
-    training, held_out = by_prompt(rollouts, (0, 2, 4)), by_prompt(rollouts, (1, 3, 5))
-    inside = torch.cat([torch.full((len(one.completion_ids),), one.prompt_id % 2 == 0) for one in rollouts])
-    batch = scores.map(lambda value: value[inside])
-    owner = torch.repeat_interleave(
-        torch.arange(len(training)), torch.tensor([len(one.completion_ids) for one in training])
-    )
-    whole, downhill = gradient(*pair, training), gradient(*pair, held_out)
     for row in result["rows"]:
         if row["rule"] in ("random", "entropy_sampling"):
             continue
-        mask = torch.ones_like(owner, dtype=torch.bool)
-        if row["rule"] != "all":
-            mask = select(batch, row["rule"], row["retention"], owner).mask
-        kept = gradient(*pair, training, mask)
-        assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(kept, whole, dim=0)), abs=TOLERANCE)
-        assert row["descent"] == pytest.approx(float(downhill @ kept / kept.norm()), rel=TOLERANCE)
+        cosine, descent, masks, batches, q3 = [], 0.0, [], [], []
+        for training, batch, owner, held_out in halves(rollouts, scores):
+            mask = torch.ones_like(owner, dtype=torch.bool)
+            if row["rule"] != "all":
+                mask = select(batch, row["rule"], row["retention"], owner).mask
+            kept, whole = gradient(*pair, training, mask), gradient(*pair, training)
+            cosine.append(float(torch.cosine_similarity(kept, whole, dim=0)))
+            # the held-out loss is a mean over the tokens of both halves together
+            descent += float(gradient(*pair, held_out) @ kept / kept.norm()) * size(held_out) / size(rollouts)
+            masks.append(mask), batches.append(batch.reverse_kl), q3.append(quadrants(batch) == 3)
+        mask, delta, q3 = torch.cat(masks), torch.cat(batches), torch.cat(q3)
+        assert row["cosine"] == pytest.approx(sum(cosine) / 2, abs=TOLERANCE)
+        assert row["descent"] == pytest.approx(descent, rel=TOLERANCE, abs=TOLERANCE)
         assert row["kept"] == pytest.approx(float(mask.double().mean()))
-        delta = batch.reverse_kl
-        assert row["divergence_share"] == pytest.approx(float(delta[mask].sum() / delta.sum()), rel=1e-6)
-        q3 = quadrants(batch) == 3
+        assert row["divergence_share"] == pytest.approx(float(delta[mask].sum() / delta.sum()), rel=TOLERANCE)
         expected = float((q3 & mask).sum() / q3.sum()) if q3.any() else None
         assert row["q3_share"] == (None if expected is None else pytest.approx(expected))
     assert json.loads(json.dumps(result)) == json.loads(json.dumps(result, allow_nan=False))
 
 
 def test_descent_is_how_fast_the_held_out_loss_falls(pair, rollouts, scores):
-    """A small step along −g_K / ‖g_K‖, taken."""
-    student, teacher = copy.deepcopy(pair[0]), pair[1]
+    """A small step along −g_K / ‖g_K‖ of each half, taken."""
     row = next(row for row in probe(*pair, rollouts, scores, QUICK)["rows"] if row["rule"] == "q3")
-    training, held_out = by_prompt(rollouts, (0, 2, 4)), by_prompt(rollouts, (1, 3, 5))
-    inside = torch.cat([torch.full((len(one.completion_ids),), one.prompt_id % 2 == 0) for one in rollouts])
-    owner = torch.cat([torch.full((len(one.completion_ids),), place) for place, one in enumerate(training)])
-    mask = select(scores.map(lambda value: value[inside]), "q3", row["retention"], owner).mask
-    step = gradient(student, teacher, training, mask)
-    step = step / step.norm()
+    fell = 0.0
+    for training, batch, owner, held_out in halves(rollouts, scores):
+        step = gradient(*pair, training, select(batch, "q3", row["retention"], owner).mask)
+        step = step / step.norm()
 
-    def loss_after(size):
-        moved = copy.deepcopy(student)
-        with torch.no_grad():
-            for parameter, part in zip(
-                moved.parameters(), step.split([p.numel() for p in moved.parameters()]), strict=True
-            ):
-                parameter -= size * part.view_as(parameter)
-            return torch.cat([losses(moved, teacher, rollout) for rollout in held_out]).mean().item()
+        def loss_after(length, step=step, held_out=held_out):
+            moved = copy.deepcopy(pair[0])
+            pieces = step.split([parameter.numel() for parameter in moved.parameters()])
+            with torch.no_grad():
+                for parameter, piece in zip(moved.parameters(), pieces, strict=True):
+                    parameter -= length * piece.view_as(parameter)
+                return torch.cat([losses(moved, pair[1], rollout) for rollout in held_out]).mean().item()
 
-    # large enough a step for float32 noise in the norms, small enough for what is left of the curvature
-    assert (loss_after(-1e-2) - loss_after(1e-2)) / 2e-2 == pytest.approx(row["descent"], rel=1e-2)
+        # large enough a step for float32 noise in the norms, small enough for what is left of the curvature
+        fell += (loss_after(-1e-2) - loss_after(1e-2)) / 2e-2 * size(held_out) / size(rollouts)
+    assert fell == pytest.approx(row["descent"], rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -130,15 +135,15 @@ def test_a_rule_that_weighs_every_token_is_probed_once_with_its_weights(pair, ro
     scores = score_rollouts(*pair, rollouts, settings.fields()).scores
     rows = probe(*pair, rollouts, scores, settings)["rows"]
     (row,) = [row for row in rows if row["rule"] == "position"]
-    training, held_out = by_prompt(rollouts, (0, 2, 4)), by_prompt(rollouts, (1, 3, 5))
-    inside = torch.cat([torch.full((len(one.completion_ids),), one.prompt_id % 2 == 0) for one in rollouts])
-    owner = torch.cat([torch.full((len(one.completion_ids),), place) for place, one in enumerate(training)])
-    weight = select(scores.map(lambda value: value[inside]), "position", 1.0, owner).weight
-    every = torch.cat([losses(*pair, rollout) for rollout in training])
-    grads = torch.autograd.grad((every * weight).sum() / weight.sum(), list(pair[0].parameters()))
-    weighed = torch.cat([one.flatten() for one in grads])
+    descent = 0.0
+    for training, batch, owner, held_out in halves(rollouts, scores):
+        weight = select(batch, "position", 1.0, owner).weight
+        every = torch.cat([losses(*pair, rollout) for rollout in training])
+        grads = torch.autograd.grad((every * weight).sum() / weight.sum(), list(pair[0].parameters()))
+        weighed = torch.cat([one.flatten() for one in grads])
+        descent += float(gradient(*pair, held_out) @ weighed / weighed.norm()) * size(held_out) / size(rollouts)
     assert row["retention"] == 1
-    assert row["descent"] == pytest.approx(float(gradient(*pair, held_out) @ weighed / weighed.norm()), rel=TOLERANCE)
+    assert row["descent"] == pytest.approx(descent, rel=TOLERANCE)
     assert row["over_random"] is None
 
 
@@ -146,10 +151,11 @@ def test_the_last_blocks_alone(pair, rollouts, scores):
     result = probe(*pair, rollouts, scores, replace(QUICK, parameters="last_blocks", last_blocks=1))
     block = list(pair[0].model.layers[-1].parameters())
     assert result["parameters"] == {"kind": "the last 1 blocks", "count": sum(one.numel() for one in block)}
-    whole, downhill = (
-        gradient(*pair, by_prompt(rollouts, places), parameters=block) for places in ((0, 2, 4), (1, 3, 5))
-    )
-    assert result["rows"][0]["descent"] == pytest.approx(float(downhill @ whole / whole.norm()), rel=TOLERANCE)
+    descent = 0.0
+    for training, _, _, held_out in halves(rollouts, scores):
+        whole, downhill = (gradient(*pair, some, parameters=block) for some in (training, held_out))
+        descent += float(downhill @ whole / whole.norm()) * size(held_out) / size(rollouts)
+    assert result["rows"][0]["descent"] == pytest.approx(descent, rel=TOLERANCE)
 
 
 def test_lora_is_a_projection_of_the_whole_gradient(pair, rollouts, scores):
@@ -157,7 +163,7 @@ def test_lora_is_a_projection_of_the_whole_gradient(pair, rollouts, scores):
     student, teacher = pair
     names = set(student.state_dict())
     settings = replace(QUICK, parameters="lora")
-    training = by_prompt(rollouts, (0, 2, 4))
+    training, *_ = next(halves(rollouts, scores))
     with module._differentiated(student, settings) as (model, parameters, _):
         everything = torch.ones(1, sum(len(one.completion_ids) for one in training))
         (found,) = module._gradients(model, teacher, training, everything, parameters, settings)
@@ -260,14 +266,14 @@ def test_all_tokens_where_no_rule_keeps_the_signal():
     assert module._recommend(rows, [])["rule"] == "all"
 
 
-def advice(rows, rollouts, uncertain_share=0.3, held_out=40, largest=2.0):
+def advice(rows, rollouts, uncertain_share=0.3, prompts=80, largest=2.0):
     count = 100
     quadrant = torch.full((count,), 4, dtype=torch.int8)
     quadrant[: int(uncertain_share * count)] = 2
     quadrant[-3:] = 3
     delta = torch.zeros(count, dtype=torch.float64)
     delta[-3:] = torch.tensor([1.0, 1.0, largest])
-    found = module._warnings(rows, TokenScores(reverse_kl=delta), quadrant, rollouts, held_out, Settings())
+    found = module._warnings(rows, TokenScores(reverse_kl=delta), quadrant, rollouts, prompts, Settings())
     return [text for _, text in found]
 
 
@@ -296,7 +302,7 @@ def test_a_rule_that_turns_away_is_warned_of_at_small_budgets(finished):
     [
         ([ALL, row_of("q3", 0.2, 1, 0.9, over_random_interval=[-0.1, 0.3])], {}, "not told apart from random"),
         ([ALL], {"largest": 500.0}, "dwarfs the others"),
-        ([ALL], {"held_out": 5}, "only 5 prompts are held out"),
+        ([ALL], {"prompts": 9}, "9 prompts are few"),
         ([{**ALL, "descent_interval": [-0.1, 1.0]}], {}, "does not reliably lower the held-out loss"),
     ],
     ids=["random", "outlier", "few", "noise"],
@@ -329,6 +335,6 @@ def test_settings_that_cannot_be(options, message):
 
 
 def test_too_few_prompts(pair, rollouts, scores):
-    few = by_prompt(rollouts, (0, 1, 2))
+    few = [rollout for rollout in rollouts if rollout.prompt_id < 3]
     with pytest.raises(ValueError, match="rollouts of at least 4 prompts"):
         probe(*pair, few, scores, QUICK)

@@ -1,8 +1,8 @@
 """Which rule and which retention suit a pair: measured on one batch of rollouts, before a GPU-hour is spent.
 
 Half of the prompts play the training batch: each rule chooses there, and the gradient of what it keeps is compared
-with the gradient of all tokens. The other half is held out: how fast does its loss fall along that gradient? Random
-tokens at the same retention are the control.
+with the gradient of all tokens. The other half is held out: how fast does its loss fall along that gradient? Then the
+halves change places. Random tokens at the same retention are the control.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ALL_PARAMETERS_UP_TO = 100_000_000
 ENOUGH = 0.9
 # The least retention that is recommended: below it rules were seen to collapse in training that look well at its start.
 LEAST_RETENTION = 0.1
-_FEW_PROMPTS = 16
+_FEW_PROMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Kept:
-    """One rule at one retention, on the training half: what it keeps, and with what weight."""
+    """One rule at one retention: what it keeps, and with what weight."""
 
     rule: str
     retention: float
@@ -116,10 +116,10 @@ def probe(
 ) -> dict[str, Any]:
     """What each rule keeps of the tokens, of the divergence and of the learning signal, and which one to take.
 
-    With g_K = ∇ mean_{t ∈ K} KL(P_S ‖ P_T) over the kept tokens of the training half and L the loss over all tokens of
-    the held-out half: cosine = ⟨g_K, g_all⟩ / (‖g_K‖ ‖g_all‖), and descent = ⟨∇L, g_K⟩ / ‖g_K‖, how fast L falls per
-    unit of a step along −g_K (nats). Intervals are 95 % bootstrap intervals over the held-out prompts; they say nothing
-    of the choice of the training half.
+    With g_K = ∇ mean_{t ∈ K} KL(P_S ‖ P_T) over the kept tokens of one half and L the loss over all tokens of the
+    other: cosine = ⟨g_K, g_all⟩ / (‖g_K‖ ‖g_all‖), and descent = ⟨∇L, g_K⟩ / ‖g_K‖, how fast L falls per unit of a step along
+    −g_K (nats). Every prompt is trained on once and held out once. Intervals are 95 % bootstrap intervals over the
+    held-out prompts, given the two gradients.
 
     Args:
         student, teacher: transformers models on one device. The student's `requires_grad` flags are left as they were.
@@ -135,40 +135,39 @@ def probe(
         ValueError: too few prompts, or a statistic that was not computed.
     """
     settings = settings or Settings()
-    training, held_out = _halves(rollouts)
+    halves = _halves(rollouts)
     lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
     owner = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)
     scores = scores.map(Tensor.cpu)
-    inside = torch.isin(owner, torch.tensor(training))
-    batch, rollout = scores.map(lambda value: value[inside]), owner[inside]
-    kept = list(_choices(batch, rollout, settings))
-    quadrant = quadrants(batch, settings.entropy_threshold, settings.divergence_threshold)
-
-    with _differentiated(student, settings) as (model, parameters, chosen):
+    batches, chosen, cosines, slopes = [], [], [], []
+    with _differentiated(student, settings) as (model, parameters, kind):
         count = sum(parameter.numel() for parameter in parameters)
-        say(f"gradients of {count:,} parameters ({chosen}), {len(kept) + 1} choices")
-        everything = torch.ones(1, len(rollout))
-        # all tokens first: every other gradient is compared with it
-        whole = _gradients(model, teacher, [rollouts[place] for place in training], everything, parameters, settings)[0]
-        cosine, slopes = [], []
-        for group in _turns(kept, count * whole.element_size(), settings.gradient_bytes):
-            weights = torch.stack([one.weight for one in group])
-            gradients = _gradients(
-                model, teacher, [rollouts[place] for place in training], weights, parameters, settings
+        for number, (half, other) in enumerate((halves, halves[::-1]), start=1):
+            training = [place for prompt in half for place in prompt]
+            inside = torch.isin(owner, torch.tensor(training))
+            batch = scores.map(lambda value, inside=inside: value[inside])  # type: ignore[misc]
+            batches.append(batch)
+            chosen.append(list(_choices(batch, owner[inside], settings)))
+            say(f"half {number} of 2: {len(chosen[-1]) + 1} gradients of {count:,} parameters ({kind})")
+            pair = model, teacher
+            cosine, slope = _compare(
+                pair, [rollouts[place] for place in training], chosen[-1], rollouts, other, parameters, settings
             )
-            gradients = torch.cat([gradients, whole[None]])
-            unit = gradients / gradients.norm(dim=1, keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
-            cosine.append((unit[:-1] @ unit[-1]).double().cpu())
-            slopes.append(_slopes(model, teacher, rollouts, held_out, unit, parameters, settings))
-            say(f"{sum(map(len, cosine))} of {len(kept)} choices")
-    # [prompts, choices]; the last column of every group is the gradient of all tokens
-    slope = torch.cat([*(piece[:, :-1] for piece in slopes), slopes[0][:, -1:]], dim=1)
-    tokens = torch.tensor([float(lengths[places].sum()) for places in held_out], dtype=torch.float64)
-    descent = _bootstrap(slope, tokens, settings)
+            cosines.append(cosine)
+            slopes.append(slope)
+    kept = [
+        Kept(one.rule, one.retention, torch.cat([one.mask, two.mask]), torch.cat([one.weight, two.weight]))
+        for one, two in zip(*chosen, strict=True)
+    ]
+    batch = TokenScores(**{name: torch.cat([one.require(name) for one in batches]) for name, _ in batches[0].present()})
+    quadrant = torch.cat([quadrants(one, settings.entropy_threshold, settings.divergence_threshold) for one in batches])
+    prompts = [*halves[1], *halves[0]]  # in the order in which they were held out
+    tokens = torch.tensor([float(lengths[places].sum()) for places in prompts], dtype=torch.float64)
+    descent = _bootstrap(torch.cat(slopes), tokens, settings)
 
-    found = _rows(kept, quadrant, batch, torch.cat(cosine), descent)
+    found = _rows(kept, quadrant, batch, torch.stack(cosines).mean(0), descent)
     shares = quadrant_shares(quadrant)
-    warnings = _warnings(found, batch, quadrant, rollouts, len(held_out), settings)
+    warnings = _warnings(found, batch, quadrant, rollouts, len(prompts), settings)
     return {
         "schema_version": SCHEMA_VERSION,
         "recommendation": _recommend(found, warnings),
@@ -180,9 +179,8 @@ def probe(
                 shares.items(), quadrant_shares(quadrant, batch.require("reverse_kl")).values(), strict=True
             )
         },
-        "parameters": {"kind": chosen, "count": count},
-        "training": {"rollouts": len(training), "tokens": int(inside.sum())},
-        "held_out": {"prompts": len(held_out), "rollouts": sum(map(len, held_out)), "tokens": int(tokens.sum())},
+        "parameters": {"kind": kind, "count": count},
+        "sample": {"prompts": len(prompts), "rollouts": sum(map(len, prompts)), "tokens": int(tokens.sum())},
         "settings": asdict(settings),
     }
 
@@ -190,8 +188,8 @@ def probe(
 # Which tokens.
 
 
-def _halves(rollouts: Sequence[Rollout]) -> tuple[list[int], list[list[int]]]:
-    """Places of the training rollouts, and of the held-out ones prompt by prompt: every other prompt is held out."""
+def _halves(rollouts: Sequence[Rollout]) -> tuple[list[list[int]], list[list[int]]]:
+    """Places of the rollouts, prompt by prompt: every other prompt is of the second half."""
     by_prompt: dict[int, list[int]] = {}
     for place, rollout in enumerate(rollouts):
         if rollout.completion_ids:
@@ -201,7 +199,7 @@ def _halves(rollouts: Sequence[Rollout]) -> tuple[list[int], list[list[int]]]:
         raise ValueError(
             f"a probe needs rollouts of at least 4 prompts, half of them to be held out; got {len(prompts)}."
         )
-    return [place for places in prompts[::2] for place in places], prompts[1::2]
+    return prompts[::2], prompts[1::2]
 
 
 def _choices(batch: TokenScores, rollout: Tensor, settings: Settings) -> Iterator[Kept]:
@@ -283,6 +281,29 @@ def _turns(kept: Sequence[Kept], size: int, budget: int) -> Iterator[Sequence[Ke
     step = max(1, budget // (2 * size) - 1)  # twice: as they are and as unit vectors
     for start in range(0, len(kept), step):
         yield kept[start : start + step]
+
+
+def _compare(
+    pair: tuple[Any, Any],
+    training: Sequence[Rollout],
+    kept: Sequence[Kept],
+    rollouts: Sequence[Rollout],
+    held_out: Sequence[Sequence[int]],
+    parameters: Sequence[nn.Parameter],
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """Cosine of each choice's gradient with that of all tokens, [K]; slopes of the held-out prompts along each, and
+    along that of all tokens in the last column, [prompts, K + 1]."""
+    everything = torch.ones(1, sum(len(rollout.completion_ids) for rollout in training))
+    whole = _gradients(*pair, training, everything, parameters, settings)
+    cosine, slopes = [], []
+    for group in _turns(kept, whole.nbytes, settings.gradient_bytes):
+        weights = torch.stack([one.weight for one in group])
+        gradients = torch.cat([_gradients(*pair, training, weights, parameters, settings), whole])
+        unit = gradients / gradients.norm(dim=1, keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
+        cosine.append((unit[:-1] @ unit[-1]).double().cpu())
+        slopes.append(_slopes(*pair, rollouts, held_out, unit, parameters, settings))
+    return torch.cat(cosine), torch.cat([*(piece[:, :-1] for piece in slopes), slopes[0][:, -1:]], dim=1)
 
 
 def _gradients(
@@ -454,7 +475,7 @@ def _warnings(
     batch: TokenScores,
     quadrant: Tensor,
     rollouts: Sequence[Rollout],
-    held_out: int,
+    prompts: int,
     settings: Settings,
 ) -> list[tuple[tuple[str, float] | None, str]]:
     """(the rule and retention that it speaks against, or None) and what to know."""
@@ -504,8 +525,8 @@ def _warnings(
                 "too unlike to tell rules apart. Probe with more prompts.",
             )
         )
-    if held_out < _FEW_PROMPTS:
-        found.append((None, f"only {held_out} prompts are held out: the intervals are rough. Probe with more prompts."))
+    if prompts < _FEW_PROMPTS:
+        found.append((None, f"{prompts} prompts are few: the intervals are rough. Probe with more."))
     cut = sum(not rollout.finished for rollout in rollouts) / len(rollouts)
     if cut > 0.5:
         found.append(

@@ -36,7 +36,7 @@ def test_a_probe_of_a_pair(flags, tmp_path, capsys):
     best = result["recommendation"]
     assert f"Take {best['rule']} at a retention of {best['retention']:g}: {best['reason'][:30]}" in shown
     assert all(warning in shown for warning in result["warnings"])
-    assert "only 3 prompts are held out" in shown
+    assert "6 prompts are few" in shown
     assert main(flags) == 2
     assert "already holds a probe" in capsys.readouterr().err
 

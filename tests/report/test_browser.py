@@ -38,8 +38,9 @@ ROLLOUT = torch.arange(len(TOKENS)).repeat_interleave(torch.tensor([len(rollout)
 PROBE = {
     "student": "small",
     "teacher": HOSTILE,
-    "recommendation": {"rule": "q3", "retention": 0.1, "reason": "It keeps most of the descent."},
+    "recommendation": {"rule": "q3", "retention": 0.1, "reason": "it keeps most of the descent."},
     "warnings": [HOSTILE],
+    "estimate": {"rows": [{"retention": 0.1, "peak_memory_gib": 1.5}], "assumptions": "one device"},
     "rows": [
         {
             "rule": rule,
@@ -353,12 +354,12 @@ def test_runs_are_overlaid_and_records_switched(open_page):
 def test_the_probe_has_its_advice_its_warnings_and_its_rows(open_page):
     page = open_page()
     shown = page.locator("#probe")
-    assert "Recommended: Q3 at 10 %. It keeps most of the descent." in shown.text_content()
+    assert "Recommended: Q3 at 10 %: it keeps most of the descent." in shown.text_content()
     assert shown.locator(".note").text_content() == HOSTILE
     assert page.evaluate("window.pwned") is None
     assert shown.locator("tbody tr").count() == len(PROBE["rows"])
     best = shown.locator("tr.best td").all_text_contents()
-    assert best == ["Q3", "10 %", "10 %", "50 %", "0.090 (0.080 – 0.100)", "Soft-OR (Jaccard 0.20)"]
+    assert best == ["Q3", "10 %", "10 %", "50 %", "0.090 (0.080 – 0.100)", "1.5", "Soft-OR (Jaccard 0.20)"]
     assert shown.locator(".chart").count() == 2  # what is not there is not drawn
     assert shown.locator(".chart").first.locator("polyline").count() == 3
 

@@ -250,6 +250,7 @@ def test_statistics_that_are_not_finite_are_named(tmp_path, records_writer, name
     ("options", "message"),
     [
         ({"rule": "gradient_norm"}, "do not suffice for the rule 'gradient_norm'; they do for entropy, soft_or"),
+        ({"rule": "position"}, "'position' keeps every token at any retention"),
         ({"retention": 0.0}, r"a number in \(0, 1\]"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
     ],

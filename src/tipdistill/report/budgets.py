@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..select import RULES, kept_counts, resolve_rule
-from ..select.budget import race, ranks
+from ..select.budget import race, ranks, top_k
 from ..types import TokenScores
 
 RETENTIONS = (
@@ -17,23 +18,29 @@ RETENTIONS = (
     *(0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 )
 BOTTOM = "complement:soft_or"
+# rules that weigh tokens keep them all, at any retention
+BUDGETED = ("top", "sample")
 
 
 def computable_rules(scores: TokenScores) -> list[str]:
-    """The rules of `RULES` (but "all") and Soft-OR's complement that read nothing but the statistics given.
+    """The rules that spend a budget, and Soft-OR's complement, as far as the statistics given suffice for them.
 
     Example:
         >>> computable_rules(TokenScores(reverse_kl=torch.ones(1)))
         ['random', 'divergence']
     """
-    names = [name for name, rule in RULES.items() if rule.budget != "all"] + [BOTTOM]
+    names = [name for name, rule in RULES.items() if rule.budget in BUDGETED] + [BOTTOM]
     known = {name for name, _ in scores.present()}
     return [name for name in names if known.issuperset(resolve_rule(name).fields or ())]
 
 
 @torch.no_grad()
 def keep_levels(
-    order: Tensor, rollout: Tensor, retentions: Sequence[float] = RETENTIONS, *, complement: bool = False
+    order: Tensor,
+    rollout: Tensor,
+    retentions: Sequence[float] = RETENTIONS,
+    rule: str = "soft_or",
+    scope: str = "rollout",
 ) -> np.ndarray:
     """How generous a budget must be for a token to be kept: a place among `retentions`.
 
@@ -42,9 +49,10 @@ def keep_levels(
 
     Args:
         order: float [N], what the rule ranks by, see `ranking`.
-        rollout: int64 [N] in 0..R−1, every number taken; all 0 where one budget is spent over all tokens.
+        rollout: int64 [N] in 0..R−1, every number taken.
         retentions: ascending, the last one 1; at most 255.
-        complement: the rule keeps what comes last.
+        rule: says how many are kept, and whether the first or the last.
+        scope: "rollout", or "batch" where one budget is spent over all tokens.
 
     Returns:
         uint8 [N].
@@ -54,12 +62,15 @@ def keep_levels(
         [2, 0, 1]
     """
     assert [*retentions[:-1], 1] == sorted(retentions), "retentions ascend to 1"
-    lengths = torch.bincount(rollout)
-    place = ranks(order, rollout)
+    resolved, lengths = resolve_rule(rule), torch.bincount(rollout)
+    spent_in = torch.zeros_like(rollout) if scope == "batch" else rollout
+    if scope == "batch" and resolved.every_rollout and not resolved.complement:
+        order = order.masked_fill(top_k(order, rollout, torch.ones_like(lengths)), math.inf)
+    place, sizes = ranks(order, spent_in), torch.bincount(spent_in)
     level = torch.zeros(len(order), dtype=torch.uint8)
     for retention in retentions[:-1]:
-        kept = kept_counts(lengths, retention, BOTTOM if complement else "soft_or")
-        level += place < (lengths - kept)[rollout] if complement else place >= kept[rollout]
+        kept = kept_counts(lengths, retention, rule, scope)
+        level += place < (sizes - kept)[spent_in] if resolved.complement else place >= kept[spent_in]
     return level.numpy()
 
 

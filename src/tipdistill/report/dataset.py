@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..records import STATISTICS, TOKENS_FILE, Records
-from ..select import COMPLEMENT, RULES
+from ..select import COMPLEMENT, RULES, resolve_rule
 from ..types import Selection, TokenScores
-from .budgets import BOTTOM, RETENTIONS, computable_rules, keep_levels, ranking
+from .budgets import BOTTOM, BUDGETED, RETENTIONS, computable_rules, keep_levels, ranking
 from .taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrants
 from .texts import joined_texts, shown_bytes
 
@@ -139,9 +139,10 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
     recorded_rule = str(sidecar["rule"]) if "rule" in sidecar else None
     given = retention if retention is not None else sidecar.get("retention")
     retentions = tuple(sorted({*RETENTIONS, *([float(given)] if given is not None else [])}))
-    spent_in = torch.zeros_like(rollout) if sidecar.get("scope") == "batch" else rollout
-    rules = _rules(scores, spent_in, retentions, column, recorded_rule, path, seed)
+    rules = _rules(scores, rollout, retentions, column, recorded_rule, sidecar.get("scope"), path, seed)
     first = rule or recorded_rule
+    if rule in RULES and RULES[rule].budget not in BUDGETED:
+        raise ValueError(f"the rule {rule!r} keeps every token at any retention: there is nothing to show of it.")
     if rule is not None and rule not in [choice.name for choice in rules]:
         raise ValueError(
             f"the records in {records.directory} do not suffice for the rule {rule!r}; they do for "
@@ -181,10 +182,11 @@ def _finite(values: pa.Array, name: str, path: Path) -> np.ndarray | None:
 
 def _rules(
     scores: TokenScores,
-    spent_in: Tensor,
+    rollout: Tensor,
     retentions: Sequence[float],
     column: dict[str, pa.Array],
     recorded_rule: str | None,
+    scope: str | None,
     path: Path,
     seed: int,
 ) -> tuple[RuleChoice, ...]:
@@ -196,11 +198,11 @@ def _rules(
     computable = computable_rules(scores)
     for name in [*computable, *(name for name in recorded if name not in computable)]:
         # a rule of somebody's own is not looked up: its code need not be here, and reading records must run none
-        budget = RULES[own].budget if (own := name.removeprefix(COMPLEMENT)) in RULES else "top"
-        if budget == "all":
+        resolved = resolve_rule(name) if name.removeprefix(COMPLEMENT) in RULES else None
+        if resolved is not None and resolved.budget not in BUDGETED:
             continue
         score = None
-        if name in recorded and budget == "top":
+        if name in recorded and (resolved is None or resolved.budget == "top"):
             score = _finite(column[recorded[name]], recorded[name], path)
         if score is not None:
             order = kept_by = torch.from_numpy(score)
@@ -208,7 +210,8 @@ def _rules(
             kept_by, order = ranking(scores, name, torch.Generator().manual_seed(seed))
         else:
             continue
-        level = keep_levels(order, spent_in, retentions, complement=name.startswith(COMPLEMENT))
+        like = name if resolved is not None else BOTTOM if name.startswith(COMPLEMENT) else "soft_or"
+        level = keep_levels(order, rollout, retentions, like, scope or resolve_rule(like).scope)
         found[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None)
     # those that look at every token first, then the draws, then the control that keeps what is left
     return tuple(sorted(found.values(), key=lambda choice: (choice.name == BOTTOM, choice.name in _DRAWN)))

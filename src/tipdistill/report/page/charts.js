@@ -216,21 +216,32 @@ function timeSplit() {
 function drawProbes() {
   $("probes").replaceChildren(...DATA.probes.map(({ name, probe }) => drawProbe(DATA.probes.length > 1 ? name : "", probe)));
 }
+const signed = (value) => `${value > 0 ? "+" : ""}${value.toFixed(3)}`;
 const PROBE_COLUMNS = [
   ["kept", "tokens kept", percent], ["divergence_share", "divergence kept", percent], ["q3_share", "Q3 kept", percent],
-  ["cosine", "cosine to the full gradient", (value) => value.toFixed(3)], ["descent", "first-order descent", short],
-  ["against_random", "against random", (value) => value.toFixed(2)], ["peak_memory_gib", "peak memory, GiB", short], ["step_seconds", "step, s", short],
+  ["q2_of_kept", "Q2 among the kept", percent], ["cosine", "cosine to the full gradient", (value) => value.toFixed(3)],
+  ["descent_share", "descent, of all tokens'", (value) => value.toFixed(2)], ["over_random", "descent over random", signed],
+  ["peak_memory_gib", "peak memory, GiB", short], ["step_seconds", "step, s", short],
 ];
-const PROBE_CHARTS = [["cosine", "Cosine to the full gradient"], ["descent", "First-order descent on held-out rollouts"], ["divergence_share", "Share of the divergence kept"], ["q3_share", "Share of Q3 kept"]];
+const PROBE_CHARTS = [
+  ["descent_share", "First-order descent on held-out rollouts, of all tokens'"], ["cosine", "Cosine to the full gradient"],
+  ["divergence_share", "Share of the divergence kept"], ["q3_share", "Share of Q3 kept"],
+];
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
 function drawProbe(name, probe) {
-  const box = element("div"), advice = probe.recommendation ?? {}, rows = (probe.rows ?? []).filter((row) => row && isNumber(row.retention));
+  const box = element("div"), advice = probe.recommendation ?? {}, estimates = probe.estimate?.rows ?? [];
+  const rows = (probe.rows ?? []).filter((row) => row && isNumber(row.retention))
+    .map((row) => ({ ...row, ...estimates.find((one) => one.retention === row.retention) }));
   const paragraph = (content, kind = "") => { const one = element("p", { class: kind }); one.textContent = content; box.append(one); };
   if (name) { const head = element("h3"); head.textContent = name; box.append(head); }
   paragraph([probe.student && probe.teacher ? `student ${probe.student}, teacher ${probe.teacher}` : "", probe.estimate?.device ? `device ${probe.estimate.device}` : ""].filter((one) => one).join(" · "), "facts");
-  if (advice.rule) paragraph(`Recommended: ${ruleName(advice.rule)}${isNumber(advice.retention) ? ` at ${percent(advice.retention)}` : ""}. ${advice.reason ?? ""}`, "headline");
-  for (const warning of probe.warnings ?? []) paragraph(String(warning), "note");
+  if (advice.rule) paragraph(`Recommended: ${ruleName(advice.rule)}${isNumber(advice.retention) ? ` at ${percent(advice.retention)}` : ""}${advice.reason ? `: ${advice.reason}` : "."}`, "headline");
+  if (probe.warnings?.length) {
+    const list = element("ul", { class: "note" });
+    for (const warning of probe.warnings) { const item = element("li"); item.textContent = String(warning); list.append(item); }
+    box.append(list);
+  }
   const rules = [...new Set(rows.map((row) => String(row.rule)))];
   const legend = element("div", { class: "legend" }), charts = element("div", { class: "charts" });
   rules.forEach((rule, number) => { const key = element("span", { class: "key" }); key.append(lineSample(number), ruleName(rule)); legend.append(key); });
@@ -239,7 +250,7 @@ function drawProbe(name, probe) {
       const own = rows.filter((row) => row.rule === rule && isNumber(row[field]) && row.retention > 0).sort((a, b) => a.retention - b.retention);
       return { name: ruleName(rule), number, x: own.map((row) => row.retention), y: own.map((row) => row[field]), interval: own.map((row) => row[`${field}_interval`]) };
     }).filter((line) => line.x.length);
-    if (lines.length) charts.append(lineChart(title, lines, { share: field.endsWith("share"), logX: true, zero: true, xLabel: "retention" }));
+    if (lines.length) charts.append(lineChart(title, lines, { share: field !== "cosine", logX: true, zero: true, xLabel: "retention" }));
   }
   const columns = PROBE_COLUMNS.filter(([field]) => rows.some((row) => isNumber(row[field])));
   const head = element("tr"), body = element("tbody");
@@ -261,6 +272,8 @@ function drawProbe(name, probe) {
     add(alike ? `${ruleName(alike[0])} (Jaccard ${alike[1].toFixed(2)})` : "", "");
     body.append(line);
   }
-  box.append(legend, charts, element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)));
+  const note = element("p", { class: "small" });
+  note.textContent = probe.estimate?.assumptions ? `Memory and time are estimates: ${probe.estimate.assumptions}.` : "";
+  box.append(legend, charts, element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)), note);
   return box;
 }

@@ -283,3 +283,19 @@ def test_bad_flags_are_one_clear_line(problems, tmp_path, capsys, flags, message
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "samples").exists()
+
+
+def test_the_page_says_what_the_code_does(tmp_path, verifiers):
+    from pathlib import Path
+
+    from tipdistill.tasks import TASKS
+
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    del TASKS["sums"]
+    for name, task in TASKS.items():
+        assert f"| `{name}` |" in page
+        assert not isinstance(task, dict) or f"`{task['dataset']}`" in page
+    numbers = evaluate(tmp_path, verifiers, num_samples=1)["tasks"]["sums"]
+    assert {name for name in numbers if f"`{name}`" not in page} == {"problems", "num_samples"}
+    assert {name for name in samples(tmp_path)[0] if f"`{name}`" not in page} == set()

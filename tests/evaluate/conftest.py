@@ -13,6 +13,7 @@ class Stub:
     """What was asked (a body each), and how the server behaves."""
 
     def __init__(self):
+        self.lock = threading.Lock()
         self.bodies = []
         self.headers = []
         self.seconds = 0.0
@@ -28,10 +29,12 @@ def stub_server():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            stub.bodies.append(body)
-            stub.headers.append(dict(self.headers))
+            with stub.lock:
+                stub.bodies.append(body)
+                stub.headers.append(dict(self.headers))
+                number = len(stub.bodies)
             time.sleep(stub.seconds)
-            if stub.dies_after is not None and len(stub.bodies) > stub.dies_after:
+            if stub.dies_after is not None and number > stub.dies_after:
                 if stub.status is None:  # the connection breaks in the middle
                     self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 500\r\n\r\n{")
                     return

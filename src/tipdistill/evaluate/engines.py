@@ -263,7 +263,9 @@ class Server:
                 if future.cancelled():
                     continue
                 try:
-                    yield [future.result()]
+                    completion = future.result()
+                    if completion is not None:
+                        yield [completion]
                 except ServerError as error:
                     if failed is None:  # no new requests; those in flight may still succeed, and are kept
                         failed = error
@@ -283,9 +285,9 @@ class Server:
         sampling: Sampling,
         chat: bool | None,
         special_tokens: bool,
-    ) -> Completion:
+    ) -> Completion | None:
         if dead.is_set():
-            raise ServerError(f"the server at {self.base_url} failed before")
+            return None
         try:
             return self._ask(index, prompt, seed, sampling, chat, special_tokens)
         except ServerError:

@@ -464,13 +464,9 @@ class FusedLoss(torch.autograd.Function):
             for row, end in spans:
                 found = scorer.score((row, end), token_ids)
                 pieces.append(found)
-                if not any(needs):
-                    continue
-                of_rows = _of_rows(kind, beta, found, factor[row:end].float(), peak, s_head)
-                gradient = scorer.gradient(kind, of_rows)
-                for start, stop in _spans(vocabulary, _aligned_down(vocabulary // 4)):
-                    s_rows = s_head.weight[start:stop].to(hidden.dtype)
-                    gradients.add(gradient[:, start:stop], hidden[row:end], s_rows, slice(row, end), start)
+                if any(needs):
+                    of_rows = _of_rows(kind, beta, found, factor[row:end].float(), peak, s_head)
+                    scorer.differentiate(kind, of_rows, slice(row, end), gradients)
             scorer.release()
             gradients.rescale(peak)
             ctx.gradients = gradients.finish()
@@ -622,15 +618,18 @@ class _Scorer:
             setattr(further, name, value)
         return further.finish()
 
-    def gradient(self, kind: str, of_rows: Tensor) -> Tensor:
-        """The gradient at the logits of the last span, in the memory of the student's held logits."""
+    def differentiate(self, kind: str, of_rows: Tensor, rows: slice, gradients: _Gradients) -> None:
+        """Form the gradient at the logits of the last span, in the place of the student's, and add its products."""
         assert self.teacher is not None
         s, t = (held[: of_rows.shape[1], : self.vocabulary] for held in self.held)
         gradient = s.view(self.s_hidden.dtype)
         _form_gradient(
             kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, self.references, self.tile
         )
-        return gradient
+        hidden = self.s_hidden[rows]
+        for start, stop in _spans(self.vocabulary, _aligned_down(self.vocabulary // 4)):
+            weight = self.student.weight[start:stop].to(hidden.dtype)
+            gradients.add(gradient[:, start:stop], hidden, weight, rows, start)
 
     def release(self) -> None:
         """Give back the memory before the gradients take their final form."""

@@ -12,6 +12,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 CELLS = (
     ("all", 1.0),

@@ -117,9 +117,9 @@ def probe(
     """What each rule keeps of the tokens, of the divergence and of the learning signal, and which one to take.
 
     With g_K = ∇ mean_{t ∈ K} KL(P_S ‖ P_T) over the kept tokens of one half and L the loss over all tokens of the
-    other: cosine = ⟨g_K, g_all⟩ / (‖g_K‖ ‖g_all‖), and descent = ⟨∇L, g_K⟩ / ‖g_K‖, how fast L falls per unit of a step along
-    −g_K (nats). Every prompt is trained on once and held out once. Intervals are 95 % bootstrap intervals over the
-    held-out prompts, given the two gradients.
+    other: cosine = ⟨g_K, g_all⟩ / (‖g_K‖ ‖g_all‖), and descent = ⟨∇L, g_K⟩ / ‖g_K‖, how fast L falls per unit of a step
+    along −g_K (nats). Every prompt is trained on once and held out once. Intervals are 95 % bootstrap intervals over
+    the held-out prompts, given the two gradients.
 
     Args:
         student, teacher: transformers models on one device. The student's `requires_grad` flags are left as they were.

@@ -67,7 +67,12 @@ def run_records(
             closing = time.perf_counter() - begun
             records = open_records(folder)
             found[str(size)] = {
-                "seconds": {"start": starting, "write": writing, "close": closing, "total": starting + writing + closing},
+                "seconds": {
+                    "start": starting,
+                    "write": writing,
+                    "close": closing,
+                    "total": starting + writing + closing,
+                },
                 "peak_memory_rise_gib": _peak_gib() - before,
                 "bytes_per_token": (Path(folder) / "tokens.parquet").stat().st_size / records.tokens.metadata.num_rows,
                 "tokens_read_back": records.tokens.metadata.num_rows,

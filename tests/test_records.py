@@ -12,10 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
 
 from tipdistill import quadrants, select
 from tipdistill.records import (
@@ -146,32 +142,6 @@ def test_scores_come_back(tmp_path, tiny_tokenizer, batch):
 # Text.
 
 
-def metaspace_tokenizer():
-    """SentencePiece's way of writing: ▁ for a space, <0x..> for bytes that are no token."""
-    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁▁", "é"]
-    tokenizer = Tokenizer(
-        models.BPE(
-            {token: index for index, token in enumerate(tokens)},
-            [("▁", "a"), ("▁", "▁")],
-            unk_token="<unk>",
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-
-
-@given(st.text())
-@settings(max_examples=60, deadline=None)
-def test_text_is_rebuilt_exactly(tiny_tokenizer, text):
-    for tokenizer in (tiny_tokenizer, metaspace_tokenizer()):
-        pieces = token_bytes(tokenizer)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert b"".join(pieces[index] for index in ids).decode() == text.encode("utf-8", "replace").decode()
-
-
 def test_a_character_split_between_tokens_is_whole_again(tmp_path, tiny_tokenizer):
     text = "né 🙂\n<|end|>"
     ids = tuple(tiny_tokenizer(text)["input_ids"])
@@ -186,12 +156,6 @@ def test_a_character_split_between_tokens_is_whole_again(tmp_path, tiny_tokenize
     # bytes are there for the pieces of é and 🙂, and for nothing else
     assert [raw for raw in table["token_bytes"] if raw] == [bytes([byte]) for byte in "é🙂".encode()]
     assert table["token"][-1] == "<|end|>"
-
-
-def test_words_that_the_tokenizer_joins_by_its_own_rules_are_decoded_one_by_one():
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2}, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.WordPiece()
-    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer))[1] == b"play"
 
 
 def test_other_tools_read_them(tmp_path, tiny_tokenizer, batch):

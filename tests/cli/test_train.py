@@ -48,8 +48,9 @@ def test_trains_on_word_problems_with_models_from_a_directory(arguments, tmp_pat
     assert any(not torch.equal(after[name], before[name]) for name in after)
     AutoModelForCausalLM.from_pretrained(run)
     AutoTokenizer.from_pretrained(run)
-    losses = [entry["loss"] for entry in state(run / "checkpoint-2")["log_history"] if "loss" in entry]
-    assert len(losses) == 2
+    for directory in (run / "checkpoint-2", run):
+        losses = [entry["loss"] for entry in state(directory)["log_history"] if "loss" in entry]
+        assert len(losses) == 2
 
 
 def test_dry_run_checks_everything_and_touches_nothing(arguments, tmp_path, capsys, monkeypatch):

@@ -172,6 +172,7 @@ def _train(request: Request, resume: str | None) -> int:
         traceback.print_exc()  # whatever fails this late is no matter of a flag: one line would not do
         raise
     trainer.save_model(config.output_dir)
+    trainer.save_state()  # the log of the run, which the report draws, where no checkpoint is kept
     trainer.accelerator.print(f"The distilled student is in {config.output_dir}.")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

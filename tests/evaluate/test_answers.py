@@ -1,13 +1,16 @@
 """A hostile answer costs itself and nothing else."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tipdistill.evaluate import Verdict, Verifiers
+from tipdistill.evaluate import Verdict, Verifiers, verifier
 
 ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
 
@@ -56,6 +59,15 @@ def test_a_process_that_is_killed_costs_one_answer(verifiers):
         one._idle.put(process)
         time.sleep(0.2)
         assert one.judge([(r"\boxed{1}", "1")])[0].correct
+
+
+def test_a_process_whose_parent_was_killed_ends_by_itself():
+    command = [sys.executable, "-P", verifier.__file__, "2"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert json.loads(process.stdout.readline()) == "ready"
+        process.stdin.write(json.dumps({"response": ENDLESS, "reference": "5"}).encode() + b"\n")
+        process.stdin.close()
+        assert process.wait(timeout=30) == -signal.SIGALRM
 
 
 def test_closed_verifiers_leave_no_process():

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import select
 import subprocess
@@ -166,7 +167,7 @@ class _Process:
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         if self.process is None or self.process.poll() is not None:
-            self._start()
+            self._start(seconds)
         assert self.process is not None
         assert self.process.stdin is not None
         try:
@@ -177,11 +178,11 @@ class _Process:
             self.end()
             return None
 
-    def _start(self) -> None:
+    def _start(self, seconds: float) -> None:
         self.unread = b""
         self.process = subprocess.Popen(
             # by path and without its folder on the module path: it must not load the package, and torch with it
-            [sys.executable, "-P", str(Path(verifier.__file__))],
+            [sys.executable, "-P", str(Path(verifier.__file__)), str(math.ceil(seconds) + 5)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -192,7 +193,7 @@ class _Process:
         except (TimeoutError, EOFError) as error:
             self.end()
             raise RuntimeError(
-                f"the process that checks answers did not start; try: {sys.executable} -P {verifier.__file__}"
+                f"the process that checks answers did not start; try: {sys.executable} -P {verifier.__file__} 10"
             ) from error
 
     def _read(self, seconds: float) -> Any:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
@@ -148,8 +149,10 @@ def _digits_and_base(match: re.Match) -> tuple[str, str]:
     return match[1].lstrip("0").upper(), match[2] or match[3]
 
 
-def serve() -> None:
+def serve(seconds: int) -> None:
     """Answer requests, one JSON object a line, until the input ends.
+
+    The process ends itself when one takes longer than `seconds`: whoever asked may have been killed meanwhile.
 
     {"response": r, "reference": a} → {"answer": extracted, "correct": bool};
     {"answer": a, "reference": b} → {"correct": bool}. An expression that raises is wrong.
@@ -167,6 +170,10 @@ def serve() -> None:
 
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
+        if hasattr(signal, "alarm"):
+            signal.alarm(
+                seconds
+            )  # without a handler, so that the kernel ends a computation that never returns to Python
         request = json.loads(line)
         reply: dict = {"correct": False}
         try:
@@ -176,8 +183,10 @@ def serve() -> None:
             reply["correct"] = answer is not None and is_equivalent(answer, request["reference"])
         except Exception as error:  # a hostile expression raises anything, and costs its own answer alone
             reply["error"] = type(error).__name__
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
         print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

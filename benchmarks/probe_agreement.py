@@ -89,9 +89,7 @@ def spearman(one, two):
     )
 
 
-def compare(outcomes, probes, prompts):
-    from tipdistill.bench.measure import environment
-
+def compare(outcomes, probes):
     accuracy = {
         cell: mean(
             row["accuracy"] for rows in outcomes.values() for row in rows if (row["rule"], row["retention"]) == cell
@@ -111,10 +109,6 @@ def compare(outcomes, probes, prompts):
         }
     sparse = [cell for cell in CELLS if cell[0] not in ("all", "random")]
     return {
-        "benchmark": "probe-agreement",
-        "task": "four-digit addition with planted errors: a mechanism, no replication",
-        **environment("cpu", 1),
-        "settings": {"training_seeds": sorted(outcomes), "probes": len(probes), "prompts": prompts},
         "spearman_with_trained_accuracy": correlation,
         "spearman_of_descent_without_controls": spearman(
             [mean(by_cell[cell]["descent"] for by_cell in rows) for cell in sparse], [accuracy[cell] for cell in sparse]
@@ -141,15 +135,25 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--directory", type=Path, default=Path("runs/probe-agreement"), help="of the demo's models")
-    parser.add_argument("--prompts", type=int, default=64, help="of a probe, one rollout each")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256], help="of a probe, one rollout each")
     options = parser.parse_args()
     if options.what == "train":
         train(options.seeds, options.workers, options.directory)
         return
-    from tipdistill.bench.measure import write
+    from tipdistill.bench.measure import environment, write
 
-    probes = ask(options.seeds, options.directory, options.prompts)
-    write(RESULT, compare(json.loads(OUTCOMES.read_text()), probes, options.prompts))
+    outcomes = json.loads(OUTCOMES.read_text())
+    result = {
+        "benchmark": "probe-agreement",
+        "task": "four-digit addition with planted errors: a mechanism, no replication",
+        **environment("cpu", 1),
+        "settings": {"training_seeds": sorted(outcomes), "probe_seeds": options.seeds},
+        "prompts": {
+            str(prompts): compare(outcomes, ask(options.seeds, options.directory, prompts))
+            for prompts in options.prompts
+        },
+    }
+    write(RESULT, result)
     print(f"written: {RESULT}")
 
 

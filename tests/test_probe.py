@@ -266,14 +266,14 @@ def test_all_tokens_where_no_rule_keeps_the_signal():
     assert module._recommend(rows, [])["rule"] == "all"
 
 
-def advice(rows, rollouts, uncertain_share=0.3, prompts=80, largest=2.0):
+def advice(rows, rollouts, uncertain_share=0.3, prompts=80, heaviest=0.1, largest=2.0):
     count = 100
     quadrant = torch.full((count,), 4, dtype=torch.int8)
     quadrant[: int(uncertain_share * count)] = 2
     quadrant[-3:] = 3
     delta = torch.zeros(count, dtype=torch.float64)
     delta[-3:] = torch.tensor([1.0, 1.0, largest])
-    found = module._warnings(rows, TokenScores(reverse_kl=delta), quadrant, rollouts, prompts, Settings())
+    found = module._warnings(rows, TokenScores(reverse_kl=delta), quadrant, rollouts, prompts, heaviest, Settings())
     return [text for _, text in found]
 
 
@@ -302,10 +302,11 @@ def test_a_rule_that_turns_away_is_warned_of_at_small_budgets(finished):
     [
         ([ALL, row_of("q3", 0.2, 1, 0.9, over_random_interval=[-0.1, 0.3])], {}, "not told apart from random"),
         ([ALL], {"largest": 500.0}, "dwarfs the others"),
+        ([ALL], {"heaviest": 0.6}, "one prompt makes up 60% of the squared gradient norms"),
         ([ALL], {"prompts": 9}, "9 prompts are few"),
         ([{**ALL, "descent_interval": [-0.1, 1.0]}], {}, "does not reliably lower the held-out loss"),
     ],
-    ids=["random", "outlier", "few", "noise"],
+    ids=["random", "outlier", "heavy", "few", "noise"],
 )
 def test_further_warnings(finished, rows, options, text):
     (found,) = advice(rows, finished, **options)

@@ -163,11 +163,13 @@ def probe(
     quadrant = torch.cat([quadrants(one, settings.entropy_threshold, settings.divergence_threshold) for one in batches])
     prompts = [*halves[1], *halves[0]]  # in the order in which they were held out
     tokens = torch.tensor([float(lengths[places].sum()) for places in prompts], dtype=torch.float64)
-    descent = _bootstrap(torch.cat(slopes), tokens, settings)
+    slope = torch.cat(slopes)
+    descent = _bootstrap(slope[:, :-1], tokens, settings)
+    heaviest = float(slope[:, -1].square().max() / slope[:, -1].square().sum())
 
     found = _rows(kept, quadrant, batch, torch.stack(cosines).mean(0), descent)
     shares = quadrant_shares(quadrant)
-    warnings = _warnings(found, batch, quadrant, rollouts, len(prompts), settings)
+    warnings = _warnings(found, batch, quadrant, rollouts, len(prompts), heaviest, settings)
     return {
         "schema_version": SCHEMA_VERSION,
         "recommendation": _recommend(found, warnings),
@@ -293,7 +295,7 @@ def _compare(
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """Cosine of each choice's gradient with that of all tokens, [K]; slopes of the held-out prompts along each, and
-    along that of all tokens in the last column, [prompts, K + 1]."""
+    along that of all tokens in the last column but one, and the norms of their own gradients, [prompts, K + 2]."""
     everything = torch.ones(1, sum(len(rollout.completion_ids) for rollout in training))
     whole = _gradients(*pair, training, everything, parameters, settings)
     cosine, slopes = [], []
@@ -303,7 +305,7 @@ def _compare(
         unit = gradients / gradients.norm(dim=1, keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
         cosine.append((unit[:-1] @ unit[-1]).double().cpu())
         slopes.append(_slopes(*pair, rollouts, held_out, unit, parameters, settings))
-    return torch.cat(cosine), torch.cat([*(piece[:, :-1] for piece in slopes), slopes[0][:, -1:]], dim=1)
+    return torch.cat(cosine), torch.cat([*(piece[:, :-2] for piece in slopes), slopes[0][:, -2:]], dim=1)
 
 
 def _gradients(
@@ -353,7 +355,8 @@ def _slopes(
     parameters: Sequence[nn.Parameter],
     settings: Settings,
 ) -> Tensor:
-    """⟨∇ of the summed divergence of each held-out prompt, each unit gradient⟩, float64 [prompts, K]."""
+    """⟨∇ of the summed divergence of each held-out prompt, each unit gradient⟩, float64 [prompts, K + 1]; the last
+    column is the norm of that ∇ itself."""
     rows = []
     for places in prompts:
         of_prompt = unit.new_zeros(unit.shape[1])
@@ -362,7 +365,7 @@ def _slopes(
             student_head, teacher_head = _heads(model, teacher, [chosen[place] for place in batch])
             loss = fused_divergence_loss(student_head, teacher_head, temperature=settings.temperature, denominator=1.0)
             of_prompt += _flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
-        rows.append((unit @ of_prompt).double().cpu())
+        rows.append(torch.cat([unit @ of_prompt, of_prompt.norm()[None]]).double().cpu())
     return torch.stack(rows)
 
 
@@ -445,13 +448,19 @@ def _rows(
                 "descent": float(here[0]),
                 "descent_interval": _interval(here[1:]),
                 "descent_share": float(share[0]) if whole[0] > 0 else None,
-                "descent_share_interval": _interval(share[1:]) if bool((whole > 0).all()) else None,
+                "descent_share_interval": _share_interval(here[1:], whole[1:]),
                 "over_random": None if over is None else float(over[0]),
                 "over_random_interval": None if over is None else _interval(over[1:]),
                 "jaccard": others,
             }
         )
     return rows
+
+
+def _share_interval(here: Tensor, whole: Tensor) -> list[float] | None:
+    """None where the descent of all tokens may well be 0 or less, so that nothing can be a share of it."""
+    positive = whole > 0
+    return _interval(here[positive] / whole[positive]) if float(positive.double().mean()) > 0.99 else None
 
 
 def _interval(values: Tensor) -> list[float]:
@@ -476,6 +485,7 @@ def _warnings(
     quadrant: Tensor,
     rollouts: Sequence[Rollout],
     prompts: int,
+    heaviest: float,
     settings: Settings,
 ) -> list[tuple[tuple[str, float] | None, str]]:
     """(the rule and retention that it speaks against, or None) and what to know."""
@@ -523,6 +533,14 @@ def _warnings(
                 None,
                 "the gradient of all tokens does not reliably lower the held-out loss: these rollouts are too few or "
                 "too unlike to tell rules apart. Probe with more prompts.",
+            )
+        )
+    if heaviest > 0.5:
+        found.append(
+            (
+                None,
+                f"one prompt makes up {heaviest:.0%} of the squared gradient norms: whatever keeps or drops its tokens "
+                "decides the figures, and training would clip it. Probe with more prompts.",
             )
         )
     if prompts < _FEW_PROMPTS:

@@ -3,6 +3,8 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tipdistill.bench import measure
+
 
 def matmul_flops(function):
     """Floating-point operations of all matmuls (2 per multiply-add)."""
@@ -18,11 +20,4 @@ def matmul_flops(function):
 
 def peak_bytes(function):
     """The most memory that tensors allocated by `function` held at once, in bytes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return measure.peak_bytes(function, "cpu")

@@ -13,6 +13,7 @@ bench: $(VENV)/.installed
 	$(BIN)/tipdistill bench head
 	$(BIN)/tipdistill bench head --preset scaling
 	$(BIN)/tipdistill bench select
+	$(BIN)/tipdistill bench records
 	$(BIN)/tipdistill bench step
 	$(BIN)/python benchmarks/plot_engine.py
 	$(BIN)/tipdistill bench table

@@ -10,3 +10,6 @@ def test_writing_is_fast_enough_for_two_million_tokens():
     found = result["sizes"]["128000"]
     assert found["tokens_read_back"] == 128_000
     assert found["seconds"]["total"] < MOST_SECONDS * 128_000
+    # 128 rollouts of a thousand tokens, where 100 must stay under 10 MB and 2 GiB
+    assert found["report"]["page_bytes"] < 10e6
+    assert found["report"]["peak_memory_gib"] < 2

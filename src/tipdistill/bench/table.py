@@ -176,6 +176,23 @@ def _step(result: dict[str, Any]) -> str:
     return _rows([*header, "optimizer", "peak memory (MiB)"], rows)
 
 
+def _records(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{int(size):,}",
+            f"{entry['seconds']['total']:.1f}",
+            f"{entry['bytes_per_token']:.0f}",
+            f"{entry['report']['seconds']:.1f}",
+            f"{entry['report']['processor_seconds']:.1f}",
+            f"{entry['report']['peak_memory_gib']:.2f}",
+            f"{entry['report']['page_bytes'] / 1e6:.1f}",
+        ]
+        for size, entry in result["sizes"].items()
+    ]
+    header = ["tokens", "written in (s)", "bytes per token", "report (s)", "its processor time (s)", "its memory (GiB)"]
+    return _rows([*header, "the page (MB)"], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "head-cpu": _head,
     "head-qwen3-4k": _head,
@@ -183,6 +200,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "head-qwen3-16k": _head,
     "head-qwen3-32k": _head,
     "head-scaling": _scaling,
+    "records-cpu": _records,
     "select-cpu": _select,
     "select-cuda": _select,
     "step-tiny": _step,

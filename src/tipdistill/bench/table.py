@@ -193,6 +193,34 @@ def _records(result: dict[str, Any]) -> str:
     return _rows([*header, "the page (MB)"], rows)
 
 
+_OF_PROBE = {
+    "descent": "descent",
+    "cosine": "cosine",
+    "divergence_share": "share of the divergence",
+    "q3_share": "share of Q3",
+    "kept": "tokens kept",
+}
+
+
+def _agreement(result: dict[str, Any]) -> str:
+    by_prompts = {count: found["spearman_with_trained_accuracy"] for count, found in result["prompts"].items()}
+    rows = [
+        [
+            label,
+            *(
+                cell
+                for found in by_prompts.values()
+                for cell in (
+                    f"{found[name]['of_the_mean_over_probes']:.2f}",
+                    " ".join(f"{value:.2f}" for value in found[name]["per_probe"]),
+                )
+            ),
+        ]
+        for name, label in _OF_PROBE.items()
+    ]
+    return _rows(["figure of the probe", *(cell for count in by_prompts for cell in (f"{count} prompts", "each"))], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "head-cpu": _head,
     "head-qwen3-4k": _head,
@@ -200,6 +228,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "head-qwen3-16k": _head,
     "head-qwen3-32k": _head,
     "head-scaling": _scaling,
+    "probe-agreement": _agreement,
     "records-cpu": _records,
     "select-cpu": _select,
     "select-cuda": _select,

@@ -15,7 +15,7 @@ from ..bench.select import run_select
 from ..bench.step import PRESETS as STEPS
 from ..bench.step import run_step
 
-DOCUMENTS = ("README.md", "docs/engine.md", "docs/report.md")
+DOCUMENTS = ("README.md", "docs/engine.md", "docs/probe.md", "docs/report.md")
 
 
 def main(argv: list[str]) -> int:

@@ -218,7 +218,8 @@ def _agreement(result: dict[str, Any]) -> str:
         ]
         for name, label in _OF_PROBE.items()
     ]
-    return _rows(["figure of the probe", *(cell for count in by_prompts for cell in (f"{count} prompts", "each"))], rows)
+    header = [cell for count in by_prompts for cell in (f"{count} prompts", "each")]
+    return _rows(["figure of the probe", *header], rows)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

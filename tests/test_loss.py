@@ -10,7 +10,7 @@ from measure import matmul_flops, peak_bytes
 
 import tipdistill as tip
 from tipdistill import Head, Selection, TokenScores
-from tipdistill.divergence import NonFiniteLogitsError
+from tipdistill.divergence import NonFiniteLogitsError, chunked
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -97,6 +97,11 @@ def oracle(student, teacher, weight, denominator=None, **options):
     return loss.detach(), [None if tensor is None else tensor.grad for tensor in tensors]
 
 
+def oracle_loss(student, teacher, weight, **options):
+    scores = tip.token_scores(student, teacher, impl="reference", fields=["divergence"], **options)
+    return (scores.divergence * weight).sum() / weight.sum()
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("size", [(1, 37), (3, 2), (257, 37), (300, 2111)], ids=str)
 @pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 3.0, "logit_scale": 1.3}], ids=["plain", "softcap"])
@@ -111,6 +116,48 @@ def test_fused_is_the_reference_in_float64(size, divergence, head):
         assert (value is None) == (truth is None)
         if value is not None:
             torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-13)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several tiles and blocks of rows, the first of which is held in the weight gradient's memory."""
+    monkeypatch.setattr(chunked, "CPU_TILE", (512, 2**12))
+    monkeypatch.setattr(chunked, "CPU_WORKSPACE", 2**17)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+@pytest.mark.parametrize("width", [24, 23, 2, 1])
+@pytest.mark.parametrize("rows", [1, 11, 12, 13, 14, 37])
+def test_blocks_held_where_the_weight_gradient_will_be(rows, width, trained):
+    student, teacher = make_pair(rows, 1021, bias=True, logit_scale=1.3, teacher_vocabulary=1000)
+    student = replace(student, hidden=student.hidden[:, :width], weight=student.weight[:, :width])
+    student.bias[5] = teacher.bias[5] = -math.inf
+    weight = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    found = []
+    for loss in (tip.fused_divergence_loss, oracle_loss):
+        tensors, head = leaves(student)
+        for tensor, need in zip(tensors, trained, strict=True):
+            tensor.requires_grad_(need)
+        value = loss(head, teacher, weight, temperature=0.7)
+        value.backward()
+        found.append([value.detach(), *(tensor.grad for tensor in tensors)])
+    for value, truth in zip(*found, strict=True):
+        assert (value is None) == (truth is None)
+        if value is not None:
+            torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-13)
+
+
+def test_the_first_block_takes_no_memory_of_its_own(monkeypatch):
+    monkeypatch.setattr(chunked, "CPU_TILE", (512, 2**14))
+    student, teacher = make_pair(12, 50_000, torch.float32)
+    held = 2 * 12 * 50_000 * 4
+    for head, least, most in (
+        (leaves(student)[1], student.weight.nbytes, student.weight.nbytes + held // 4),
+        (replace(student, hidden=student.hidden.clone().requires_grad_()), held, held + held // 4),
+    ):
+        peak = peak_bytes(lambda head=head: tip.fused_divergence_loss(head, teacher).backward())
+        assert least <= peak <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -40,6 +40,7 @@ class TIPConfig(DistillationConfig):
         eval_tasks: comma-separated tasks that are measured before the first step, every `eval_steps` steps and after
             the last, see `tipdistill.tasks`; None: none.
         eval_num_samples: completions per problem of these tasks.
+        eval_tasks_on_start: measure them before the first step too.
 
     Raises:
         ValueError: a field is out of range, or a name is unknown (the nearest names are given).
@@ -90,6 +91,7 @@ class TIPConfig(DistillationConfig):
         metadata={"help": "Comma-separated tasks to measure every eval_steps steps, such as math500,aime24."},
     )
     eval_num_samples: int = field(default=1, metadata={"help": "Completions per problem of eval_tasks."})
+    eval_tasks_on_start: bool = field(default=True, metadata={"help": "Measure eval_tasks before the first step too."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,8 +94,26 @@ def peak_memory_gib() -> float:
     """Peak memory in GiB: allocated on the CUDA device, or the process's resident set where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, KiB on Linux
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    except (OSError, IndexError, ValueError):
+        pass  # no Linux
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_gib` count from here, where the system allows it: on CUDA and on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    # what was freed but not yet returned to the system would count as the next run's
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
 
 
 class TrainingMonitor(TrainerCallback, ExportableState):

@@ -171,7 +171,7 @@ class TIPTrainer(DistillationTrainer):
         self._choice: Choice | None = None
         self.add_callback(_StepEnd(self._seconds, self._log_step))
         if tasks:
-            self.add_callback(TaskEvaluation(lambda: self._evaluate_tasks(tasks)))
+            self.add_callback(TaskEvaluation(lambda: self._evaluate_tasks(tasks), args.eval_tasks_on_start))
 
     def _share_vocabulary(self, teacher: PreTrainedModel) -> None:
         models = (self._plain_student(), teacher)

@@ -158,6 +158,13 @@ OURS = {
         [3, 3],
         {"eval_steps": 2, "eval_tasks": f"{TASK}:six"},
     ),
+    "eval_tasks_on_start": Case(
+        False,
+        lambda run: sorted(path.name for path in run.root.glob("run/eval/step-*")),
+        ["step-0", "step-2"],
+        ["step-2"],
+        {"eval_steps": 2, "eval_tasks": f"{TASK}:six"},
+    ),
     "prompt_column": Case("problem", lambda run: "Second column" in min(run.prompts()), False, True),
     "prompt_template": Case(
         "Q: {prompt} {}", lambda run: all(p.startswith("Q: ") and p.endswith(" {}") for p in run.prompts()), False, True

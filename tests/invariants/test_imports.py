@@ -19,6 +19,7 @@ ORDER = [
     {"trainer"},
     {"probe", "estimate"},
     {"bench"},
+    {"sweep"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -14,6 +14,7 @@ COMMANDS = {
     "probe": (".probe", "say which rule and which retention suit a pair, before anything is trained"),
     "score": (".score", "roll a student out, score its tokens beside a teacher, write token records"),
     "train": (".train", "distil a student from a recipe: --config F.yaml [--field value]"),
+    "sweep": (".sweep", "run rule × retention × rate × seed of a grid, and compare with intervals"),
     "bench": (".bench", "measure the engine beside its peers: head, step or select; `bench table` writes the tables"),
     "eval": (".eval", "mean@k, pass@k and maj@k of a model on tasks, answers checked"),
     "report": (".report", "one page of a run or of token records: the TIP map, every token, what each rule keeps"),

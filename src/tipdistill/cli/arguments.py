@@ -162,7 +162,7 @@ def _with_config(argv: list[str]) -> tuple[_Parser, list[str], dict[str, str]]:
     source, flags = _take_config(argv)
     if source is None:
         return parser, flags, {}
-    path = _config_path(source)
+    path = config_path(source)
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -191,7 +191,12 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return (sources[0] if sources else None), flags
 
 
-def _config_path(source: str) -> Path:
+def config_path(source: str) -> Path:
+    """The file that `--config` names: a path, or a packaged recipe's name.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none of that name; the nearest are given.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         return path

@@ -10,12 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -25,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from .workers import cores, process_pool
 
 PLANTED = (
     "The student's errors were planted in the data it was taught from (dropped carries, wrong digit sums), so this "
@@ -114,13 +113,13 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed must be in [0, 2³²), got {options.seed}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = options.workers if options.workers is not None else min(6, cores, max(2, cores // 2))
+    available = cores()
+    workers = options.workers if options.workers is not None else min(6, available, max(2, available // 2))
     if workers < 1:
         parser.error(f"--workers must be at least 1, got {workers}")
     settings = replace(QUICK if options.quick else FULL, seed=options.seed)
     output_dir = options.output_dir or Path("runs/demo-quick" if options.quick else "runs/demo")
-    run(settings, output_dir, workers, threads=max(1, cores // workers))
+    run(settings, output_dir, workers, threads=max(1, available // workers))
     return 0
 
 
@@ -201,8 +200,7 @@ def _columns(row: dict[str, Any]) -> list[str]:
 @contextmanager
 def _pool(workers: int, threads: int, log: Path) -> Iterator[ProcessPoolExecutor]:
     """Processes that end with this one, and whose death is one clear error."""
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads, log)) as pool:
+    with process_pool(workers, threads, log) as pool:
         try:
             yield pool
         except BrokenProcessPool as error:
@@ -213,30 +211,6 @@ def _pool(workers: int, threads: int, log: Path) -> Iterator[ProcessPoolExecutor
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _begin(threads: int, log: Path) -> None:
-    """Set a worker up: quiet, on its share of the cores, and gone when its parent is."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, instead of failing one part and starting the next
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with log.open("a") as said:  # warnings and progress bars would tear the live table
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only workers wait for their parent"
-    parent.join()
-    os._exit(1)
 
 
 def _trainings(settings: Settings) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def run(
     figures: dict[str, Any] = {}
     try:
         for task in tasks:
-            path = root / "samples" / f"{_file_name(task.name)}.jsonl"
+            path = samples_path(root, task.name)
             rows = read_samples(path, len(task.problems))
             missing = [
                 (problem, sample)
@@ -106,6 +106,17 @@ def run(
     metrics = {"tasks": figures, "num_samples": num_samples, "settings": asked, "versions": _versions()}
     _write(root / "metrics.json", json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n")
     return metrics
+
+
+def samples_path(root: Path, task: str) -> Path:
+    """Where an evaluation in `root` keeps the samples of a task.
+
+    Example:
+        >>> samples_path(Path("runs/eval"), "math500[:50]").as_posix()
+        'runs/eval/samples/math500__50_.jsonl'
+    """
+    name = "".join(character if character.isalnum() or character in "-_." else "_" for character in task)
+    return root / "samples" / f"{name}.jsonl"
 
 
 def read_samples(path: Path, problems: int) -> dict[tuple[int, int], dict[str, Any]]:
@@ -297,10 +308,6 @@ def _grade(
 
 def _seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
-
-
-def _file_name(task: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_." else "_" for character in task)
 
 
 def _versions() -> dict[str, str]:

@@ -24,10 +24,12 @@ class TaskEvaluation(TrainerCallback):
 
     Args:
         evaluate: what to call.
+        on_start: call it before the first step.
     """
 
-    def __init__(self, evaluate: Callable[[], None]) -> None:
+    def __init__(self, evaluate: Callable[[], None], on_start: bool = True) -> None:
         self.evaluate = evaluate
+        self.on_start = on_start
         self.step: int | None = None
 
     def _at(self, step: int, control: Any) -> None:
@@ -38,7 +40,7 @@ class TaskEvaluation(TrainerCallback):
             control.should_log = should_log  # logging what was measured must not cost the step its own entry
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
+        if state.global_step == 0 and self.on_start:
             self._at(0, control)
 
     def on_step_end(self, args, state, control, **kwargs):

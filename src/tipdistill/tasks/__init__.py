@@ -5,11 +5,13 @@
 
 A task is named by its key in `TASKS`; by a file, `mine.jsonl`, or `math500=copy.jsonl` for a local copy of a known one;
 or by the dotted path of a `Task`, of a mapping as above, or of a function without arguments that returns either.
+A slice takes some of its problems: `math500[:100]`, `math500[100:]`.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import import_module
@@ -24,6 +26,7 @@ __all__ = ["TASKS", "load_task"]
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _OF_TASK = {field.name for field in fields(Task)} - {"name", "problems"}
+_SLICE = re.compile(r"(.+)\[(\d*):(\d*)\]")
 _OF_SOURCE = {"dataset", "config", "split", "problem", "answer", "reference", "problems"}
 
 
@@ -66,7 +69,8 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
 
     Args:
         name: a key of `TASKS`; a JSONL, JSON or Parquet file with a column "problem" (or "question", "prompt") and a
-            column "answer"; "key=file", the task `key` with the problems of a file; or the dotted path of a task.
+            column "answer"; "key=file", the task `key` with the problems of a file; or the dotted path of a task. Any of
+            them with a slice, "name[first:end]", has these of its problems, counted from 0.
         limit: take the first so many problems; None: all.
         changes: fields of `Task` that replace the task's own; None leaves them.
 
@@ -79,6 +83,14 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
         >>> task.check("...>12345$", "12345"), len(task.problems)
         (True, 2)
     """
+    sliced = _SLICE.fullmatch(name)
+    if sliced:
+        first, end = (int(number) if number else None for number in sliced.groups()[1:])
+        task = load_task(sliced[1])
+        kept = task.problems[first:end]
+        if not kept:
+            raise ValueError(f"{name} takes none of the {len(task.problems)} problems of {sliced[1]!r}.")
+        return _changed(replace(task, name=name, problems=kept), limit, changes)
     key, equals, path = name.partition("=")
     if equals:
         task = _from_mapping(key, {**_mapping(key, TASKS.get(key, {})), "dataset": path, "split": "train"}, local=True)
@@ -88,6 +100,10 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
         task = _from_mapping(Path(key).stem, {"dataset": key, "split": "train"}, local=True)
     else:
         task = _from_object(key, _imported(key))
+    return _changed(task, limit, changes)
+
+
+def _changed(task: Task, limit: int | None, changes: dict[str, Any]) -> Task:
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit is a number of problems, at least 1, got {limit}.")

@@ -1,0 +1,314 @@
+"""From the cells' figures to the table: means, intervals, paired differences."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from .bootstrap import DRAWS, Bootstrap, interval
+from .grid import Grid, Row
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def chosen_rate(grid: Grid, row: Row, results: Results) -> tuple[float | None, dict[float, float]]:
+    """The learning rate with the best mean over the validation seeds; of equal ones the smallest.
+
+    A rate that failed with a seed (a run that diverged) is not chosen.
+
+    Args:
+        grid: says which rates, task and seeds.
+        row: of the grid.
+        results: key of a cell → its figures, as far as there are any.
+
+    Returns:
+        The rate, None where none has all its seeds; and the mean of each rate that has.
+    """
+    if len(grid.learning_rates) == 1:
+        return grid.learning_rates[0], {}
+    assert grid.validation_task is not None
+    means = {}
+    for rate in grid.learning_rates:
+        cells = [cell for cell in grid.first_cells(row) if cell.learning_rate == rate]
+        if all(cell.key in results for cell in cells):
+            means[rate] = fmean(_accuracy(results[cell.key]["tasks"][grid.validation_task]) for cell in cells)
+    if not means:
+        return None, {}
+    return min(means, key=lambda rate: (-means[rate], rate)), means
+
+
+def summarise(grid: Grid, results: Results, failed: Mapping[str, str]) -> dict[str, Any]:
+    """What sweep.json holds beside the machine: one entry per row, with every count that a figure rests on.
+
+    Args:
+        grid: what was asked for.
+        results: key of a cell → its figures.
+        failed: key of a cell → why it has none.
+    """
+    found = []
+    for row in grid.rows:
+        rate, validation = chosen_rate(grid, row, results)
+        cells = [] if rate is None else grid.last_cells(row, rate)
+        found.append((row, rate, validation, [(cell, results[cell.key]) for cell in cells if cell.key in results]))
+    tables = {
+        task: {
+            row.key: {cell.seed: result["tasks"][task] for cell, result in runs} for row, _, _, runs in found if runs
+        }
+        for task in grid.test
+    }
+    before = {
+        task: {
+            cell.seed: result["before"][task]
+            for row, _, _, runs in found
+            if row == grid.reference()
+            for cell, result in runs
+        }
+        for task in grid.test
+    }
+    rows = []
+    for row, rate, validation, runs in found:
+        ran = [result for _, result in runs]
+        rows.append(
+            {
+                "name": row.name,
+                "rule": row.rule,
+                "retention": row.retention,
+                "overrides": dict(row.overrides),
+                "learning_rate": rate,
+                "validation": {f"{candidate:g}": mean for candidate, mean in validation.items()},
+                "seeds": [cell.seed for cell, _ in runs],
+                "trained_tokens": fmean(result["trained_tokens"] for result in ran) if ran else None,
+                "seconds": fmean(result["seconds"] for result in ran) if ran else None,
+                "peak_memory_gib": max(result["peak_memory_gib"] for result in ran) if ran else None,
+                "tasks": {task: _of_task(grid, row, tables[task], before[task]) for task in grid.test if ran},
+            }
+        )
+    return {
+        "num_samples": grid.num_samples,
+        "test": list(grid.test),
+        "seeds": list(grid.seeds),
+        "validation": {"task": grid.validation_task, "seeds": list(grid.validation_seeds)},
+        "learning_rates": list(grid.learning_rates),
+        "interval": f"95 %, paired bootstrap over seeds and problems, {DRAWS:,} draws",
+        "before": {task: _figure(seeds) for task, seeds in before.items() if seeds},
+        "rows": rows,
+        "failed": dict(failed),
+    }
+
+
+def compared(first: Mapping[int, Sequence[int]], second: Mapping[int, Sequence[int]], samples: int) -> dict[str, Any]:
+    """The paired difference of two rows over the seeds that both have.
+
+    Args:
+        first, second: seed → how many of its samples were correct at each problem.
+        samples: k of each problem.
+
+    Returns:
+        {"mean", "interval", "seeds"} of first − second.
+
+    Raises:
+        ValueError: no seed in common.
+
+    Example:
+        >>> compared({0: [2, 1]}, {0: [1, 0]}, samples=2)
+        {'mean': 0.5, 'interval': [0.5, 0.5], 'seeds': 1}
+    """
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        raise ValueError("rows without a seed in common cannot be compared.")
+    difference = _table(first, seeds, samples) - _table(second, seeds, samples)
+    return _mean_and_interval(difference)
+
+
+def gain_share(
+    row: Mapping[int, Sequence[int]],
+    whole: Mapping[int, Sequence[int]],
+    before: Mapping[int, Sequence[int]],
+    samples: int,
+) -> dict[str, Any] | None:
+    """(row − before) / (all tokens − before): how much of what all tokens gain a row gains.
+
+    Args:
+        row, whole, before: correct samples by seed and problem, see `compared`.
+        samples: k of each problem.
+
+    Returns:
+        {"mean", "interval", "seeds"}; None where all tokens do not gain for certain, since a share of nothing is none.
+    """
+    seeds = sorted(set(row) & set(whole) & set(before))
+    if not seeds:
+        return None
+    tables = [_table(one, seeds, samples) for one in (row, whole, before)]
+    bootstrap = _bootstrap(len(seeds), tables[0].shape[1])
+    own, gain = (bootstrap.of(table - tables[2]) for table in tables[:2])
+    if interval(gain)[0] <= 0:
+        return None
+    mean = (tables[0].mean() - tables[2].mean()) / (tables[1].mean() - tables[2].mean())
+    # a draw in which nothing is gained has no share
+    return {"mean": float(mean), "interval": [*interval((own / gain)[gain > 0])], "seeds": len(seeds)}
+
+
+def _of_task(grid: Grid, row: Row, table: dict[str, Any], before: dict[int, Any]) -> dict[str, Any]:
+    own = table[row.key]
+    counts = {key: {seed: found["correct"] for seed, found in seeds.items()} for key, seeds in table.items()}
+    started = {seed: found["correct"] for seed, found in before.items()}
+    figure = _figure(own)
+    whole = next((one for one in grid.rows if one.rule == "all"), None)
+    control = next((one for one in grid.rows if one.rule == "random" and one.retention == row.retention), None)
+    for name, other in (("to_all", whole), ("to_random", control)):
+        shared = other is not None and other != row and other.key in counts and set(counts[other.key]) & set(own)
+        figure[name] = compared(counts[row.key], counts[other.key], grid.num_samples) if shared and other else None
+    figure["gain_share"] = None
+    if whole is not None and whole.key in counts and whole != row:
+        figure["gain_share"] = gain_share(counts[row.key], counts[whole.key], started, grid.num_samples)
+    return figure
+
+
+def _figure(seeds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    samples = next(iter(seeds.values()))["num_samples"]
+    counts = {seed: found["correct"] for seed, found in seeds.items()}
+    means = [_accuracy(found) for found in seeds.values()]
+    return {
+        **_mean_and_interval(_table(counts, sorted(counts), samples)),
+        "by_seed": {str(seed): mean for seed, mean in zip(seeds, means, strict=True)},
+        "mean_tokens": fmean(found["mean_tokens"] for found in seeds.values()),
+        "truncated": fmean(found["truncated"] for found in seeds.values()),
+        # as text: a list would take a line for each of thousands
+        "correct": {str(seed): " ".join(map(str, row)) for seed, row in counts.items()},
+    }
+
+
+def counts_of(figure: Mapping[str, Any]) -> dict[int, list[int]]:
+    """What `compared` takes, from a row's task (or "before") in sweep.json.
+
+    Example:
+        >>> counts_of({"correct": {"3": "0 2 1"}})
+        {3: [0, 2, 1]}
+    """
+    return {int(seed): [int(count) for count in text.split()] for seed, text in figure["correct"].items()}
+
+
+def _table(counts: Mapping[int, Sequence[int]], seeds: Sequence[int], samples: int) -> np.ndarray:
+    return np.array([counts[seed] for seed in seeds], dtype=float) / samples
+
+
+_BOOTSTRAPS: dict[tuple[int, int], Bootstrap] = {}
+
+
+def _bootstrap(seeds: int, problems: int) -> Bootstrap:
+    if (seeds, problems) not in _BOOTSTRAPS:
+        _BOOTSTRAPS[seeds, problems] = Bootstrap(seeds, problems)
+    return _BOOTSTRAPS[seeds, problems]
+
+
+def _mean_and_interval(table: np.ndarray) -> dict[str, Any]:
+    return {
+        "mean": float(table.mean()),
+        "interval": [*interval(_bootstrap(*table.shape).of(table))],
+        "seeds": len(table),
+    }
+
+
+def _accuracy(found: Mapping[str, Any]) -> float:
+    return fmean(found["correct"]) / found["num_samples"]
+
+
+# As text.
+
+_HEADINGS = (
+    *("rule", "retention", "accuracy", "− all tokens", "− random", "share of the gain"),
+    *("tokens trained on", "time", "peak memory", "rate"),
+)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The tables of a result, one per test task.
+
+    Args:
+        result: as `summarise` returns it.
+    """
+    parts = []
+    for task in result["test"]:
+        headings = [f"{text} (mean@{result['num_samples']})" if text == "accuracy" else text for text in _HEADINGS]
+        lines = [headings, ["---"] * len(headings)]
+        started = result["before"].get(task)
+        if started is not None:
+            lines.append(["before distillation", "", _with_interval(started), *[""] * (len(headings) - 3)])
+        lines += [_line(row, task) for row in result["rows"]]
+        parts.append(f"**{task}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    notes = [
+        f"In brackets: {result['interval']} ({len(result['seeds'])} seeds: {', '.join(map(str, result['seeds']))}). "
+        "Differences are paired; the share of the gain is (row − before) / (all tokens − before)."
+    ]
+    if len(result["learning_rates"]) > 1:
+        validation = result["validation"]
+        notes.append(
+            f"Each row's rate was chosen of {', '.join(f'{rate:g}' for rate in result['learning_rates'])} on "
+            f"{validation['task']}, seeds {', '.join(map(str, validation['seeds']))}."
+        )
+    notes += [f"Failed: {key}: {why}" for key, why in result["failed"].items()]
+    return "\n\n".join([*parts, *notes]) + "\n"
+
+
+def _line(row: Mapping[str, Any], task: str) -> list[str]:
+    figure = row["tasks"].get(task)
+    start = [row["name"], f"{100 * row['retention']:g} %"]
+    if figure is None:
+        return [*start, "failed", *[""] * (len(_HEADINGS) - 3)]
+    accuracy = _with_interval(figure)
+    if figure["seeds"] < len(row["seeds"]):
+        accuracy += f", {figure['seeds']} seeds"
+    return [
+        *start,
+        accuracy,
+        _with_interval(figure["to_all"], signed=True),
+        _with_interval(figure["to_random"], signed=True),
+        _with_interval(figure["gain_share"], percent=True),
+        f"{row['trained_tokens']:,.0f}",
+        f"{row['seconds']:.3g} s",
+        f"{row['peak_memory_gib']:.2f} GiB",
+        f"{row['learning_rate']:g}",
+    ]
+
+
+def _with_interval(found: Mapping[str, Any] | None, signed: bool = False, percent: bool = False) -> str:
+    if found is None:
+        return ""
+
+    def text(value: float) -> str:
+        if percent:
+            return f"{100 * value:.0f} %"
+        return (f"{value:+.3f}" if signed else f"{value:.3f}").replace("-", "−")
+
+    return f"{text(found['mean'])} [{text(found['interval'][0])}, {text(found['interval'][1])}]"
+
+
+def csv_text(result: Mapping[str, Any]) -> str:
+    """The result as CSV, one line per row and test task, intervals as two columns.
+
+    Args:
+        result: as `summarise` returns it.
+    """
+    names = ["task", "name", "rule", "retention", "learning_rate", "seeds"]
+    compared_as = ["to_all", "to_random", "gain_share"]
+    for name in ("accuracy", *compared_as):
+        names += [name, f"{name}_low", f"{name}_high"]
+    names += ["trained_tokens", "seconds", "peak_memory_gib", "mean_tokens", "truncated"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    for task in result["test"]:
+        for row in result["rows"]:
+            figure = row["tasks"].get(task)
+            line = [task, row["name"], row["rule"], row["retention"], row["learning_rate"], len(row["seeds"])]
+            for found in [figure, *(figure[name] if figure else None for name in compared_as)]:
+                line += ["", "", ""] if found is None else [found["mean"], *found["interval"]]
+            line += [row["trained_tokens"], row["seconds"], row["peak_memory_gib"]]
+            line += [figure["mean_tokens"], figure["truncated"]] if figure else ["", ""]
+            writer.writerow(line)
+    return out.getvalue()

@@ -115,7 +115,9 @@ class Plan:
         named = {name for row in grid.rows for name in row.overrides} | set(grid.overrides) | set(self.base)
         self.common = {
             # figures of every step are read, and a bar of each cell would fill the log
-            "logging_steps": 1, "eval_steps": NEVER, "disable_tqdm": True,
+            "logging_steps": 1,
+            "eval_steps": NEVER,
+            "disable_tqdm": True,
             **({} if "report_to" in named else {"report_to": "none"}),
         }
         self.tasks = {name: load_task(name) for name in {*grid.test, *filter(None, [grid.validation_task])}}

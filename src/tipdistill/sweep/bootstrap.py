@@ -17,10 +17,10 @@ class Bootstrap:
 
         ȳ + f · Σ_s (w_s − 1/S) ȳ_s· + Σ_p (v_p − 1/P) ȳ_·p
 
-    with w and v the shares of seeds and of problems in a sample with replacement. f = √(S / (S − 1)) · t / z widens the
-    part of the seeds, which are few: the plain bootstrap understates their variance by (S − 1) / S, and takes a normal
-    quantile z where Student's t with S − 1 degrees of freedom is due. What is particular to a seed *and* a problem is in
-    both parts, which errs on the side of caution. `tests/sweep/test_bootstrap.py` simulates the coverage.
+    with w and v the shares of seeds and of problems in a sample with replacement. f = √(S / (S − 1)) · t / z widens
+    the part of the seeds, which are few: the plain bootstrap understates their variance by (S − 1) / S, and takes a
+    normal quantile z where Student's t with S − 1 degrees of freedom is due. What is particular to a seed *and* a
+    problem is in both parts, which errs on the side of caution. `tests/sweep/test_bootstrap.py` simulates the coverage.
 
     The draws are linear in y, so that those of a difference are the difference of the draws.
 

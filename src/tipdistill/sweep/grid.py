@@ -189,8 +189,8 @@ def _grid(asked: dict[str, Any], path: Path) -> Grid:
     task, validation_seeds = _validation(validation) if validation is not None else (None, ())
     if len(rates) > 1 and task is None:
         raise ValueError(
-            f"{len(rates)} learning rates, and nothing to choose between them on: give `validation: {{task: ..., seeds: "
-            "[...]}`, with problems that are not the test's."
+            f"{len(rates)} learning rates, and nothing to choose between them on: give `validation: {{task: ..., "
+            "seeds: [...]}`, with problems that are not the test's."
         )
     _check_apart(task, test)
     samples = asked.get("num_samples", 1)
@@ -225,7 +225,7 @@ def _rows(asked: Any) -> tuple[Row, ...]:
         for key in entry:
             if key not in known:
                 raise ValueError(f"{where} has no key {key!r}.{nearest(str(key), known)}")
-        rule = entry.get("rule", name)
+        rule = str(entry.get("rule", name))
         try:
             resolve_rule(rule)
         except (ValueError, TypeError) as error:
@@ -235,7 +235,7 @@ def _rows(asked: Any) -> tuple[Row, ...]:
             if not 0 < retention <= 1:
                 raise ValueError(f"{where}: a retention is in (0, 1], got {retention!r}.")
         overrides = _overrides(f"{where}: overrides", entry.get("overrides"))
-        rows += [Row(str(name), str(rule), float(retention), overrides) for retention in retentions]
+        rows += [Row(str(name), rule, float(retention), overrides) for retention in retentions]
     keys = [row.key for row in rows]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:

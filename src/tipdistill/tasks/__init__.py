@@ -69,8 +69,8 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
 
     Args:
         name: a key of `TASKS`; a JSONL, JSON or Parquet file with a column "problem" (or "question", "prompt") and a
-            column "answer"; "key=file", the task `key` with the problems of a file; or the dotted path of a task. Any of
-            them with a slice, "name[first:end]", has these of its problems, counted from 0.
+            column "answer"; "key=file", the task `key` with the problems of a file; or the dotted path of a task. With
+            a slice, "name[first:end]", these of its problems, counted from 0.
         limit: take the first so many problems; None: all.
         changes: fields of `Task` that replace the task's own; None leaves them.
 

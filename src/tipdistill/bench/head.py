@@ -281,24 +281,34 @@ def run_scaling(rounds: int = 3, say: Callable[[str], None] = print, **sizes: An
             settings = settings_of("scaling", {**asdict(base), **SCALING_FIXED, axis: value})
             say(f"{axis} {value}")
             points.append({"axis": axis, "size": value, "variants": measure(settings, chosen, rounds, say)})
-    growths: dict[str, dict[str, Any]] = {}
-    for axis, values in axes.items():
-        along = [point["variants"] for point in points if point["axis"] == axis]
-        for variant in chosen:
-            measured = [found[variant.name] for found in along]
-            if all("seconds" in found for found in measured):
-                growths.setdefault(variant.name, {})[axis] = {
-                    "time": growth(values, [found["seconds"]["median"] for found in measured]),
-                    "memory": growth(values, [found["extra_bytes"] - found["gradient_bytes"] for found in measured]),
-                }
     return {
         "benchmark": "scaling",
         "preset": "scaling",
         **environment(base.device, base.threads),
         "settings": {**asdict(base), **SCALING_FIXED},
         "points": points,
-        "growth": growths,
+        "growth": growth_along(points),
     }
+
+
+def growth_along(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Exponents of time and of memory beside the gradients along each axis, by variant.
+
+    Args:
+        points: those of `run_scaling`'s result. Time is one thread's processor time, which other work leaves alone.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for axis in SCALING:
+        along = [point for point in points if point["axis"] == axis]
+        sizes = [point["size"] for point in along]
+        for name in along[0]["variants"]:
+            measured = [point["variants"][name] for point in along]
+            if all("processor_seconds" in entry for entry in measured):
+                found.setdefault(name, {})[axis] = {
+                    "time": growth(sizes, [entry["processor_seconds"]["median"] for entry in measured]),
+                    "memory": growth(sizes, [entry["extra_bytes"] - entry["gradient_bytes"] for entry in measured]),
+                }
+    return found
 
 
 def settings_of(preset: str, sizes: dict[str, Any]) -> HeadSettings:

@@ -103,7 +103,7 @@ def _head(result: dict[str, Any]) -> str:
     rows = []
     for entry in result["variants"].values():
         if "seconds" not in entry:
-            rows.append([_label(entry), f"refused: {entry['refused']}", *[""] * 5])
+            rows.append([_label(entry), f"refused: {entry['refused']}", *[""] * 6])
             continue
         ratio, memory = entry.get("ratio", {}), entry.get("memory_ratio", {})
         rows.append(
@@ -112,13 +112,13 @@ def _head(result: dict[str, Any]) -> str:
                 f"{entry['seconds']['median']:.3g}",
                 *(f"{ratio[peer]['median']:.2f}" if peer in ratio else "" for peer in ("plain", "trl")),
                 f"{entry['extra_bytes'] / 2**20:.0f}",
+                f"{(entry['extra_bytes'] - entry['gradient_bytes']) / 2**20:.0f}",
                 f"{memory['plain']:.2f}" if "plain" in memory else "",
                 f"{entry['over_floor']['median']:.2f}",
             ]
         )
-    return _rows(
-        ["", "seconds", "time / plain", "time / TRL", "extra memory (MiB)", "memory / plain", "time / floor"], rows
-    )
+    memories = ["extra memory (MiB)", "beside gradients (MiB)", "memory / plain"]
+    return _rows(["", "seconds", "time / plain", "time / TRL", *memories, "time / floor"], rows)
 
 
 def _scaling(result: dict[str, Any]) -> str:
@@ -132,14 +132,14 @@ def _scaling(result: dict[str, Any]) -> str:
                     cell
                     for entry in entries.values()
                     for cell in (
-                        f"{entry['seconds']['median']:.3g}",
+                        f"{entry['processor_seconds']['median']:.3g}",
                         f"{(entry['extra_bytes'] - entry['gradient_bytes']) / 2**20:.0f}",
                     )
                 ),
             ]
         )
     names = [_label(entry) for entry in result["points"][0]["variants"].values()]
-    return _rows(["", *(cell for name in names for cell in (f"{name}: s", "MiB beside gradients"))], rows)
+    return _rows(["", *(cell for name in names for cell in (f"{name}: processor s", "MiB beside gradients"))], rows)
 
 
 def _select(result: dict[str, Any]) -> str:

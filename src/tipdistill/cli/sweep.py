@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -334,7 +335,11 @@ def run_cell(job: Job) -> dict[str, Any]:
     GradientState._reset_state()
     reset_peak_memory()
     argv = ["--config", str(recipe), "--output_dir", str(job.directory)]
-    code = train.main(argv + (["--resume_from_checkpoint", checkpoint] if checkpoint else []))
+    try:
+        code = train.main(argv + (["--resume_from_checkpoint", checkpoint] if checkpoint else []))
+    except Exception:
+        traceback.print_exc()  # the log has it all, the table one line
+        raise
     if code:
         raise RuntimeError(f"the run ended with exit code {code}")
     result = _figures(job)

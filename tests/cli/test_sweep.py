@@ -64,11 +64,11 @@ def world(tmp_path_factory):
 
 
 # every completion of such a student is wrong, so that its last characters stand for an answer: any figure will do
-TASK = '''
+TASK = """
 from tipdistill.tasks import arithmetic
 problems = [(arithmetic.prompt_of(*pair), "1") for pair in arithmetic.problems(24, 0, held_out=True)]
 task = {"problems": problems, "prompt": "own", "check": lambda response, answer: answer in response}
-'''
+"""
 
 
 @pytest.fixture
@@ -229,7 +229,9 @@ def test_a_cell_goes_on_from_its_checkpoint_and_models_may_be_dropped(grid, worl
         (cell / left).unlink()
     shutil.rmtree(cell / "checkpoint-3", ignore_errors=True)
     state = json.loads((cell / "checkpoint-2" / "trainer_state.json").read_text())
-    next(entry for entry in state["log_history"] if "loss" in entry)["loss"] = 123.0  # a mark that only a resumed run keeps
+    next(entry for entry in state["log_history"] if "loss" in entry)["loss"] = (
+        123.0  # a mark that only a resumed run keeps
+    )
     (cell / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
     argv = grid(directory="half", **settings, overrides=overrides, keep_models=False)
     assert cli.main([*argv, "--workers", "1"]) == 0

@@ -58,6 +58,34 @@ PROBE = {
 }
 
 
+def figure(mean, half, **compared):
+    none = {"to_all": None, "to_random": None, "gain_share": None}
+    return {"mean": mean, "interval": [mean - half, mean + half], "seeds": 3, **none, **compared}
+
+
+def sweep_row(name, rule, retention, found):
+    facts = {"learning_rate": 1e-3, "trained_tokens": 1000.0, "seconds": 3.2, "peak_memory_gib": 0.5}
+    return {"name": name, "rule": rule, "retention": retention, "tasks": {"sums": found} if found else {}, **facts}
+
+
+SWEEP = {
+    "num_samples": 4,
+    "test": ["sums"],
+    "seeds": [1, 2, 3],
+    "learning_rates": [1e-3],
+    "validation": {"task": None, "seeds": []},
+    "interval": "95 %",
+    "before": {"sums": {**figure(0.2, 0.05), "correct": {"1": "0 1"}}},
+    "rows": [
+        sweep_row("all", "all", 1.0, figure(0.9, 0.05)),
+        sweep_row(HOSTILE, "soft_or", 0.2, figure(0.8, 0.1, to_all=figure(-0.1, 0.05), to_random=figure(0.3, 0.1))),
+        sweep_row("random", "random", 0.2, figure(0.5, 0.1, to_all=figure(-0.4, 0.1))),
+        sweep_row("q3", "q3", 0.1, None),
+    ],
+    "failed": {"q3-10-rate0.001-seed1": "it burnt"},
+}
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip(
@@ -101,6 +129,7 @@ def report(tmp_path_factory):
         (root / name).mkdir(exist_ok=True)
         (root / name / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (root / "other" / "probe.json").write_text(json.dumps(PROBE))
+    (root / "other" / "sweep.json").write_text(json.dumps(SWEEP))
     return write_report([root / "run", root / "other"], root / "report.html", figures=False), table
 
 
@@ -362,6 +391,34 @@ def test_the_probe_has_its_advice_its_warnings_and_its_rows(open_page):
     assert best == ["Q3", "10 %", "10 %", "50 %", "0.090 (0.080 – 0.100)", "1.5", "Soft-OR (Jaccard 0.20)"]
     assert shown.locator(".chart").count() == 2  # what is not there is not drawn
     assert shown.locator(".chart").first.locator("polyline").count() == 3
+
+
+def test_the_sweep_is_sorted_by_any_column_and_its_intervals_are_drawn(open_page):
+    page = open_page()
+    shown = page.locator("#sweep")
+    rows = shown.locator("tbody tr")
+
+    def names():
+        return [row.split("\t")[0] for row in rows.all_inner_texts()]
+
+    assert names() == ["all", HOSTILE, "random", "Q3"]
+    assert page.evaluate("window.pwned") is None
+    cells = rows.nth(1).locator("td").all_text_contents()
+    assert cells[:5] == [HOSTILE, "20 %", "0.800 [0.700, 0.900]", "−0.100 [−0.150, −0.050]", "+0.300 [+0.200, +0.400]"]
+    assert rows.nth(3).locator("td").nth(2).text_content() == "failed"
+    accuracy = shown.locator("th", has_text="accuracy")
+    shown.get_by_role("button", name="accuracy").click()
+    assert accuracy.get_attribute("aria-sort") == "descending"
+    assert names() == ["all", HOSTILE, "random", "Q3"]
+    shown.get_by_role("button", name="accuracy").click()
+    assert accuracy.get_attribute("aria-sort") == "ascending"
+    assert names() == ["random", HOSTILE, "all", "Q3"]  # what failed stays last
+    shown.get_by_role("button", name="rule").click()
+    assert names()[0] == HOSTILE
+    assert shown.locator(".chart").count() == 3
+    assert shown.locator(".chart").first.locator("circle").count() == 3
+    assert shown.locator(".chart").nth(2).locator("circle").count() == 1
+    assert "Failed: q3-10-rate0.001-seed1: it burnt" in shown.text_content()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -19,7 +19,9 @@ PLAIN = {
 def written(tmp_path, **changes):
     path = tmp_path / "grid.yaml"
     asked = {**PLAIN, **changes}
-    path.write_text(yaml.safe_dump({key: value for key, value in asked.items() if value != "left out"}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in asked.items() if value != "left out"}, sort_keys=False)
+    )
     return path
 
 
@@ -110,7 +112,7 @@ def test_what_could_not_run_is_refused_by_name(tmp_path, changes, said):
 
 def test_a_file_that_is_no_grid(tmp_path):
     written(tmp_path)
-    with pytest.raises(FileNotFoundError, match="Did you mean 'grid.yaml'"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean 'grid\.yaml'"):
         read_grid(tmp_path / "gird.yaml")
     (tmp_path / "list.yaml").write_text("- all\n")
     with pytest.raises(ValueError, match="must hold a mapping"):

@@ -81,7 +81,7 @@ def test_rows_hold_means_and_paired_differences(result):
     started = found["before"][TEST]["mean"]
     assert half["gain_share"]["mean"] == pytest.approx((half["mean"] - started) / (whole["mean"] - started))
     assert rows["random-20"]["seeds"] == [1, 2]
-    assert counts_of(fifth) == {seed: counts for seed, counts in zip((1, 2, 3), every, strict=True)}
+    assert counts_of(fifth) == dict(zip((1, 2, 3), every, strict=True))
     assert compared(counts_of(fifth), counts_of(control), 2) == fifth["to_random"]
 
 

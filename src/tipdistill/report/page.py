@@ -19,7 +19,7 @@ from .payload import dataset_payload
 from .sources import Sources, find_sources
 
 MAX_TOKENS = 100_000
-SCRIPTS = ("core.js", "map.js", "tokens.js", "charts.js", "main.js")
+SCRIPTS = ("core.js", "map.js", "tokens.js", "charts.js", "sweep.js", "main.js")
 # what the paper reports over its pairs (Table 1's quadrants)
 PAPER_SHARES = {"q4": (0.40, 0.47), "q1+q2": (0.40, 0.52), "q3": (0.03, 0.15)}
 
@@ -37,7 +37,7 @@ def write_report(
     """Write one self-contained HTML page of token records and training histories, and each figure as PNG and SVG.
 
     Args:
-        paths: directories of token records, of runs, of a demo; several are shown beside each other.
+        paths: directories of token records, of runs, of a demo, of a sweep; several are shown beside each other.
         output: the page; None: report.html in the first directory. Figures go into a folder beside it that is called
             after it ("report-figures").
         rule: shown first; None: the recorded one.
@@ -66,7 +66,11 @@ def write_report(
     output = Path(output) if output is not None else _home(Path(paths[0])) / "report.html"
     if output.is_dir():
         raise ValueError(f"{output} is a directory; name the page's file, for example {output / 'report.html'}.")
-    probes = [{"name": name, "probe": _probe(path)} for name, path in sources.probes.items()]
+    probes = [{"name": name, "probe": _json(path, "tipdistill probe")} for name, path in sources.probes.items()]
+    sweeps = [
+        {"name": name, "sweep": _without_counts(_json(path, "tipdistill sweep"))}
+        for name, path in sources.sweeps.items()
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f"{output.stem}-figures")
     pack, sets = Pack(), []
@@ -84,6 +88,7 @@ def write_report(
         "sets": sets,
         "runs": [{"name": run.name, "series": run.series} for run in sources.runs],
         "probes": probes,
+        "sweeps": sweeps,
         "retention": retention,
         "paper": PAPER_SHARES,
         "blob": pack.text(),
@@ -102,12 +107,21 @@ def _first(dataset: Dataset, retention: float | None) -> tuple[str, float]:
     return dataset.rules[0].name, min(dataset.retentions, key=lambda one: abs(one - float(wanted)))
 
 
-def _probe(path: Path) -> Any:
+def _json(path: Path, command: str) -> Any:
     try:
         # what could not be computed is left out
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}. Run `tipdistill probe` again, or remove it.") from error
+        raise ValueError(f"{path} is no JSON: {error}. Run `{command}` again, or remove it.") from error
+
+
+def _without_counts(sweep: dict[str, Any]) -> dict[str, Any]:
+    """A sweep as the page shows it: the counts of every problem are the file's alone."""
+    figures = [*sweep["before"].values(), *(figure for row in sweep["rows"] for figure in row["tasks"].values())]
+    for figure in figures:
+        figure.pop("correct", None)
+    kept = ("num_samples", "test", "seeds", "validation", "learning_rates", "interval", "before", "rows", "failed")
+    return {name: sweep[name] for name in kept}
 
 
 def _render(sources: Sources, data: dict[str, Any]) -> str:
@@ -144,6 +158,7 @@ def _render(sources: Sources, data: dict[str, Any]) -> str:
         sets=data["sets"],
         runs=data["runs"],
         probes=data["probes"],
+        sweeps=data["sweeps"],
     )
 
 

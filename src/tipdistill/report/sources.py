@@ -12,6 +12,7 @@ from .history import Run, read_runs
 
 MOST_STEPS = 6
 PROBES = ("probe.json", "records/probe.json")
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Sources:
         records: name → directory of token records, in the order to offer them.
         runs: training histories.
         probes: name → probe.json.
+        sweeps: name → sweep.json.
         left_out: record directories of a run that are not shown, since it has too many.
     """
 
@@ -30,17 +32,18 @@ class Sources:
     records: dict[str, Path] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     probes: dict[str, Path] = field(default_factory=dict)
+    sweeps: dict[str, Path] = field(default_factory=dict)
     left_out: int = 0
 
 
 def find_sources(paths: Sequence[str | Path]) -> Sources:
-    """Token records, training histories and probes under the paths given.
+    """Token records, training histories, probes and sweeps under the paths given.
 
     Of a run with more than six sets of records, the first, the last and those evenly between are taken.
 
     Args:
         paths: each a records directory (or its tokens.parquet), a run's output directory, a demo's, or one of its
-            cells.
+            cells, or a sweep's.
 
     Raises:
         ValueError: no path, the same twice, or nothing to report in one of them.
@@ -62,17 +65,19 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
         sets = {name if path == directory else f"{name} · {path.name}": path for path in taken}
         runs = read_runs(directory)
         probes = [directory / place for place in PROBES if (directory / place).is_file()][:1]
-        if not (sets or runs or probes):
+        sweeps = [directory / SWEEP] if (directory / SWEEP).is_file() else []
+        if not (sets or runs or probes or sweeps):
             raise ValueError(
                 f"{directory} holds neither token records (tokens.parquet, or records/step-*/ of a run) nor a training "
-                "history (trainer_state.json, checkpoint-*/, or a demo's metrics.json) nor a probe.json. `tipdistill "
-                "score` writes token records; TIPTrainer does with score_logging_steps."
+                "history (trainer_state.json, checkpoint-*/, or a demo's metrics.json) nor a probe.json or sweep.json. "
+                "`tipdistill score` writes token records; TIPTrainer does with score_logging_steps."
             )
         found.records.update(sets)
         # several checkpoints of one name, told apart as their directories are
         alike = len(runs) == 1 and runs[0].name == directory.resolve().name
         found.runs.extend(Run(name, run.series) if alike else run for run in runs)
         found.probes.update((name, path) for path in probes)
+        found.sweeps.update((name, path) for path in sweeps)
     return replace(found, left_out=left_out)
 
 

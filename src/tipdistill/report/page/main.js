@@ -78,6 +78,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if
     if (DATA.sets.length) { await unpackAll(); setUp(); }
     if (DATA.runs.length) drawTraining();
     if (DATA.probes.length) drawProbes();
+    if (DATA.sweeps.length) drawSweeps();
     document.documentElement.dataset.ready = "yes";
   } catch (error) {
     $("trouble").hidden = false;

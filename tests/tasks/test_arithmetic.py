@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tipdistill.tasks import arithmetic
-from tipdistill.tasks.arithmetic import CLEAN, Corruption, Training
+from tipdistill.tasks import arithmetic, written
+from tipdistill.tasks.arithmetic import CLEAN, Corruption
+from tipdistill.tasks.written import Training
 
 TINY = Training(layers=1, width=16, steps=2, learning_rate=1e-3)
 
@@ -188,14 +189,14 @@ def test_held_out_problems_are_never_trained_on_whatever_the_seeds():
     held_out = {pair for seed in range(5) for pair in arithmetic.problems(400, seed, held_out=True)}
     distilled_on = {pair for seed in range(5) for pair in arithmetic.problems(3000, seed)}
     assert not held_out & distilled_on
-    rows = arithmetic._solutions(2000, random.Random(0), CLEAN)
+    rows = arithmetic.TASK._solutions(2000, random.Random(0), CLEAN)
     taught_on = {
         tuple(map(int, re.findall(r"\d{4}", arithmetic.build_tokenizer().decode(row[: arithmetic.PROMPT_TOKENS]))))
         for row in rows
     }
     assert len(taught_on) > 1900
-    assert not any(arithmetic._is_held_out(pair) for pair in taught_on)
-    assert all(arithmetic._is_held_out(pair) for pair in held_out)
+    assert not any(written.is_held_out(pair) for pair in taught_on)
+    assert all(written.is_held_out(pair) for pair in held_out)
 
 
 @pytest.mark.parametrize("count", [0, 10**8])
@@ -243,7 +244,7 @@ def test_sizes_that_four_heads_do_not_fill_are_refused(layers, width):
 
 
 def test_solutions_are_tokenized_as_the_tokenizer_does():
-    rows = arithmetic._solutions(8, random.Random(0), Corruption())
+    rows = arithmetic.TASK._solutions(8, random.Random(0), Corruption())
     tokenizer = arithmetic.build_tokenizer()
     assert [tokenizer(text)["input_ids"] for text in tokenizer.batch_decode(rows)] == rows.tolist()
 
@@ -290,21 +291,21 @@ def test_every_setting_is_part_of_the_key(tmp_path, change):
 
 def test_the_versions_are_part_of_the_key(tmp_path, monkeypatch):
     first = arithmetic.taught("m", TINY, tmp_path)
-    monkeypatch.setattr(arithmetic.transformers, "__version__", "0.0")
+    monkeypatch.setattr(written.transformers, "__version__", "0.0")
     assert arithmetic.taught("m", TINY, tmp_path) != first
 
 
 def test_an_interrupted_save_is_not_taken_for_a_model(tmp_path, monkeypatch):
-    save = arithmetic.PreTrainedTokenizerFast.save_pretrained
+    save = written.PreTrainedTokenizerFast.save_pretrained
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(arithmetic.PreTrainedTokenizerFast, "save_pretrained", interrupted)
+    monkeypatch.setattr(written.PreTrainedTokenizerFast, "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         arithmetic.taught("student", TINY, tmp_path)
     assert list(tmp_path.glob("student-*")) == []
-    monkeypatch.setattr(arithmetic.PreTrainedTokenizerFast, "save_pretrained", save)
+    monkeypatch.setattr(written.PreTrainedTokenizerFast, "save_pretrained", save)
     assert (arithmetic.taught("student", TINY, tmp_path) / "tokenizer.json").exists()
 
 

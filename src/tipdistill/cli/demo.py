@@ -224,6 +224,7 @@ def _trainings(settings: Settings) -> dict[str, Any]:
 
 def _teach(name: str, settings: Settings, output_dir: Path) -> None:
     from ..tasks import arithmetic
+    from ..tasks.written import point_to
 
     training = _trainings(settings)[name]
     taught_now = False
@@ -236,14 +237,9 @@ def _teach(name: str, settings: Settings, output_dir: Path) -> None:
 
     directory = arithmetic.taught(name, training, output_dir / "models", report)
     _progress(output_dir, name, step=training.steps, steps=training.steps, done=True, kept_from_before=not taught_now)
-    link, fresh = output_dir / "models" / name, output_dir / "models" / f".{name}.{os.getpid()}"
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(directory.name)  # a name that a recipe can rely on
-    fresh.replace(link)
+    point_to(directory)
     if name == "student":
-        pairs = arithmetic.problems(settings.steps * settings.prompts, settings.seed)
-        lines = (json.dumps({"prompt": arithmetic.prompt_of(*pair)}) for pair in pairs)
-        _write(output_dir / "prompts.jsonl", "\n".join(lines) + "\n")
+        arithmetic.TASK.write_prompts(output_dir / "prompts.jsonl", settings.steps * settings.prompts, settings.seed)
 
 
 def _models(output_dir: Path) -> tuple[Any, Any]:

@@ -24,24 +24,17 @@ from ..evaluate.task import Problem, Task
 __all__ = ["TASKS", "load_task"]
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
+# modules beside this one with a `TASK`, which has its own models and prompts, see `tipdistill.tasks.written`
+WRITTEN_TASKS = ("arithmetic", "sorting", "machine")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _OF_TASK = {field.name for field in fields(Task)} - {"name", "problems"}
 _SLICE = re.compile(r"(.+)\[(\d*):(\d*)\]")
 _OF_SOURCE = {"dataset", "config", "split", "problem", "answer", "reference", "problems"}
 
 
-def _arithmetic() -> dict[str, Any]:
-    from .arithmetic import COMPLETION_TOKENS, DIGITS, problems, prompt_of
-
-    return {
-        "problems": [(prompt_of(a, b), f"{a + b:0{DIGITS + 1}d}") for a, b in problems(256, 0, held_out=True)],
-        "prompt": "own",
-        "chat": False,
-        "check": lambda response, answer: response.partition(">")[2] == f"{answer}$",
-        "extract": lambda response: response.partition(">")[2] or None,
-        "special_tokens": True,
-        "max_new_tokens": COMPLETION_TOKENS,
-    }
+def _written(name: str) -> Callable[[], dict[str, Any]]:
+    """An entry of `TASKS` for a `WrittenTask`, imported (with torch and transformers) when it is asked for."""
+    return lambda: import_module(f".{name}", __name__).TASK.evaluation()
 
 
 def _after_hashes(row: Mapping[str, Any]) -> str:
@@ -60,7 +53,7 @@ TASKS: dict[str, Mapping[str, Any] | Callable[[], Any] | Task] = {
         "problem": "question",
         "reference": _after_hashes,
     },
-    "arithmetic": _arithmetic,
+    **{name: _written(name) for name in WRITTEN_TASKS},
 }
 
 

@@ -104,8 +104,13 @@ def run(
         if own:
             verifiers.close()
     metrics = {"tasks": figures, "num_samples": num_samples, "settings": asked, "versions": _versions()}
-    _write(root / "metrics.json", json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n")
+    write_metrics(root, metrics)
     return metrics
+
+
+def write_metrics(root: Path, metrics: dict[str, Any]) -> None:
+    """Write `metrics.json`; what could not be measured is null there."""
+    _write(root / "metrics.json", json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n")
 
 
 def samples_path(root: Path, task: str) -> Path:

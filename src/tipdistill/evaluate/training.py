@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ..data import encode_prompts
 from .engines import Completion, Sampling, as_fed
-from .run import run
+from .run import run, write_metrics
 from .task import Task
 
 _LOGGED = ("standard_error", "maj_at_k", "mean_tokens", "truncated")
@@ -84,7 +84,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
         shutil.rmtree(root, ignore_errors=True)  # of a run that was killed here, and resumed from before
         found: dict[str, Any] = {"tasks": {}}
         for task in tasks:
-            found["tasks"] |= run(
+            measured = run(
                 [task],
                 lambda task=task: _Written(written[task.name]),  # type: ignore[misc]
                 root,
@@ -93,7 +93,10 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
                 args.seed,
                 settings={"step": step},
                 resume=True,
-            )["tasks"]
+            )
+            # each run writes its own task's figures alone
+            found = measured | {"tasks": found["tasks"] | measured["tasks"]}
+        write_metrics(root, found)
         figures = [
             {f"eval_{name}/mean_at_{num_samples}": numbers["mean_at_k"] for name, numbers in found["tasks"].items()}
             | {f"eval_{name}/{key}": numbers[key] for name, numbers in found["tasks"].items() for key in _LOGGED}

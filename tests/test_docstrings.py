@@ -12,7 +12,7 @@ import tipdistill
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(tipdistill.__path__, "tipdistill.")
-    if not module.name.endswith((".triton", "__main__"))
+    if not module.name.endswith((".triton", ".verl", "__main__"))
 )
 PUBLIC = [name for name in tipdistill.__all__ if callable(getattr(tipdistill, name))]
 

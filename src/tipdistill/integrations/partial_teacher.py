@@ -1,0 +1,217 @@
+"""Selection beside a teacher that tells its k likeliest tokens, or the sampled one, and never its whole vocabulary.
+
+Nothing here knows an engine: which rules can be had from what a teacher tells, what each token weighs in a loss that an
+engine averages by itself, and draws that do not depend on how it splits its batch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..divergence.bounds import LEAST_TOP, OF_TOP_K
+from ..select import RULES, SCOPES, Rule, resolve_rule, select
+from ..types import Selection, TokenScores
+
+NORMALIZATIONS = ("batch", "rollout")
+# Of which statistic the log-probabilities of the sampled tokens give what.
+OF_SAMPLED = {
+    "entropy": "exact",
+    "entropy_norm": "exact",
+    "student_logprob": "exact",
+    "teacher_logprob": "exact",
+    "reverse_kl": "one-sample estimate",
+}
+GIVEN = {"top_k": OF_TOP_K, "sampled": OF_SAMPLED}
+_WHY_NOT = {
+    "teacher_logprob": "the sampled token need not be among them; a loss on the sampled tokens has it",
+    "student_logprob": "it is computed where the loss is on the sampled tokens",
+    "signal_to_curvature": "it needs the teacher's probability of every token, the tail's one by one",
+    "top16_forward_kl": "it needs the teacher's probability of the student's likeliest tokens, whichever they are",
+    "top16_teacher_mass": "it needs the teacher's probability of the student's likeliest tokens, whichever they are",
+}
+
+
+def check_rule(rule: str, given: str, k: int | None = None) -> Rule:
+    """The rule behind a name, refused where what the teacher tells does not give what it reads.
+
+    Args:
+        rule: as in `tipdistill.select`.
+        given: "top_k", the teacher's k likeliest tokens, or "sampled", the sampled token's log-probability.
+        k: how many likeliest tokens.
+
+    Raises:
+        ValueError: no such rule (the nearest names are given), or a rule that cannot be had, and which can.
+
+    Example:
+        >>> check_rule("soft_or", "top_k", 32).fields
+        ('entropy_norm', 'reverse_kl')
+        >>> check_rule("q3", "sampled")
+        Traceback (most recent call last):
+        ValueError: selection_rule='q3' reads 'forward_kl', which the teacher's sampled token does not give. Rules ...
+    """
+    resolved = resolve_rule(rule)
+    told = "the teacher's likeliest tokens do" if given == "top_k" else "the teacher's sampled token does"
+    if resolved.fields is None:
+        raise ValueError(
+            f"selection_rule={rule!r} does not say what it reads, and {told} not give everything: name the statistics "
+            "in its attribute `fields`."
+        )
+    for name in resolved.fields:
+        if name not in GIVEN[given]:
+            why = f" ({_WHY_NOT[name]})" if given == "top_k" and name in _WHY_NOT else ""
+            raise ValueError(
+                f"selection_rule={rule!r} reads '{name}', which {told} not give{why}. Rules that can be had: "
+                f"{', '.join(available_rules(given, k))}."
+            )
+        if given == "top_k" and k is not None and k < LEAST_TOP.get(name, 1):
+            raise ValueError(
+                f"selection_rule={rule!r} reads '{name}', which needs the teacher's {LEAST_TOP[name]} likeliest "
+                f"tokens: topk={k} is too few."
+            )
+    return resolved
+
+
+def available_rules(given: str, k: int | None = None) -> list[str]:
+    """Names in `tipdistill.RULES` that `check_rule` lets pass.
+
+    Example:
+        >>> "soft_or" in available_rules("sampled"), "q3" in available_rules("sampled")
+        (True, False)
+    """
+    return [
+        name
+        for name, rule in RULES.items()
+        if all(
+            field in GIVEN[given] and (given != "top_k" or k is None or k >= LEAST_TOP.get(field, 1))
+            for field in rule.fields or ()
+        )
+    ]
+
+
+def check_scope(scope: str, normalization: str, rule: Rule) -> None:
+    """Refuse a budget that cannot be spent exactly, and unknown names.
+
+    Raises:
+        ValueError: unknown names (the nearest is given); a budget over the batch, normalised inside each rollout.
+
+    Example:
+        >>> check_scope("rollout", "batch", RULES["soft_or"])
+    """
+    for name, value, allowed in (
+        ("selection_scope", scope, SCOPES),
+        ("normalization", normalization, NORMALIZATIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(value, allowed)}")
+    if scope == "batch" and normalization == "rollout" and rule.budget != "all":
+        raise ValueError(
+            "selection_scope='batch' spends one budget over all tokens of an optimiser step, so every token must be "
+            "scored before the first micro-batch is trained on: set normalization=batch."
+        )
+
+
+def select_rollouts(
+    scores: TokenScores,
+    rollout: Tensor,
+    seeds: Sequence[int],
+    rule: str,
+    retention: float,
+    scope: str = "rollout",
+    normalization: str = "batch",
+) -> Selection:
+    """`tipdistill.select` over whole rollouts, the same however they are split into micro-batches and over ranks.
+
+    normalization "batch" needs all tokens of the optimiser step: percentiles, minima and maxima run over them, as in
+    the paper. "rollout" runs them over each rollout alone, which is another rule where a rule has them (Soft-OR, Q3,
+    FiRe-OPD), and needs that rollout's tokens only. Draws come from the rollouts' seeds.
+
+    Args:
+        scores: statistics of N tokens.
+        rollout: int64 [N], which rollout each belongs to, in [0, len(seeds)).
+        seeds: one number per rollout, see `seed_of`.
+        rule, retention, scope: as in `tipdistill.select`.
+        normalization: "batch" or "rollout".
+
+    Returns:
+        Selection of the N tokens.
+
+    Example:
+        >>> scores = TokenScores(entropy_norm=torch.tensor([0.9, 0.1, 0.5, 0.2]))
+        >>> select_rollouts(scores, torch.tensor([0, 0, 1, 1]), [7, 8], "entropy", 0.5).mask.tolist()
+        [True, False, True, False]
+    """
+    if normalization == "batch":
+        generator = torch.Generator().manual_seed(sum(seeds) % 2**63)
+        return select(scores, rule, retention, rollout, scope, generator)
+    first = next(value for _, value in scores.present())
+    mask = torch.zeros_like(rollout, dtype=torch.bool)
+    weight, score = (torch.zeros(len(rollout), device=first.device) for _ in range(2))
+    for number, seed in enumerate(seeds):
+        own = (rollout == number).nonzero()[:, 0]
+        if len(own):
+            generator = torch.Generator().manual_seed(seed)
+            picked = select(_rows(scores, own), rule, retention, None, scope, generator)
+            mask[own], weight[own], score[own] = picked.mask, picked.weight, picked.score
+    return Selection(mask, weight, score)
+
+
+def _rows(scores: TokenScores, rows: Tensor) -> TokenScores:
+    return scores.map(lambda values: values[rows])
+
+
+def loss_weights(weight: Tensor, rollout: Tensor, over: str) -> Tensor:
+    """What each token's loss is multiplied by, so that an engine's mean over *all* tokens is the mean over the kept.
+
+    An engine that divides by the number of tokens m cannot be told the number of kept ones without knowing those of
+    its other micro-batches. w · m / Σ w makes the mean right: over "batch", Σ w and m are those of the whole optimiser
+    step and the mean is the paper's (Eq. 9); over "rollout", they are those of the token's rollout, so that each
+    rollout counts as much as in the engine's loss on all tokens and its kept tokens share that.
+
+    Args:
+        weight: float [N], a Selection's weights.
+        rollout: int64 [N], which rollout each token belongs to.
+        over: "batch" or "rollout".
+
+    Returns:
+        float [N]; 0 where Σ w is 0.
+
+    Example:
+        >>> loss_weights(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 1]), "rollout").tolist()
+        [3.0, 0.0, 0.0, 1.0]
+        >>> loss_weights(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 1]), "batch").tolist()
+        [2.0, 0.0, 0.0, 2.0]
+    """
+    group = torch.zeros_like(rollout) if over == "batch" else rollout
+    _, group, tokens = group.unique(return_inverse=True, return_counts=True)
+    total = torch.zeros(len(tokens), dtype=torch.float64, device=weight.device).index_add_(0, group, weight.double())
+    factor = torch.where(total > 0, tokens / total.clamp(min=1e-300), 0.0)
+    return (weight.double() * factor[group]).to(weight.dtype)
+
+
+def seed_of(token_ids: Tensor, seed: int = 0) -> int:
+    """A seed in [0, 2⁶²) from the tokens of a prompt and its rollout: the same wherever the rollout is processed.
+
+    Example:
+        >>> seed_of(torch.tensor([1, 2])) == seed_of(torch.tensor([1, 2], dtype=torch.int32))
+        True
+        >>> seed_of(torch.tensor([1, 2])) == seed_of(torch.tensor([1, 2]), seed=1)
+        False
+    """
+    text = token_ids.to("cpu", torch.int64).numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, key=str(seed).encode()).digest(), "big") >> 2
+
+
+def nearest(name: object, allowed: Iterable[str]) -> str:
+    """ " Did you mean …?", or nothing where no allowed name is near.
+
+    Example:
+        >>> nearest("bach", ["batch", "rollout"])
+        " Did you mean 'batch'?"
+    """
+    near = difflib.get_close_matches(str(name), list(allowed), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -29,7 +29,6 @@ OF_SAMPLED = {
 GIVEN = {"top_k": OF_TOP_K, "sampled": OF_SAMPLED}
 _WHY_NOT = {
     "teacher_logprob": "the sampled token need not be among them; a loss on the sampled tokens has it",
-    "student_logprob": "it is computed where the loss is on the sampled tokens",
     "signal_to_curvature": "it needs the teacher's probability of every token, the tail's one by one",
     "top16_forward_kl": "it needs the teacher's probability of the student's likeliest tokens, whichever they are",
     "top16_teacher_mass": "it needs the teacher's probability of the student's likeliest tokens, whichever they are",
@@ -61,13 +60,14 @@ def check_rule(rule: str, given: str, k: int | None = None) -> Rule:
             f"selection_rule={rule!r} does not say what it reads, and {told} not give everything: name the statistics "
             "in its attribute `fields`."
         )
+    missing = [name for name in resolved.fields if name not in GIVEN[given]]
+    if missing:
+        why = "; ".join(dict.fromkeys(_WHY_NOT[name] for name in missing if name in _WHY_NOT and given == "top_k"))
+        raise ValueError(
+            f"selection_rule={rule!r} reads {', '.join(map(repr, missing))}, which {told} not give"
+            f"{f' ({why})' if why else ''}. Rules that can be had: {', '.join(available_rules(given, k))}."
+        )
     for name in resolved.fields:
-        if name not in GIVEN[given]:
-            why = f" ({_WHY_NOT[name]})" if given == "top_k" and name in _WHY_NOT else ""
-            raise ValueError(
-                f"selection_rule={rule!r} reads '{name}', which {told} not give{why}. Rules that can be had: "
-                f"{', '.join(available_rules(given, k))}."
-            )
         if given == "top_k" and k is not None and k < LEAST_TOP.get(name, 1):
             raise ValueError(
                 f"selection_rule={rule!r} reads '{name}', which needs the teacher's {LEAST_TOP[name]} likeliest "

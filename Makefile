@@ -3,7 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo bench test lint format clean
+VERL_VENV ?= .venv-verl
+
+.PHONY: demo bench test test-verl lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
@@ -20,6 +22,10 @@ bench: $(VENV)/.installed
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# verl wants an environment of its own: with TRL 1 beside it its workers do not start (docs/verl.md).
+test-verl: $(VERL_VENV)/.installed
+	$(VERL_VENV)/bin/python -m pytest tests/integrations tests/contract/test_verl.py tests/divergence/test_bounds.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -41,5 +47,12 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PIP_INSTALL) --editable ".[dev]"
 	touch $@ $(VENV)/.installed
 
+$(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/pip install --quiet --constraint constraints-verl.txt torch pytest pytest-timeout \
+		verl uvicorn fastapi cachetools TransferQueue pyzmq msgspec
+	$(VERL_VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERL_VENV) runs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,7 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 os.environ["VERL_PLATFORM"] = "cpu"
 os.environ["VERL_ENGINE_DEVICE"] = "cuda"  # the engines are registered for "cuda"
-for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}.items():
+for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
     os.environ.setdefault(name, value)
 
 VOCABULARY = 97
@@ -136,7 +136,7 @@ def step(model: str, loss: dict, micro_batch: int | None = 1, rows=slice(None), 
         micro_batch: rollouts per micro-batch; None: verl's dynamic ones, of up to 24 tokens.
         rows: the rollouts of this rank.
         k: likeliest tokens of the teacher; 0: the sampled token's log-probability.
-        settings: packed, agg (loss_agg_mode), batch (instead of `mini_batch(k)`), mini_batch (rollouts of a step).
+        settings: packed, nested, dtype, agg (loss_agg_mode), batch (else `mini_batch(k)`), mini_batch (of a step).
     """
     from verl.trainer.distillation import distillation_ppo_loss
     from verl.utils import tensordict_utils
@@ -146,8 +146,11 @@ def step(model: str, loss: dict, micro_batch: int | None = 1, rows=slice(None), 
     from verl.workers.utils.padding import left_right_2_no_padding
 
     torch.manual_seed(0)
+    dtype = settings.get("dtype", "float32")
     if not torch.distributed.is_initialized():  # verl would name gloo twice
-        torch.distributed.init_process_group("gloo")
+        alone = os.environ["WORLD_SIZE"] == "1"
+        store = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        torch.distributed.init_process_group("gloo", **store)
     distillation = {
         "_target_": "verl.workers.config.DistillationConfig",
         "distillation_loss": {"use_task_rewards": False, "use_policy_gradient": False, "topk": k or None}
@@ -167,14 +170,14 @@ def step(model: str, loss: dict, micro_batch: int | None = 1, rows=slice(None), 
             model_config=model_config,
             engine_config=FSDPEngineConfig(
                 strategy="fsdp2",
-                dtype="float32",
+                dtype=dtype,
                 use_torch_compile=False,
                 use_dynamic_bsz=micro_batch is None,
                 micro_batch_size_per_gpu=micro_batch,
                 infer_micro_batch_size_per_gpu=micro_batch,
                 max_token_len_per_gpu=24,
                 infer_max_token_len_per_gpu=24,
-                mixed_precision={"param_dtype": "float32", "reduce_dtype": "float32", "buffer_dtype": "float32"},
+                mixed_precision={"param_dtype": dtype, "reduce_dtype": "float32", "buffer_dtype": "float32"},
             ),
             optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
             checkpoint_config=None,
@@ -195,13 +198,24 @@ def step(model: str, loss: dict, micro_batch: int | None = 1, rows=slice(None), 
     worker.engine.optimizer_step = optimizer_step
     whole = settings["batch"] if "batch" in settings else mini_batch(k)
     data = left_right_2_no_padding(whole[rows].clone())
+    if settings.get("nested"):  # as from verl's TransferQueue
+        attention = data.pop("attention_mask").bool()
+        for name in ("max_response_len", "max_seq_len", "indices"):
+            del data[name]
+        prompt = data["prompts"].shape[1]
+        sides = {"prompts": attention[:, :prompt]} | dict.fromkeys(
+            ("responses", "response_mask", "loss_mask", "old_log_probs", "advantages"), attention[:, prompt:]
+        )
+        for name, side in sides.items():
+            rollouts = [values[of] for values, of in zip(data[name], side, strict=True)]
+            data[name] = torch.nested.as_nested_tensor(rollouts, layout=torch.jagged)
     use_topk = bool(k)
     tensordict_utils.assign_non_tensor(
         data,
         temperature=settings.get("temperature", 1.0),
         calculate_entropy=not use_topk,
         distillation_use_topk=use_topk,
-        distillation_only=use_topk,
+        distillation_only=use_topk and not distillation_config.distillation_loss.use_task_rewards,
         global_batch_size=len(whole),
     )
     if "mini_batch" in settings:  # several optimiser steps, as from verl's driver

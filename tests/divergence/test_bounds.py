@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from outcomes import oracle, outcomes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tipdistill.divergence import bounds, reference
 from tipdistill.divergence.bounds import OF_TOP_K, tail_reverse_kl, top_k_scores
@@ -106,6 +107,36 @@ def test_a_copy_survives_what_overwrites_the_logits():
     divergence, _ = tail_reverse_kl(logits, ids, logprobs, keep_copy=True)
     logits.data.zero_()  # as an in-place cross-entropy does, unseen by autograd
     torch.testing.assert_close(torch.autograd.grad(divergence.sum(), logits)[0], expected)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of every tensor that an operation made, the largest first."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and not function._schema.name.startswith("aten::detach"):
+            self.made.append(found.numel())
+        return found
+
+
+def test_nothing_of_the_size_of_the_logits_but_their_gradient(monkeypatch):
+    rows, vocabulary, k = 50, 400, 8
+    monkeypatch.setattr(bounds, "_ENTRIES", 5 * vocabulary)
+    logits, _, ids, logprobs = models(rows, vocabulary, k)
+    with Largest() as largest:
+        top_k_scores(logits, ids, logprobs, ["entropy", "reverse_kl", "gradient_norm"])
+        divergence, _ = tail_reverse_kl(logits, ids, logprobs)
+    assert max(largest.made) == 5 * vocabulary
+    with Largest() as largest:
+        torch.autograd.grad(divergence.sum(), logits)
+    whole = [elements for elements in largest.made if elements > 5 * vocabulary]
+    # the gradient, and what assigning chunks to it returns, which is the gradient again
+    assert set(whole) == {rows * vocabulary}
+    assert len(whole) <= 1 + rows // 5
 
 
 def test_half_precision_logits_are_computed_with_in_float32():

@@ -135,6 +135,16 @@ def test_loss_and_gradient_are_those_of_the_reference_for_every_micro_batch_size
     assert_same_gradients(gradients, expected)
 
 
+@pytest.mark.parametrize("normalization", ["batch", "rollout"])
+def test_nested_batches_as_from_verls_queue(model, normalization):
+    for k, mode in ((16, "tip_reverse_kl_topk"), (0, "tip_k3")):
+        settings = OURS | {"loss_mode": mode, "retention": 0.4, "normalization": normalization}
+        padded = step(model, settings, 2, k=k)
+        nested = step(model, settings, 2, k=k, packed=True, nested=True)
+        assert nested[0]["loss"] == pytest.approx(padded[0]["loss"], rel=1e-5)
+        assert_same_gradients(nested[1], padded[1])
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -213,15 +223,43 @@ def test_the_clamp_is_of_a_tokens_loss_and_not_of_what_it_weighs(model):
     assert step(model, OURS | settings | {"loss_max_clamp": 0.5}, 2)[0]["loss"] == pytest.approx(0.5, rel=1e-5)
 
 
-def test_an_empty_response_adds_nothing(model):
+def test_bf16_as_verl_trains(model):
+    """Half precision moves tokens across the budget's edge, so the loss agrees to its own rounding only."""
+    full = step(model, OURS | {"retention": 0.4}, 2)[0]
+    half = step(model, OURS | {"retention": 0.4}, 2, dtype="bfloat16")[0]
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.03)
+    assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.1)
+
+
+def test_task_rewards_beside_it_leave_the_distillation_loss_alone(model):
+    """verl then computes the sampled tokens' log-probabilities from the same logits; the advantages here are 0."""
+    alone = step(model, OURS | {"retention": 0.4}, 2)
+    both = step(model, OURS | {"retention": 0.4, "use_task_rewards": True, "distillation_loss_coef": 0.5}, 2)
+    assert both[0]["loss"] == pytest.approx(alone[0]["loss"] / 2, rel=1e-6)
+    assert_same_gradients({name: 2 * gradient for name, gradient in both[1].items()}, alone[1], 1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "rollout"])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_an_empty_response_adds_nothing(model, normalization, micro_batch):
+    """verl fills batches up with such rollouts; alone in a micro-batch they stop verl's own loss."""
     batch = mini_batch(16)
     batch["response_mask"][1] = 0
-    for normalization in ("batch", "rollout"):
-        settings = {"retention": 0.4, "normalization": normalization}
-        metrics, gradients, _ = step(model, OURS | settings, 2, batch=batch)
-        loss, expected, _ = reference(model, batch, "soft_or", 0.4, normalization=normalization)
-        assert metrics["loss"] == pytest.approx(loss, rel=2e-5)
-        assert_same_gradients(gradients, expected)
+    settings = {"retention": 0.4, "normalization": normalization}
+    metrics, gradients, _ = step(model, OURS | settings, micro_batch, batch=batch)
+    loss, expected, _ = reference(model, batch, "soft_or", 0.4, normalization=normalization)
+    assert metrics["loss"] == pytest.approx(loss, rel=2e-5)
+    assert_same_gradients(gradients, expected)
+    assert figures(metrics)["distillation/loss_min"] >= 0
+    assert 0 < figures(metrics)["distillation/student_mass_min"] < 1
+
+
+def test_an_empty_response_beside_the_sampled_tokens(model):
+    batch = mini_batch(0)
+    batch["response_mask"][1] = 0
+    runs = [step(model, OURS | {"loss_mode": "tip_k3"}, micro_batch, k=0, batch=batch) for micro_batch in (1, 2)]
+    assert runs[0][0]["loss"] == pytest.approx(runs[1][0]["loss"], rel=1e-5)
+    assert_same_gradients(runs[0][1], runs[1][1])
 
 
 def nothing_of_the_first(scores, order):
@@ -259,7 +297,7 @@ def test_two_ranks_are_one(model, tmp_path, settings):
     loss = OURS | {"retention": 0.4} | settings
     one = step(model, loss, 2)
     (tmp_path / "settings.json").write_text(json.dumps({"loss": loss, "micro_batch": 2}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(
         [*command, TESTS / "verl_run.py", model, tmp_path / "settings.json", tmp_path / "result.pt"],
         check=True,
@@ -395,6 +433,9 @@ def test_an_entropy_that_verl_did_not_compute_is_asked_for():
 
 LAUNCH = [
     "distillation.enabled=True",
+    "distillation.nnodes=1",
+    "distillation.teacher_models.teacher_model.model_path=a/teacher",
+    "actor_rollout_ref.rollout.name=vllm",
     f"distillation.distillation_loss._target_={TARGET}",
     "distillation.distillation_loss.loss_mode=tip_reverse_kl_topk",
     "+distillation.distillation_loss.retention=0.5",
@@ -426,11 +467,32 @@ def test_a_launch_is_checked_before_it_takes_a_gpu(capsys):
         (["actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"], "sequence_parallel_size=2"),
         (["distillation.distillation_loss.loss_mode=tip_k3"], "calculate_entropy=True"),
         (["distillation.distillation_loss.nothing=1"], "nothing"),
+        (["distillation.teacher_models.teacher_model.model_path=null"], "model_path must be specified"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused_in_one_line(capsys, more, message):
     assert verl_check.main(LAUNCH + more) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "status"), [({}, 0), ({"RULE": "q33"}, 2), ({"TOPK": "4", "RULE": "selectkd"}, 2)]
+)
+def test_the_example_launches_what_it_checks(environment, status):
+    script = TESTS.parent / "examples" / "verl" / "run.sh"
+    run = subprocess.run(
+        ["bash", script],
+        env=os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == status, run.stderr
+    assert (
+        "soft_or keeps 0.5" in run.stdout
+        if status == 0
+        else "tipdistill: selection_rule" in run.stderr or "unknown rule" in run.stderr
+    )
 
 
 def test_a_trl_that_breaks_verls_workers_is_named(monkeypatch, capsys):

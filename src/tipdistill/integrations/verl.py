@@ -67,6 +67,7 @@ TOUCHED = {
         "student_logits",
         "data_format",
     ),
+    "verl.trainer.distillation.losses:compute_distillation_loss_range": ("distillation_losses", "response_mask"),
     "verl.trainer.distillation.losses:compute_forward_kl_topk": (
         "config",
         "distillation_config",
@@ -87,6 +88,10 @@ TOUCHED = {
 }
 # Keys of verl's model output and batch that are ours.
 STATISTIC, WEIGHT = "tip_", "tip_weight"
+_OF_NO_TOKEN = {
+    "top_k": [f"distillation/{model}_mass_{end}" for model in ("student", "teacher") for end in ("min", "max")],
+    "sampled": ["distillation/abs_loss"],
+}
 _SHOWN = ("entropy", "reverse_kl")  # logged whatever the rule reads
 
 
@@ -183,7 +188,7 @@ def check_launch(config: Any) -> SelectedLossConfig:
         config: the composed DictConfig.
 
     Returns:
-        The instantiated `distillation_loss`.
+        The instantiated `distillation_loss`, or what verl itself refuses, in its words.
 
     Raises:
         ValueError: what is not supported, and what to set instead.
@@ -204,7 +209,7 @@ def check_launch(config: Any) -> SelectedLossConfig:
         if name not in known:
             raise ValueError(f"distillation.distillation_loss has no field {name!r}.{nearest(name, known)}")
     try:
-        loss = omega_conf_to_dataclass(given)
+        loss = omega_conf_to_dataclass(config.distillation).distillation_loss
     except InstantiationException as error:  # Hydra's, around the one that says why
         raise ValueError(str(error.__cause__ or error)) from error
     _check_trl()
@@ -378,12 +383,31 @@ def _of_every_token(
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's own final loss function: losses [B, T] of all tokens, and its metrics."""
     loss_config = distillation_config.distillation_loss
+    if not len(
+        _response_rows(data)[0]
+    ):  # a micro-batch of verl's padding samples, where its metrics would stop the run
+        computed = model_output["distillation_losses" if loss_config.given == "top_k" else "log_probs"]
+        return no_padding_2_padding(computed, data) * 0, _neutral(_OF_NO_TOKEN[loss_config.given])
     if loss_config.given == "top_k":  # computed from the logits, by `topk_loss`
         return verl_losses.compute_forward_kl_topk(config, distillation_config, model_output, data)
     as_in_verl = types.SimpleNamespace(loss_mode=loss_config.loss_mode.removeprefix("tip_"))
     return verl_losses.compute_distillation_loss_reverse_kl_estimator(
         config, types.SimpleNamespace(distillation_loss=as_in_verl), model_output, data
     )
+
+
+def _neutral(names: Sequence[str]) -> dict[str, Metric]:
+    """verl's metrics of no token; as many as of any other micro-batch, because verl stacks the ranks'."""
+    values = {"min": (AggregationType.MIN, math.inf), "max": (AggregationType.MAX, -math.inf)}
+    return {name: Metric(*values.get(name.rpartition("_")[2], (AggregationType.MEAN, 0.0))) for name in names}
+
+
+def loss_range(distillation_losses: Tensor, response_mask: Tensor) -> dict[str, Metric]:
+    """Bound to verl's `compute_distillation_loss_range`, which is called unless there is no token."""
+    mask = response_mask.values() if response_mask.is_nested else response_mask
+    if bool(mask.any()):
+        return _verl_loss_range(distillation_losses, response_mask)
+    return _neutral(("distillation/loss_min", "distillation/loss_max"))
 
 
 def _pick(loss_config: SelectedLossConfig, scores: TokenScores, rollout: Tensor, seeds: Sequence[int]) -> Selection:
@@ -413,7 +437,11 @@ def _train_batch(engine: Any, data: Any, loss_function: functools.partial) -> An
             return _statistics_of_logits(loss_config, data, student_logits)
         return torch.zeros(()), {}
 
-    output = engine.infer_batch(data, loss_function=only_score)["model_output"]
+    engine.module.eval()  # scores describe the student that wrote the rollouts; dropout would add noise
+    try:
+        output = engine.infer_batch(data, loss_function=only_score)["model_output"]
+    finally:
+        engine.module.train()
     rows, rollout = _response_rows(data)
     scores = _scores(config, loss_config, output, data, rows)
     over = "batch" if config.loss_agg_mode in ("token-mean", "token-sum") else "rollout"
@@ -545,6 +573,7 @@ def _bind() -> None:
     Nothing is imported for it: a process that trains has imported verl's workers before it builds a configuration.
     """
     verl_losses.compute_topk_loss = topk_loss
+    verl_losses.compute_distillation_loss_range = loss_range
     worker = getattr(sys.modules.get("verl.workers.engine_workers"), "TrainingWorker", None)
     if worker is None or hasattr(worker.set_loss_fn, "scores_first"):
         return
@@ -563,6 +592,7 @@ def _bind() -> None:
 
 
 _verl_topk_loss = verl_losses.compute_topk_loss
+_verl_loss_range = verl_losses.compute_distillation_loss_range
 for _given in ("top_k", "sampled"):
     verl_losses.register_distillation_loss(
         verl_losses.DistillationLossSettings(

@@ -82,6 +82,24 @@ def test_a_confident_teacher_leaves_a_lower_bound_and_finite_gradients():
     assert torch.isfinite(scores.gradient_norm).all()
 
 
+def test_tokens_that_are_forbidden():
+    """To both: as if they were not there. To the student alone an infinite forward KL, to the teacher a reverse one."""
+    logits, _, ids, logprobs = models()
+    with torch.no_grad():
+        logits[0, ids[0, 3]], logprobs[0, 3] = -math.inf, -math.inf
+        logits[1, ids[1, 3]] = -math.inf
+        logprobs[2, 3] = -math.inf
+        logits[3, 5] = -math.inf  # in the tail, or not
+    scores = top_k_scores(logits, ids, logprobs, ["entropy", *DIVERGENCES])
+    assert scores.reverse_kl.isinf().tolist() == [row == 2 for row in range(13)]
+    assert scores.forward_kl.isinf()[[0, 1, 2]].tolist() == [False, True, False]
+    for name in ("entropy", "jsd", "hellinger", "teacher_entropy"):
+        assert torch.isfinite(getattr(scores, name)).all()
+    divergence, _ = tail_reverse_kl(logits, ids, logprobs)
+    (gradient,) = torch.autograd.grad(divergence[[0, 1, 3]].sum(), logits)
+    assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("keep_copy", [False, True])
 def test_rows_that_are_not_asked_for_are_not_touched(keep_copy):
     """Prompts carry padding: a teacher's rows there may be anything, even one token k times."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..types import TokenScores
-from .chunked import _spans
+from .chunked import INFINITE, NEGATIVE, _spans
 
 # Of which statistic the teacher's k likeliest tokens give what.
 OF_TOP_K = {
@@ -110,20 +110,20 @@ def tail_reverse_kl(
 
 
 def _statistics(z: Tensor, token_ids: Tensor, logprobs: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
-    """The statistics of one chunk; z [n, V] is overwritten with the log-probabilities."""
-    z -= z.logsumexp(1, keepdim=True)
-    log_s, rest = _student_outcomes(z, token_ids)
+    """The statistics of one chunk; z [n, V], its logits, is overwritten."""
+    best = z.argmax(1, keepdim=True) if "argmax_in_top5" in wanted else None
+    likeliest = z.topk(min(16, z.shape[1])).indices if "top16_overlap" in wanted else None
+    log_s, rest, entropy = _student_outcomes(z, token_ids, not {"entropy", "entropy_norm"}.isdisjoint(wanted))[:3]
     log_t = _teacher_outcomes(logprobs, z.dtype)
     s, t = log_s.exp(), log_t.exp()
     reverse_kl = _weighted(s, log_s - log_t).sum(1)
     found: dict[str, Tensor] = {}
-    if not {"entropy", "entropy_norm"}.isdisjoint(wanted):
-        entropy = -_weighted(z.exp(), z).sum(1)
+    if entropy is not None:
         found |= {"entropy": entropy, "entropy_norm": entropy / math.log(z.shape[1])}
     if "reverse_kl" in wanted:
-        found["reverse_kl"] = reverse_kl.clamp(min=0)
+        found["reverse_kl"] = _finite_or_infinite(reverse_kl)
     if "forward_kl" in wanted:
-        found["forward_kl"] = _weighted(t, log_t - log_s).sum(1).clamp(min=0)
+        found["forward_kl"] = _finite_or_infinite(_weighted(t, log_t - log_s).sum(1))
     if "teacher_entropy" in wanted:
         found["teacher_entropy"] = -_weighted(t, log_t).sum(1)
     if "jsd" in wanted:
@@ -135,15 +135,15 @@ def _statistics(z: Tensor, token_ids: Tensor, logprobs: Tensor, wanted: Sequence
     if "gradient_norm" in wanted:
         excess = _weighted(s, log_s - log_t - reverse_kl[:, None])
         # the tail's share of the gradient is spread over its tokens ∝ P_S
-        within = torch.where(s[:, -1] > 0, (2 * rest).exp().sum(1).sqrt() / s[:, -1], 0.0)
+        within = rest.norm(dim=1) / s[:, -1]
         found["gradient_norm"] = torch.cat([excess[:, :-1], (excess[:, -1] * within)[:, None]], 1).norm(dim=1)
-    if "top16_overlap" in wanted:
-        k = min(16, z.shape[1])
-        mine, theirs = z.topk(k).indices, token_ids.gather(1, logprobs.topk(k).indices)
-        found["top16_overlap"] = (mine[:, :, None] == theirs[:, None]).any(2).sum(1).to(z.dtype) / k
-    if "argmax_in_top5" in wanted:
+    if likeliest is not None:
+        k = likeliest.shape[1]
+        theirs = token_ids.gather(1, logprobs.topk(k).indices)
+        found["top16_overlap"] = (likeliest[:, :, None] == theirs[:, None]).any(2).sum(1).to(z.dtype) / k
+    if best is not None:
         theirs = token_ids.gather(1, logprobs.topk(min(5, z.shape[1])).indices)
-        found["argmax_in_top5"] = (theirs == z.argmax(1, keepdim=True)).any(1).to(z.dtype)
+        found["argmax_in_top5"] = (theirs == best).any(1).to(z.dtype)
     return {name: found[name] for name in wanted}
 
 
@@ -158,10 +158,7 @@ class _TailReverseKL(torch.autograd.Function):
         ratio = divergence.new_empty(len(rows), token_ids.shape[1] + 1)
         for start, stop in _chunks(len(rows), logits.shape[1]):
             part = rows[start:stop]
-            z = logits[part].to(dtype)
-            normaliser[start:stop] = z.logsumexp(1)
-            z -= normaliser[start:stop, None]
-            log_s, _ = _student_outcomes(z, token_ids[part])
+            log_s, _, _, normaliser[start:stop] = _student_outcomes(logits[part].to(dtype), token_ids[part], False)
             ratio[start:stop] = log_s - _teacher_outcomes(logprobs[part], dtype)
             s = log_s.exp()
             divergence[start:stop] = _weighted(s, ratio[start:stop]).sum(1)
@@ -181,24 +178,42 @@ class _TailReverseKL(torch.autograd.Function):
             part = active[start:stop]
             z = saved[part if ctx.copied else rows[part]].to(divergence.dtype)
             probability = z.sub_(normaliser[part, None]).exp_()
-            excess = (ratio[part] - divergence[part, None]).masked_fill_(ratio[part] == -math.inf, 0.0)
+            excess = ratio[part] - divergence[part, None]
             of_top = probability.gather(1, token_ids[rows[part]]) * excess[:, :-1]
             probability.mul_(excess[:, -1:]).scatter_(1, token_ids[rows[part]], of_top)
             gradient[rows[part]] = probability.mul_(incoming[part, None]).to(gradient.dtype)
         return gradient, None, None, None, None
 
 
-def _student_outcomes(log_p: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the k + 1 outcomes [n, k + 1], and log_p [n, V] with −∞ at the k tokens."""
-    rest = log_p.scatter(1, token_ids, -math.inf)
-    # not log(1 − Σ), which has no digits left where the student is nearly certain
-    return torch.cat([log_p.gather(1, token_ids), rest.logsumexp(1, keepdim=True)], 1), rest
+def _student_outcomes(z: Tensor, token_ids: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Of logits z [n, V], which are overwritten: what the student says of the k + 1 outcomes.
+
+    Returns log-probabilities [n, k + 1], the probabilities of the tail's tokens [n, V] (0 at the k tokens), the entropy
+    over the whole vocabulary [n] and the log-normaliser [n].
+    """
+    highest = z.amax(1, keepdim=True)
+    # finite, so that a forbidden token's p log p is 0
+    z.sub_(highest).clamp_(min=NEGATIVE)
+    of_top = z.gather(1, token_ids)
+    p = z.exp()
+    total = p.sum(1, keepdim=True)
+    log_total = total.log()
+    entropy = log_total[:, 0] - z.mul_(p).sum(1) / total[:, 0] if with_entropy else None
+    # not 1 − Σ over the k tokens, which has no digits left where the student is nearly certain
+    rest = p.scatter_(1, token_ids, 0.0).div_(total)
+    log_tail = rest.sum(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).tiny).log_()
+    return torch.cat([of_top - log_total, log_tail], 1), rest, entropy, (highest + log_total)[:, 0]
 
 
 def _teacher_outcomes(logprobs: Tensor, dtype: torch.dtype) -> Tensor:
-    logprobs = logprobs.to(dtype)
+    logprobs = logprobs.to(dtype).clamp(min=NEGATIVE)
     tail = (1 - logprobs.exp().sum(1, keepdim=True)).clamp(min=TAIL_FLOOR)
     return torch.cat([logprobs, tail.log()], 1)
+
+
+def _finite_or_infinite(divergence: Tensor) -> Tensor:
+    """A divergence that met a forbidden token (`NEGATIVE`) is infinite; rounding may leave another below 0."""
+    return divergence.clamp(min=0).masked_fill(divergence > INFINITE, math.inf)
 
 
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:

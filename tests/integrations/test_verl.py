@@ -431,6 +431,25 @@ def test_an_entropy_that_verl_did_not_compute_is_asked_for():
     ours._check_entropy(True, config)
 
 
+def test_scores_of_sampled_tokens_are_of_them():
+    data = left_right_2_no_padding(mini_batch(0))
+    rows, _ = ours._response_rows(data)
+    tokens = len(data["input_ids"].values())
+    student = -5 * torch.rand(tokens, generator=torch.Generator().manual_seed(1))
+    student[rows[0]] = -300.0  # a token that the student would hardly ever write
+    output = {"log_probs": torch.nested.nested_tensor_from_jagged(student, data["input_ids"].offsets())}
+    config = SelectedLossConfig(
+        loss_mode="tip_k3", selection_rule="cumulative_advantage", use_policy_gradient=False, topk=None
+    )
+    scores = ours._scores(None, config, output, data, rows)
+    teacher = data["teacher_logprobs"].values()[rows, 0]
+    assert torch.equal(scores.student_logprob, student[rows])
+    assert torch.equal(scores.teacher_logprob, teacher)
+    log_ratio = (teacher - student[rows])[1:]
+    torch.testing.assert_close(scores.reverse_kl[1:], log_ratio.exp() - 1 - log_ratio, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(scores.reverse_kl).all()
+
+
 LAUNCH = [
     "distillation.enabled=True",
     "distillation.nnodes=1",

@@ -188,10 +188,10 @@ def check_launch(config: Any) -> SelectedLossConfig:
         config: the composed DictConfig.
 
     Returns:
-        The instantiated `distillation_loss`, or what verl itself refuses, in its words.
+        The instantiated `distillation_loss`.
 
     Raises:
-        ValueError: what is not supported, and what to set instead.
+        ValueError: what is not supported, and what to set instead; or what verl itself refuses, in its words.
     """
     from hydra.errors import InstantiationException
     from verl.utils.config import omega_conf_to_dataclass
@@ -303,11 +303,11 @@ def _scores(config: Any, loss_config: SelectedLossConfig, model_output: Any, dat
         for values in (model_output["log_probs"], data["teacher_logprobs"])
     )
     difference = teacher.to(student.device) - student
-    # an estimate from one token that is never negative and right on average (k3)
+    # an estimate from one token that is never negative and right on average (k3), cut where verl cuts it
     found = {
         "student_logprob": student,
         "teacher_logprob": teacher.to(student.device),
-        "reverse_kl": difference.expm1() - difference,
+        "reverse_kl": difference.clamp(max=20).expm1() - difference.clamp(max=20),
     }
     if "entropy" in model_output:
         found["entropy"] = model_output["entropy"].values()[rows].detach().float()

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -27,11 +28,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
-# Tied embeddings as in Qwen3-4B and Qwen2.5-1.5B, untied as in Llama 3.1.
+# Tied embeddings as in Qwen3-4B and Qwen2.5-1.5B, untied as in Llama 3.1, an lm_head with a bias as in Phi-2.
 ARCHITECTURES = {
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
     "llama": (LlamaConfig, {"tie_word_embeddings": False}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "phi": (PhiConfig, {"tie_word_embeddings": False}),
 }
 HIDDEN = {"student": 32, "teacher": 48}
 HEADS = 4
@@ -114,6 +116,8 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed({"student": 0, "teacher": 1}[role])
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                if model.get_output_embeddings().bias is not None:
+                    torch.nn.init.normal_(model.get_output_embeddings().bias)
             model.save_pretrained(path)
             tiny_tokenizer.save_pretrained(path)
         return path

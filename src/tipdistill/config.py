@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 
 from trl import DistillationConfig
@@ -127,6 +128,12 @@ class TIPConfig(DistillationConfig):
             raise ValueError(
                 'teacher_offload needs normalization="batch": with "micro_batch" the teacher scores inside the loss, '
                 "so it cannot leave the device before it."
+            )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and self.world_size == 1:
+            raise ValueError(
+                f"a launcher started {started} processes (WORLD_SIZE) and accelerate sees one, so each would train "
+                "alone: set use_cpu to train together over gloo, or launch where there are GPUs."
             )
         generation_batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if generation_batch % self.num_generations:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
@@ -31,7 +32,7 @@ from .config import TIPConfig
 from .divergence import NonFiniteLogitsError, token_scores
 from .evaluate.task import Task
 from .evaluate.training import TaskEvaluation, evaluate_tasks
-from .integrations import _trl
+from .integrations import _accelerate, _trl
 from .loss import fused_divergence_loss
 from .monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
 from .records import About, Choice, RecordsWriter
@@ -152,13 +153,11 @@ class TIPTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        _accelerate.check_sharding(self.accelerator)
         teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
         self._share_vocabulary(teacher)
         teacher.requires_grad_(False).eval()
-        if self.is_deepspeed_enabled:
-            self.teacher_model = _trl.prepare_deepspeed(teacher, self.accelerator)
-        else:
-            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.teacher_model = _accelerate.prepare_teacher(teacher, self.accelerator)
 
         self._rule_fields = rule_fields(args.selection_rule)
         self._keeps_all = args.selection_rule == "all"
@@ -823,7 +822,7 @@ def _load_teacher(name: str, args: TIPConfig) -> PreTrainedModel:
     kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if args.teacher_model_revision is not None:
         kwargs.setdefault("revision", args.teacher_model_revision)
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        kwargs["device_map"] = None
+    if args.distributed_state.distributed_type != DistributedType.NO:
+        kwargs["device_map"] = None  # "auto" would spread the teacher of every process over all GPUs
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return _trl.create_model_from_path(name, **kwargs)

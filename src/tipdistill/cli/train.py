@@ -15,13 +15,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
-from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..data import drop_long_prompts, load_prompts, nearest, prepare_prompts, prompt_lengths
-from .arguments import EXTRAS, Request, as_yaml, build, read_arguments, require, write_config
+from .arguments import Request, as_yaml, build, read_arguments, write_config
+from .launch import check_launched, launch_arguments, num_processes
 from .pair import check_chat_template, check_models
 
 
@@ -36,9 +35,10 @@ def main(argv: list[str]) -> int:
     """
     arguments = read_arguments(argv)
     resume = _resume(arguments.values)
-    launch = [] if arguments.values.dry_run else _launch_arguments(arguments.values)
+    launch = [] if arguments.values.dry_run else launch_arguments(arguments.values)
     if launch or not arguments.environment.items() <= os.environ.items():
         return _start_again(launch, argv, arguments.environment)
+    check_launched(bool(arguments.values.use_cpu))
     return _train(build(arguments), resume)
 
 
@@ -75,26 +75,6 @@ def _resume(namespace: Namespace) -> str | None:
     return str(asked)
 
 
-def _launch_arguments(namespace: Namespace) -> list[str]:
-    """Arguments of `accelerate launch`, empty where this process is to train itself."""
-    # a process that a launcher started must not start one again
-    if "LOCAL_RANK" in os.environ or "TIPDISTILL_LAUNCHED" in os.environ:
-        return []
-    preset, processes = _accelerate_config(namespace), namespace.num_processes
-    if preset is None:
-        return ["--multi_gpu", "--num_processes", str(processes)] if (processes or 1) > 1 else []
-    arguments = resolve_accelerate_config_argument(["--accelerate_config", preset])
-    settings = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
-    if settings.get("distributed_type") == "DEEPSPEED":
-        require("deepspeed", f"accelerate_config = {preset}", EXTRAS["deepspeed"][1])
-    return arguments + (["--num_processes", str(processes)] if processes else [])
-
-
-def _accelerate_config(arguments: Any) -> str | None:
-    preset = arguments.accelerate_config
-    return None if preset is None or preset.lower() in ("", "none", "null") else preset
-
-
 def _start_again(launch: list[str], argv: list[str], environment: dict[str, str]) -> int:
     """Run the same command under accelerate, or under the recipe's environment, which libraries read on import."""
     launcher = ["-m", "accelerate.commands.launch", *launch] if launch else []
@@ -105,14 +85,9 @@ def _start_again(launch: list[str], argv: list[str], environment: dict[str, str]
 
 def _num_processes(request: Request) -> int:
     """Processes of the run: those running now, or in a dry run those that would be started."""
-    script = request.script
-    if not script.dry_run or request.config.world_size > 1:
+    if not request.script.dry_run or request.config.world_size > 1:
         return request.config.world_size
-    preset = _accelerate_config(script)
-    if script.num_processes is None and preset is not None:
-        path = resolve_accelerate_config_argument(["--accelerate_config", preset])[1]
-        return int(yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("num_processes", 1))
-    return script.num_processes or 1
+    return num_processes(request.script)
 
 
 # The run.

@@ -1,0 +1,61 @@
+"""What the trainer needs of accelerate beyond its public face: the teacher sharded like the student."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ._trl import prepare_deepspeed
+
+__all__ = ["check_sharding", "prepare_teacher"]
+
+
+def prepare_teacher(teacher: Any, accelerator: Accelerator) -> Any:
+    """A frozen teacher as the engine runs it: sharded under FSDP2 and ZeRO-3, whole on every device elsewhere.
+
+    accelerate shards a model together with its optimizer and leaves one without an optimizer as it is, so a teacher
+    prepared in its `evaluation_mode` would have to fit on every GPU.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(teacher, accelerator)
+    if not getattr(accelerator, "is_fsdp2", False):
+        return accelerator.prepare_model(teacher, evaluation_mode=True)
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # here, since releases without FSDP2 lack it
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    plugin = accelerator.state.fsdp_plugin
+    own = copy.copy(plugin)  # the student's plugin remembers the layers it wraps, which the teacher may not have
+    if getattr(teacher, "_no_split_modules", None) and own.transformer_cls_names_to_wrap is not None:
+        own.transformer_cls_names_to_wrap = None
+        own.auto_wrap_policy = transformer_auto_wrap_policy
+    accelerator.state.fsdp_plugin = own
+    try:
+        return fsdp2_prepare_model(accelerator, teacher).requires_grad_(False).eval()
+    finally:
+        accelerator.state.fsdp_plugin = plugin
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Refuse a run whose sharding was asked for and silently replaced, as accelerate does on a CPU.
+
+    Raises:
+        ValueError: FSDP or DeepSpeed was asked for and is not what runs, or FSDP is of version 1.
+    """
+    for name, engine, kind in (
+        ("ACCELERATE_USE_FSDP", "FSDP", DistributedType.FSDP),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", DistributedType.DEEPSPEED),
+    ):
+        if os.environ.get(name, "false").lower() == "true" and accelerator.distributed_type != kind:
+            raise ValueError(
+                f"{engine} was asked for ({name}) and accelerate runs {accelerator.distributed_type.value} instead: "
+                f"{engine} needs GPUs. Launch with GPUs and without use_cpu, or without {engine}."
+            )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP version 1 flattens the lm_heads that the loss reads, so it is not supported: set fsdp_version: 2 "
+            "(`accelerate to-fsdp2` converts a configuration)."
+        )

@@ -1,0 +1,172 @@
+"""What tests/test_sharded.py launches under torchrun: a list of runs, each in processes of its own.
+
+The ranks import everything once and fork for each run, so that every run has fresh process groups and singletons
+without paying for the imports again. `on_cpu` gives FSDP2 and DeepSpeed what accelerate withholds from them on a CPU.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+# What `accelerate launch` exports for TRL's presets, but for mixed precision.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+}
+ENVIRONMENT = {
+    "ddp": {},
+    "fsdp2": FSDP,
+    "zero2": {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {
+        **DEEPSPEED,
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    },
+}
+
+
+def on_cpu(engine):
+    """Let accelerate run the engine over gloo."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    if engine == "fsdp2":  # accelerate takes DDP for FSDP on a CPU, and says nothing
+        init = AcceleratorState.__init__
+
+        def sharded(self, *args, fsdp_plugin=None, **options):
+            fresh = not AcceleratorState._shared_state
+            init(self, *args, fsdp_plugin=fsdp_plugin, **options)
+            if fresh and fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+                self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+                if self._mixed_precision != "no":
+                    fsdp_plugin.set_mixed_precision(self._mixed_precision)
+                self.fsdp_plugin = fsdp_plugin
+
+        AcceleratorState.__init__ = sharded
+    elif engine.startswith("zero"):  # without use_cpu accelerate finds no backend, with it no DeepSpeed
+        import deepspeed.comm.torch
+
+        PartialState._prepare_backend = lambda self, *rest: ("gloo", DistributedType.MULTI_CPU)
+        deepspeed.comm.torch.build_shm_op = lambda: None  # a faster all-reduce that takes a minute to compile
+
+
+def run(job):
+    import torch
+    from datasets import Dataset
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import TrainerCallback
+    from trl import DistillationTrainer
+
+    import tipdistill.divergence.chunked as chunked
+    from tipdistill import TIPConfig, TIPTrainer
+
+    torch.set_num_threads(1)
+    on_cpu(job["engine"])
+    counts = []
+
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace in ("c10d", "_c10d_functional"):
+                counts[-1][str(function)] = counts[-1].get(str(function), 0) + 1
+            return function(*args, **(kwargs or {}))
+
+    class Watched(TIPTrainer):
+        def _generate_single_turn(self, prompt_ids, *rest):
+            completions = super()._generate_single_turn(prompt_ids, *rest)
+            # of a length of each prompt's own, so that ranks hold different widths: a random model never ends
+            return [ids[: 1 + sum(prompt) % 12] for prompt, ids in zip(prompt_ids, completions, strict=True)]
+
+        def training_step(self, *args, **options):
+            if not job.get("count"):
+                return super().training_step(*args, **options)
+            counts.append({})
+            with Collectives():
+                return super().training_step(*args, **options)
+
+    class Dies(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == job.get("dies") and args.process_index == args.world_size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if "empty" in job:
+        generate = DistillationTrainer._generate_and_score_completions
+
+        def with_tools(self, inputs):
+            batch = generate(self, inputs)
+            mask = batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+            row = self.accelerator.process_index * len(mask) + torch.arange(len(mask))
+            mask[row >= job["empty"]] = 0  # nothing in these rollouts is the student's own
+            return batch
+
+        DistillationTrainer._generate_and_score_completions = with_tools
+    if job.get("tiles"):
+        chunked.CPU_TILE, chunked.CPU_WORKSPACE = (4, 64), 2**14
+    settings = dict(job["settings"])
+    if not job["engine"].startswith("zero"):
+        settings["use_cpu"] = True
+    args = TIPConfig(job["out"], **settings)
+    trainer = Watched(job["student"], job["teacher"], args, Dataset.from_json(job["data"]), callbacks=[Dies()])
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    parameters = {
+        name: sorted(
+            {"DTensor" if isinstance(p, DTensor) else "partition" if hasattr(p, "ds_tensor") else "whole" for p in of}
+        )
+        for name, of in (
+            ("student", trainer.model.parameters()),
+            ("teacher", trainer.accelerator.unwrap_model(trainer.teacher_model).parameters()),
+        )
+    }
+    trainer.save_model(args.output_dir)
+    if trainer.accelerator.is_main_process:
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        figures = {name: [entry[name] for entry in history] for name in history[0]}
+        found = {**figures, "parameters": parameters, "counts": counts, "processes": trainer.accelerator.num_processes}
+        found["engine"] = trainer.accelerator.distributed_type.value
+        (Path(args.output_dir) / "figures.json").write_text(json.dumps(found))
+    # together, and in order: a process that leaves while another still talks to it aborts that one
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def main():
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each run meets at a port of its own
+    if any(job["engine"].startswith("zero") for job in jobs):
+        import deepspeed  # noqa: F401
+    import tipdistill.trainer  # noqa: F401
+
+    for job in jobs:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            os.environ.update(MASTER_PORT=str(job["port"]), **ENVIRONMENT[job["engine"]])
+            code = 1
+            try:
+                run(job)
+                code = 0
+            finally:
+                sys.stdout.flush()
+                if code:
+                    sys.excepthook(*sys.exc_info())
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if bool(status) != bool(job.get("dies")):
+            raise SystemExit(f"{job['out']}: ended with {status}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Several processes and sharded models against one process: DDP, FSDP2, ZeRO-2 and ZeRO-3 over gloo, no GPU needed.
+
+Every engine runs the same prompts in the same order, so losses, gradient norms and (with SGD, whose step is the
+gradient) final weights must be those of one process. One launch serves all checks of a number of processes.
+"""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+RUN = Path(__file__).parent / "sharded_run.py"
+PLAIN = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_completion_length": 12,
+    "learning_rate": 1e-3,
+    "disable_tqdm": True,
+    "shuffle_dataset": False,
+    "retention": 0.3,
+    "record_rollouts": 2,
+    "score_logging_steps": 2,
+    # greedy, so that two ways to run the same step write the same rollouts
+    "generation_kwargs": {"do_sample": False},
+}
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs deepspeed")
+ENGINES = ["ddp", "fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))]
+NAMES = [name for name in ("ddp", "fsdp2", "zero2", "zero3") if HAS_DEEPSPEED or not name.startswith("zero")]
+# kind of run: (settings, what tests/sharded_run.py is told beside them); 8 rollouts a step in all of them
+SGD = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
+KINDS = {
+    # 1 micro-batch a step, and nothing between the gradient and the weights
+    "whole": (SGD, {}),
+    # a budget over the batch that leaves most micro-batches, and often a rank, without a kept token
+    "few": ({**SGD, "retention": 0.02, "selection_scope": "batch"}, {}),
+    # the last four rollouts hold nothing of the student's: with two processes, all that the last one has
+    "empty": (SGD, {"empty": 4}),
+    "empty_micro_batch": ({**SGD, "normalization": "micro_batch", "selection_rule": "divergence"}, {"empty": 4}),
+    "adam": ({"max_steps": 4, "save_strategy": "steps", "save_steps": 2}, {}),
+}
+ACCUMULATED = ("few", "empty_micro_batch", "adam")  # 4 micro-batches of one rollout on two processes
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(jobs, directory, processes, nodes=1):
+    """Run the jobs one after another under torchrun, once per node."""
+    (directory / "jobs.json").write_text(json.dumps([{**job, "port": free_port()} for job in jobs]))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
+    command += [str(RUN), str(directory / "jobs.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [directory / f"node-{node}.log" for node in range(nodes)]
+    started = []
+    for log in logs:
+        with log.open("w") as output:
+            started.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
+    try:
+        codes = [process.wait(timeout=400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0] * nodes, "\n".join(log.read_text()[-6000:] for log in logs)
+
+
+def figures(out):
+    return json.loads((Path(out) / "figures.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model_dir, word_problems, tmp_path_factory):
+    """Factory of jobs: a student with tied embeddings, or a bias, and an untied teacher of another architecture."""
+    root = tmp_path_factory.mktemp("sharded")
+
+    def build(engine, processes, kind, accumulation=None, **more):
+        settings, told = KINDS[kind]
+        accumulation = accumulation or (4 if kind in ACCUMULATED and processes == 2 else 1)
+        settings = {
+            **PLAIN,
+            **settings,
+            "gradient_accumulation_steps": accumulation,
+            "per_device_train_batch_size": 8 // processes // accumulation,
+        }
+        student = tiny_model_dir("phi" if kind == "few" else "qwen3", "student")
+        return {
+            "engine": engine,
+            "student": str(student),
+            "teacher": str(tiny_model_dir("llama", "teacher")),
+            "data": str(word_problems),
+            "settings": settings,
+            "out": str(root / f"{engine}-{processes}-{kind}{more.pop('suffix', '')}"),
+            **told,
+            **more,
+        }
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def one(job, tmp_path_factory):
+    """Figures and directory of each kind of run in one process."""
+    jobs = {kind: job("ddp", 1, kind) for kind in KINDS}
+    launch(list(jobs.values()), tmp_path_factory.mktemp("one"), 1)
+    return {kind: (figures(asked["out"]), Path(asked["out"])) for kind, asked in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def two(job, tmp_path_factory):
+    """The same in two processes, by engine; "adam" is killed in its third step and resumed."""
+    jobs = {}
+    for engine in NAMES:
+        for kind in ("whole", "few", "empty", "empty_micro_batch"):
+            jobs[engine, kind] = job(engine, 2, kind)
+        killed = job(engine, 2, "adam", dies=3)
+        jobs[engine, "killed"] = killed
+        jobs[engine, "adam"] = {**killed, "dies": None, "resume": True}
+        for tiles in (False, True):
+            counted = job(engine, 2, "whole", count=True, tiles=tiles, suffix=f"-tiles-{tiles}")
+            jobs[engine, f"tiles-{tiles}"] = counted
+    launch(list(jobs.values()), tmp_path_factory.mktemp("two"), 2)
+    return {key: (figures(asked["out"]), Path(asked["out"])) for key, asked in jobs.items()}
+
+
+def assert_same(found, expected, weights=True):
+    (figures, directory), (expected_figures, expected_directory) = found, expected
+    for name in ("loss", "grad_norm", "selection/kept_fraction", "selection/trained_tokens", "entropy"):
+        # float32 sums over ranks and micro-batches in another order
+        assert figures[name] == pytest.approx(expected_figures[name], rel=1e-4), name
+    if weights:
+        weight, expected_weight = (load_file(path / "model.safetensors") for path in (directory, expected_directory))
+        assert weight.keys() == expected_weight.keys()
+        for name, value in weight.items():
+            torch.testing.assert_close(value, expected_weight[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+HOLDS = {
+    "ddp": ("MULTI_CPU", ["whole"], ["whole"]),
+    "fsdp2": ("FSDP", ["DTensor"], ["DTensor"]),
+    "zero2": ("DEEPSPEED", ["whole"], ["whole"]),
+    "zero3": ("DEEPSPEED", ["partition"], ["partition"]),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_equal_one_in_losses_gradients_and_weights(engine, one, two):
+    found = two[engine, "whole"]
+    assert found[0]["processes"] == 2
+    kind, student, teacher = HOLDS[engine]
+    assert found[0]["engine"] == kind
+    assert found[0]["parameters"] == {"student": student, "teacher": teacher}
+    assert_same(found, one["whole"])
+
+
+@pytest.mark.parametrize("kind", ["few", "empty", "empty_micro_batch"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_without_a_token_neither_hang_nor_change_the_result(engine, kind, one, two):
+    assert_same(two[engine, kind], one[kind])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_killed_on_one_rank_resumes_to_the_figures_of_one_process(engine, one, two):
+    figures, directory = two[engine, "adam"]
+    assert len(figures["loss"]) == 4
+    assert (directory / "checkpoint-2").is_dir()
+    # Adam divides by the root of tiny second moments, so weights may differ where gradients are nearly zero
+    assert_same(two[engine, "adam"], one["adam"], weights=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_collectives_do_not_grow_with_the_tiles(engine, two):
+    few, many = (two[engine, f"tiles-{tiles}"][0]["counts"] for tiles in (False, True))
+    assert len(few) == 3
+    assert sum(few[0].values()) > 0
+    assert many == few
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_four_processes_equal_one(engine, one, four):
+    assert four[engine][0]["processes"] == 4
+    assert_same(four[engine], one["whole"])
+
+
+@pytest.fixture(scope="module")
+def four(job, tmp_path_factory):
+    jobs = {engine: job(engine, 4, "whole") for engine in NAMES if engine != "zero2"}
+    launch(list(jobs.values()), tmp_path_factory.mktemp("four"), 4)
+    return {engine: (figures(asked["out"]), Path(asked["out"])) for engine, asked in jobs.items()}
+
+
+def test_two_hosts_equal_one_process(job, one, tmp_path):
+    """Two torchrun agents, as on two hosts, that meet at one endpoint."""
+    jobs = [job(engine, 2, "whole", suffix="-hosts") for engine in ("ddp", "fsdp2")]
+    launch(jobs, tmp_path, processes=1, nodes=2)
+    for asked in jobs:
+        assert figures(asked["out"])["processes"] == 2
+        assert_same((figures(asked["out"]), Path(asked["out"])), one["whole"])

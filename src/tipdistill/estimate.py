@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import chunked
 from .loss import fused_divergence_loss
+from .plan.memory import fused_workspace
 from .rollout import head_of, hidden_states
 from .types import Rollout
 
@@ -136,8 +136,8 @@ def _forward_and_backward(
         teacher_head = replace(teacher_head, hidden=teacher_head.hidden[rows])
         loss = fused_divergence_loss(student_head, teacher_head, temperature=temperature)
         torch.autograd.grad(loss, list(parameters), allow_unused=True)
-    workspace = chunked.GPU_WORKSPACE if rows.is_cuda else chunked.CPU_WORKSPACE
     vocabulary = min(len(student_head.weight), len(teacher_head.weight))
-    logits = 2 * vocabulary * len(rows) * 4  # of both models, when they are fewer than the workspace holds
+    widths = student_head.hidden.shape[1] + teacher_head.hidden.shape[1]
+    workspace = fused_workspace(len(rows), vocabulary, widths, student_head.hidden.dtype, rows.device.type)
     kept = student_head.hidden.nbytes + teacher_head.hidden.nbytes
-    return sum(seen.values()), min(workspace, logits) + 2 * kept + 4 * student_head.weight.numel()
+    return sum(seen.values()), workspace + 2 * kept + 4 * student_head.weight.numel()

@@ -17,6 +17,7 @@ ORDER = [
     {"evaluate"},
     {"tasks"},
     {"trainer"},
+    {"plan"},
     {"probe", "estimate"},
     {"bench"},
     {"sweep"},

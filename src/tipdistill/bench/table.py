@@ -193,6 +193,20 @@ def _records(result: dict[str, Any]) -> str:
     return _rows([*header, "the page (MB)"], rows)
 
 
+def _plan(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{entry['predicted'] / 2**20:.0f}",
+            entry["phase"],
+            f"{entry['measured'] / 2**20:.0f}",
+            f"{entry['ratio']:.2f}",
+        ]
+        for name, entry in result["cases"].items()
+    ]
+    return _rows(["", "expected (MiB)", "in the phase", "measured (MiB)", "expected / measured"], rows)
+
+
 _OF_PROBE = {
     "descent": "descent",
     "cosine": "cosine",
@@ -229,6 +243,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "head-qwen3-16k": _head,
     "head-qwen3-32k": _head,
     "head-scaling": _scaling,
+    "plan-cpu": _plan,
     "probe-agreement": _agreement,
     "records-cpu": _records,
     "select-cpu": _select,

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": (".demo", "distil a small student on this machine, in minutes, and picture its tokens"),
     "probe": (".probe", "say which rule and which retention suit a pair, before anything is trained"),
     "score": (".score", "roll a student out, score its tokens beside a teacher, write token records"),
+    "plan": (".plan", "memory and time per GPU of a recipe on machines that are not at hand: --config F.yaml --gpus 8"),
     "train": (".train", "distil a student from a recipe: --config F.yaml [--field value]"),
     "sweep": (".sweep", "run rule × retention × rate × seed of a grid, and compare with intervals"),
     "bench": (".bench", "measure the engine beside its peers: head, step or select; `bench table` writes the tables"),

@@ -138,6 +138,20 @@ def read_arguments(argv: list[str]) -> Arguments:
     return Arguments(parser, flags, environment, _check_arguments(parser, flags))
 
 
+def read_values(argv: list[str]) -> Namespace:
+    """YAML and flags with their names and types checked, and nothing else: no package, no dataset, no device is needed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `parse`.
+
+    Example:
+        >>> read_values(["--config", "laptop", "--retention", "0.2"]).retention
+        0.2
+    """
+    parser, flags, _ = _with_config(argv)
+    return _known_flags(parser, flags)
+
+
 def build(arguments: Arguments) -> Request:
     """The dataclasses of checked arguments; their own checks run here."""
     script, config, model, mixture = arguments.parser.parse_args_into_dataclasses(
@@ -240,8 +254,8 @@ def _check_value(where: str, value: Any, action: Action) -> None:
         raise ValueError(f"{where} must be one of {', '.join(choices)}, got {value!r}.{nearest(str(value), choices)}")
 
 
-def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
-    """The values as parsed, once flags are known, a model, a teacher and prompts named, and packages installed."""
+def _known_flags(parser: _Parser, flags: list[str]) -> Namespace:
+    """The values as parsed, once flags are known, a model and a teacher named."""
     namespace, unknown = parser.parse_known_args(flags)
     for argument in unknown:
         if argument.startswith("-"):
@@ -253,6 +267,12 @@ def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
     for name, what in (("model_name_or_path", "student"), ("teacher_model_name_or_path", "teacher")):
         if not getattr(namespace, name):
             raise ValueError(f"no {what} given: name it with --{name}, a directory or a hub id.")
+    return namespace
+
+
+def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
+    """The values as parsed, once models and prompts are named and packages installed."""
+    namespace = _known_flags(parser, flags)
     if bool(namespace.dataset_name) == bool(namespace.datasets):
         raise ValueError(
             "prompts come from --dataset_name (a hub id, a JSONL, JSON or Parquet file, or a directory) or from "

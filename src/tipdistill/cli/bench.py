@@ -10,12 +10,13 @@ from typing import Any
 from ..bench import measure, table
 from ..bench.head import PRESETS as HEADS
 from ..bench.head import TOLERANCES, run_head, run_scaling
+from ..bench.plan import CASES, run_plan
 from ..bench.records import run_records
 from ..bench.select import run_select
 from ..bench.step import PRESETS as STEPS
 from ..bench.step import run_step
 
-DOCUMENTS = ("README.md", "docs/engine.md", "docs/probe.md", "docs/report.md")
+DOCUMENTS = ("README.md", "docs/engine.md", "docs/probe.md", "docs/report.md", "docs/scaling.md")
 
 
 def main(argv: list[str]) -> int:
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
         "step": run_step,
         "select": run_select,
         "records": run_records,
+        "plan": run_plan,
     }
     result = runs[what](**given)
     suffix = result["preset"]
@@ -55,7 +57,9 @@ def _head(preset: str = "cpu", **given: Any) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tipdistill bench", description=measure.__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="head | step | select | records | table")
+    commands = parser.add_subparsers(
+        dest="what", required=True, metavar="head | step | select | records | plan | table"
+    )
 
     head = commands.add_parser("head", help="score + select + loss of two lm_heads", allow_abbrev=False)
     head.add_argument("--preset", help=f"{', '.join(HEADS)} (default cpu)")
@@ -82,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     records.add_argument("--vocabulary", type=int)
     records.add_argument("--threads", type=int)
 
-    for command in (head, step, select, records):
+    plan = commands.add_parser("plan", help="the plan's memory beside measured steps", allow_abbrev=False)
+    plan.add_argument("--cases", nargs="+", help=f"{', '.join(CASES)} (default all)")
+    plan.add_argument("--steps", type=int, help="of each training, at least 2")
+
+    for command in (head, step, select, records, plan):
         command.add_argument("--output", type=Path, help=f"the JSON file (default {measure.RESULTS}/NAME.json)")
 
     tables = commands.add_parser("table", help="rewrite the tables of the documents", allow_abbrev=False)

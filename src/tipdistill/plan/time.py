@@ -1,0 +1,191 @@
+"""Seconds of each part of a step on one GPU, from flops, bytes and stated rates. Parts are summed: nothing overlaps.
+
+A token's forward takes 2 flops per parameter it is multiplied with and 4·(t/2)·A per layer for attention to t tokens
+before it (A: widths of all heads); a backward takes twice that, gradient checkpointing once more. Decoding reads all
+weights and the cache once a token. Rates are peak · utilisation, and these are assumptions, not measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..select import needs_teacher
+from . import replay
+from .memory import Setup
+from .models import Sizes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one GPU.
+
+    Attributes:
+        flops: dense bfloat16 flops per second, peak.
+        bandwidth: bytes per second of its memory.
+        link: bytes per second to the GPUs of its node, one direction.
+        network: bytes per second to other nodes.
+        memory_gib: what it has.
+        utilization: share of the peak that models reach.
+        head_utilization: share of the peak that the lm_heads reach.
+        bandwidth_utilization: share of `bandwidth` and of the links that is reached.
+        kernel_launch: seconds per decoder layer and token that transformers' `generate` takes at least.
+        node: GPUs that share `link`.
+    """
+
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    memory_gib: float
+    utilization: float = 0.4
+    head_utilization: float = 0.6
+    bandwidth_utilization: float = 0.7
+    kernel_launch: float = 5e-4
+    node: int = 8
+
+
+# Peaks as in the vendor's data sheets (dense bf16, SXM); one 400 Gbit/s network port per GPU, 200 for the A100.
+MACHINES = {
+    "h100": Machine(989e12, 3.35e12, 450e9, 50e9, 80),
+    "h200": Machine(989e12, 4.8e12, 450e9, 50e9, 141),
+    "a100": Machine(312e12, 2.04e12, 300e9, 25e9, 80),
+}
+PARTS = (
+    "rollout",
+    "student scoring",
+    "teacher",
+    "lm_heads",
+    "student forward and backward",
+    "optimizer",
+    "communication",
+)
+
+
+def step_time(setup: Setup, machine: Machine) -> dict[str, float]:
+    """Seconds of a step: part → seconds, for one GPU of the run.
+
+    Args:
+        setup: what is planned; completions are taken to be as long as they may be.
+        machine: its rates.
+
+    Example:
+        >>> from tipdistill.plan import setup_of
+        >>> parts = step_time(setup_of("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", completion=512), MACHINES["h100"])
+        >>> list(parts) == list(PARTS), all(seconds >= 0 for seconds in parts.values())
+        (True, True)
+    """
+    student, teacher = setup.student_sizes, setup.teacher_sizes
+    rate, of_heads = machine.flops * machine.utilization, machine.flops * machine.head_utilization
+    length, rollouts = setup.prompt + setup.completion, setup.rollouts
+    own = rollouts * _sequence_flops(student, length) / rate
+    backward = 3.0 if setup.student.lora is None else 2.0  # frozen weights need no gradient of their own
+    passes = backward + (1 if setup.checkpointing else 0)
+    return {
+        "rollout": _rollout(setup, machine),
+        "student scoring": own if setup.scores_ahead else 0.0,
+        "teacher": 0.0 if setup.teacher_place == "server" else rollouts * _sequence_flops(teacher, length) / rate,
+        "lm_heads": head_flops(setup) / of_heads,
+        "student forward and backward": passes * own,
+        "optimizer": _optimizer(setup, machine),
+        "communication": _communication(setup, machine),
+    }
+
+
+def head_flops(setup: Setup) -> float:
+    """Flops of both lm_heads: scores 2·N·V·(H_S + H_T), and of the kept rows as much again and two products back.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from tipdistill.plan import setup_of
+        >>> half = setup_of("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", retention=0.5)
+        >>> all_tokens = replace(half, rule="all", retention=1.0)
+        >>> t = 4096 / 2560
+        >>> abs(head_flops(half) / head_flops(all_tokens) - (1 + t + 0.5 * (3 + t)) / (3 + t)) < 1e-9
+        True
+    """
+    vocabulary = min(setup.student_sizes.vocabulary, setup.teacher_sizes.vocabulary)
+    student, teacher = setup.student_sizes.width, setup.teacher_sizes.width
+    if setup.teacher_place == "server":
+        teacher = 0
+    tokens, kept = setup.rollouts * setup.completion, setup.accumulation * setup.kept
+    scored = 0 if setup.rule == "all" else student + (teacher if needs_teacher(setup.rule) else 0)
+    return 2.0 * vocabulary * (tokens * scored + kept * (3 * student + teacher))
+
+
+def _sequence_flops(sizes: Sizes, length: int) -> float:
+    """Of a forward of the backbone over a sequence: a token attends to half of it on average."""
+    return length * (2.0 * sizes.backbone + 2.0 * sizes.attention * length)
+
+
+def _rollout(setup: Setup, machine: Machine) -> float:
+    """Prefill, then one token after another until the longest rollout is done."""
+    sizes = setup.student_sizes
+    if setup.engine == "server":
+        return 0.0  # on other machines, which are not planned here
+    parallel = setup.vllm_parallel if setup.engine == "colocate" else 1
+    rollouts = setup.rollouts * parallel  # those of all GPUs that share a copy
+    rate = machine.flops * machine.utilization * parallel
+    bandwidth = machine.bandwidth * machine.bandwidth_utilization * parallel
+    compute = setup.computing(setup.student)
+    of_weight = 2 if setup.engine == "colocate" else compute.dtype.itemsize
+    cache = replay.forward(compute, 1, 8, cached=True).cache
+    if setup.engine == "colocate":
+        cache = cache / compute.dtype.itemsize * 2
+        rollouts_at_once = min(rollouts, max(1, vllm_tokens(setup) // (setup.prompt + setup.completion)))
+    else:
+        rollouts_at_once = rollouts
+    waves = rollouts / rollouts_at_once  # vLLM starts the next as soon as one is done
+    prefill = rollouts * _sequence_flops(sizes, setup.prompt) / rate
+    context = setup.prompt + setup.completion / 2
+    read = ((sizes.backbone + sizes.lm_head) * of_weight + rollouts_at_once * context * cache) / bandwidth
+    work = rollouts_at_once * (2.0 * (sizes.backbone + sizes.lm_head) + 4.0 * sizes.attention * context) / rate
+    launch = machine.kernel_launch * sizes.layers if setup.engine == "transformers" else 0.0
+    return prefill + waves * setup.completion * max(read, work, launch)
+
+
+def vllm_tokens(setup: Setup) -> int:
+    """Tokens that vLLM's cache holds on the GPUs that share its copy: its share less its weights."""
+    weights = setup.student_sizes.parameters * 2
+    cache = replay.forward(setup.computing(setup.student), 1, 8, cached=True).cache
+    cache = cache / setup.computing(setup.student).dtype.itemsize * 2
+    return max(0, int((setup.vllm_share * setup.memory * setup.vllm_parallel - weights) / cache))
+
+
+def _optimizer(setup: Setup, machine: Machine) -> float:
+    """AdamW reads parameter, gradient and both moments and writes three of them, in float32 where it is sharded."""
+    _, trained, trained_bytes = replay.weights(setup.student)
+    touched = 7 * trained_bytes if setup.sharding == "none" else 7 * 4 * trained // setup.gpus
+    return touched / (machine.bandwidth * machine.bandwidth_utilization)
+
+
+def communication_bytes(setup: Setup) -> float:
+    """Bytes that a GPU sends in a step: ring collectives, (N − 1) / N of what they carry, an all-reduce twice.
+
+    DDP: all-reduce of the gradients once a step. ZeRO-2: reduce-scatter of the gradients per micro-batch, all-gather of
+    the weights once. ZeRO-3, FSDP2: all-gather of the weights per forward and per backward, reduce-scatter of the
+    gradients per micro-batch. A sharded teacher: all-gather per forward. vLLM and servers: not counted.
+    """
+    n = setup.gpus
+    if n == 1:
+        return 0.0
+    _, trained, trained_bytes = replay.weights(setup.student)
+    of_compute = setup.computing(setup.student).dtype.itemsize
+    weights = setup.student_sizes.parameters * of_compute
+    gradients = trained * of_compute
+    micro = setup.accumulation
+    scoring = micro if setup.scores_ahead else 0
+    if setup.sharding == "none":
+        carried = 2.0 * trained_bytes
+    elif setup.sharding == "zero2":
+        carried = micro * gradients + weights
+    else:
+        forwards = micro * (3 if setup.checkpointing else 2) + scoring
+        carried = forwards * weights + micro * gradients
+    if setup.teacher_place == "sharded":
+        carried += micro * setup.teacher_sizes.parameters * setup.teacher.dtype.itemsize
+    return float(carried) * (n - 1) / n
+
+
+def _communication(setup: Setup, machine: Machine) -> float:
+    rate = machine.link if setup.gpus <= machine.node else machine.network
+    return communication_bytes(setup) / (rate * machine.bandwidth_utilization)

@@ -103,8 +103,8 @@ def read_config(name: str, revision: str | None = None, trust_remote_code: bool 
         near = difflib.get_close_matches(name, PUBLISHED, n=3, cutoff=0.4) or list(PUBLISHED)
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"the configuration of {name!r} could not be read ({reason}): give a directory with a config.json, a hub id "
-            f"or a built-in name such as {', '.join(near)}."
+            f"the configuration of {name!r} could not be read ({reason}): give a directory with a config.json, a hub "
+            f"id or a built-in name such as {', '.join(near)}."
         ) from error
 
 

@@ -352,7 +352,7 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
         teacher_rows,
         workspace,
         checkpointing=setup.checkpointing,
-        accumulated=setup.accumulation > 1,
+        accumulated=setup.accumulation > 1 and not sharded,
         sharded=sharded,
         padded=setup.padded,
     )

@@ -7,10 +7,11 @@ the tensors that `divergence.chunked.FusedLoss` makes.
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -87,6 +88,19 @@ class Compute:
             )
         return _without_memory(model)
 
+    def layers(self) -> int | None:
+        """Decoder layers where they are alike but for the first few, else None."""
+        sizes = json.loads(self.config)
+        alike = len(set(sizes.get("layer_types") or ["all"])) == 1
+        return sizes.get("num_hidden_layers") if alike and "text_config" not in sizes else None
+
+    def with_layers(self, count: int) -> Compute:
+        sizes = json.loads(self.config)
+        sizes["num_hidden_layers"] = count
+        if sizes.get("layer_types"):
+            sizes["layer_types"] = sizes["layer_types"][:count]
+        return replace(self, config=json.dumps(sizes))
+
     def casting(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
 
@@ -121,7 +135,7 @@ class Forward:
     peak: int
     width: int
     casts: int
-    cache: float
+    cache: int
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,19 @@ def weights(compute: Compute) -> tuple[int, int, int]:
         )
 
 
+# Layers of two short copies, from which the bytes of a deep model follow: they grow by as much with each layer.
+_FEW, _MORE = 4, 6
+
+
+def _from_few_layers(count: Callable[[Compute], dict[str, float]], compute: Compute) -> dict[str, int]:
+    layers = compute.layers()
+    if layers is None or layers <= _MORE:
+        return {name: int(value) for name, value in count(compute).items()}
+    few, more = (count(compute.with_layers(number)) for number in (_FEW, _MORE))
+    steps = (layers - _FEW) / (_MORE - _FEW)
+    return {name: int(value + steps * (more[name] - value)) for name, value in few.items()}
+
+
 @contextmanager
 def _backbone(compute: Compute, train: bool) -> Any:
     with on_paper():
@@ -168,7 +195,6 @@ def _inputs(sequences: int, tokens: int, padded: bool) -> dict[str, Tensor]:
     return inputs
 
 
-@lru_cache(maxsize=256)
 def forward(compute: Compute, sequences: int, tokens: int, padded: bool = False, cached: bool = False) -> Forward:
     """Count a forward of the backbone over [sequences, tokens].
 
@@ -178,6 +204,11 @@ def forward(compute: Compute, sequences: int, tokens: int, padded: bool = False,
         padded: whether sequences differ in length, so that attention needs a mask.
         cached: keep keys and values.
     """
+    return Forward(**_from_few_layers(lambda one: vars(_forward(one, sequences, tokens, padded, cached)), compute))
+
+
+@lru_cache(maxsize=256)
+def _forward(compute: Compute, sequences: int, tokens: int, padded: bool, cached: bool) -> Forward:
     with _backbone(compute, train=False) as (model, backbone), torch.no_grad():
         weights = list(model.parameters())
         with _Held([*weights, *model.buffers()]) as held, compute.casting():
@@ -191,12 +222,16 @@ def forward(compute: Compute, sequences: int, tokens: int, padded: bool = False,
         # what is left when everything else has gone is autocast's cache; `inside` also holds rope's few columns
         casts = sum(weight.numel() * 2 for weight in weights if weight.ndim > 1) if compute.autocast else 0
         casts = min(casts, inside) if compute.dtype == torch.float32 else 0
-    return Forward(held.peak, width, casts, stored / (sequences * tokens))
+    return Forward(held.peak, width, casts, stored // (sequences * tokens))
+
+
+def decoding(compute: Compute, sequences: int, tokens: int, padded: bool = False) -> int:
+    """Most bytes that the last step of `generate` holds at once: the cache of `tokens`, and what one more adds."""
+    return _from_few_layers(lambda one: {"peak": _decoding(one, sequences, tokens, padded)}, compute)["peak"]
 
 
 @lru_cache(maxsize=256)
-def decoding(compute: Compute, sequences: int, tokens: int, padded: bool = False) -> int:
-    """Most bytes that the last step of `generate` holds at once: the cache of `tokens`, and what one more adds."""
+def _decoding(compute: Compute, sequences: int, tokens: int, padded: bool) -> int:
     with _backbone(compute, train=False) as (model, backbone), torch.no_grad(), compute.casting():
         config = model.config.get_text_config()
         step = backbone(**_inputs(sequences, 1, False), use_cache=True).past_key_values
@@ -239,7 +274,6 @@ class _HeadOnPaper(torch.autograd.Function):
         return (*gradients, None)
 
 
-@lru_cache(maxsize=256)
 def training(
     compute: Compute,
     sequences: int,
@@ -269,6 +303,32 @@ def training(
         sharded: a parameter's gradient leaves for its shard as soon as it is formed.
         padded: sequences differ in length.
     """
+
+    def count(one: Compute) -> dict[str, float]:
+        shape = (sequences, prompt, completion, rows, teacher, teacher_rows, workspace)
+        return vars(_training(one, *shape, checkpointing, accumulated, sharded, padded))
+
+    if accumulated or sharded:
+        return Training(**_from_few_layers(count, compute))
+    # gradients that appear as activations go: what is the most is no line in the number of layers
+    return Training(**{name: int(value) for name, value in count(compute).items()})
+
+
+@lru_cache(maxsize=256)
+def _training(
+    compute: Compute,
+    sequences: int,
+    prompt: int,
+    completion: int,
+    rows: int,
+    teacher: int,
+    teacher_rows: int,
+    workspace: int,
+    checkpointing: bool,
+    accumulated: bool,
+    sharded: bool,
+    padded: bool,
+) -> Training:
     with _backbone(compute, train=True) as (model, backbone):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

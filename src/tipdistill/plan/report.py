@@ -14,13 +14,15 @@ _GIB = 2**30
 
 
 def fits(setup: Setup, taken: int) -> bool:
-    """Whether so many bytes fit on a GPU beside what the context, NCCL and the allocator keep.
+    """Whether so many bytes fit on a GPU beside what the context, NCCL and the allocator keep, and a rollout into vLLM.
 
     Example:
         >>> from tipdistill.plan import setup_of
         >>> fits(setup_of("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", memory=80 * 2**30), 79 * 2**30)
         False
     """
+    if setup.engine == "colocate" and vllm_tokens(setup) < setup.prompt + setup.completion:
+        return False
     return taken <= USABLE * setup.memory
 
 
@@ -82,6 +84,9 @@ def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
         yield [("gradient_checkpointing: true", lambda one: replace(one, checkpointing=True))]
     if setup.engine == "colocate" and not setup.vllm_sleeps:
         yield [("vllm_enable_sleep_mode: true", lambda one: replace(one, vllm_sleeps=True))]
+    if setup.engine == "colocate":
+        parallel = [2**power for power in range(4) if 2**power > setup.vllm_parallel and setup.gpus % 2**power == 0]
+        yield [(f"vllm_tensor_parallel_size: {count}", _vllm_over(count)) for count in parallel]
     if setup.engine == "transformers":
         name = "use_vllm: true with vllm_enable_sleep_mode: true (transformers holds the cache of all rollouts at once)"
         yield [(name, lambda one: replace(one, engine="colocate", vllm_sleeps=True))]
@@ -105,6 +110,10 @@ def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
         yield [("use_peft: true (LoRA)", lambda one: replace(one, student=replace(one.student, lora=(16, None))))]
     more = [2**power for power in range(1, 13) if 2**power > setup.gpus]
     yield [(f"{gpus} GPUs with accelerate_config: zero3", _sharded_over(gpus)) for gpus in more]
+
+
+def _vllm_over(count: int) -> Callable[[Setup], Setup]:
+    return lambda one: replace(one, vllm_parallel=count)
 
 
 def _in_micro_batches(size: int) -> Callable[[Setup], Setup]:
@@ -133,6 +142,7 @@ def changes(setup: Setup) -> list[str]:
     """
     names: list[str] = []
     together, (_, best) = setup, peak(memory(setup))
+    room = _room(setup)
     for degrees in _ways(setup):
         for name, change in degrees:
             _, alone = peak(memory(change(setup)))
@@ -143,10 +153,14 @@ def changes(setup: Setup) -> list[str]:
             _, taken = peak(memory(candidate))
             if fits(setup, taken):
                 return [*names, name, f"together {taken / _GIB:.1f} GiB"]
-        if degrees and taken < best:  # its last degree, and something else beside it
+        if degrees and (taken < best or _room(candidate) > room):  # its last degree, and something else beside it
             names.append(name)
-            together, best = candidate, taken
+            together, best, room = candidate, taken, _room(candidate)
     return ["nothing that is planned here is enough: take a smaller student"]
+
+
+def _room(setup: Setup) -> int:
+    return vllm_tokens(setup) if setup.engine == "colocate" else 0
 
 
 def assumptions(setup: Setup, machine: Machine) -> list[str]:

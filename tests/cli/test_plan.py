@@ -1,0 +1,74 @@
+"""tipdistill plan: what it prints, writes and refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tipdistill.cli import main
+from tipdistill.cli.plan import _sharding
+
+SMALL = ["plan", "--config", "laptop", "--model_name_or_path", "Qwen/Qwen3-0.6B", "--max_completion_length", "64"]
+SMALL += ["--teacher_model_name_or_path", "Qwen/Qwen3-0.6B", "--per_device_train_batch_size", "2"]
+
+
+def test_a_recipe_is_planned_and_written(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    assert main([*SMALL, "--gpus", "2", "--memory", "40", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "| **together**" in shown
+    assert "The bottleneck is: " in shown
+    assert "Fits: " in shown
+    found = json.loads(path.read_text())
+    assert found["peak"]["fits"]
+    assert found["gpus"] == 2
+    assert [row["retention"] for row in found["retentions"]] == [1.0, 0.5, 0.2, 0.1]
+
+
+def test_a_gpu_that_is_too_small_is_told_apart(capsys):
+    assert main([*SMALL, "--memory", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "Does not fit" in shown
+    assert "Change first: " in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--memory", "-1"], "--memory must be a positive number"),
+        (["--gpus", "0"], "--gpus must be a positive number"),
+        (["--utilization", "1.5"], "at most 1"),
+        (["--gpu", "h10"], "Did you mean"),
+        (["--sharding", "zero4"], "--sharding must be one of"),
+        (["--retenton", "0.5"], "there is no flag --retenton"),
+        (["--retention", "1.5"], "retention must be in (0, 1]"),
+        (["--selection_rule", "soft_xor"], "soft_or"),
+        (["--num_generations", "3"], "must divide the generation batch"),
+        (["--optim", "lion_32bit"], "optim = lion_32bit is not planned"),
+        (["--model_name_or_path", "Qwen/Qwen3-9B"], "Qwen/Qwen3-8B"),
+        (["--teacher_place", "offload", "--sharding", "zero3", "--gpus", "8"], "leave one of the two off"),
+        (["--max_completion_length", "0"], "max_completion_length must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(capsys, flags, said, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main([*SMALL, *flags]) == 2
+    refused = capsys.readouterr().err
+    assert said in refused
+    assert refused.count("\n") == 1
+
+
+def test_sharding_is_read_from_accelerate_s_presets():
+    presets = {"zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2", "multi_gpu": "none", None: "none"}
+    assert {preset: _sharding(preset) for preset in presets} == presets
+    with pytest.raises(ValueError, match="fsdp1 is not planned"):
+        _sharding("fsdp1")
+
+
+def test_help_names_the_flags():
+    shown = subprocess.run(
+        [sys.executable, "-m", "tipdistill.cli", "plan", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for flag in ("--gpus", "--memory", "--json", "--teacher_place", "--markdown"):
+        assert flag in shown

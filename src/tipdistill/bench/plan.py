@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from ..config import TIPConfig
 from ..plan import Setup, memory, peak, setup_of
 from ..tasks.arithmetic import build_tokenizer
 from ..trainer import TIPTrainer
-from .measure import Worker, environment, named, peak_bytes
+from .measure import environment, named, peak_bytes
 
 # What the plan is held to.
 TOLERANCE = 0.15
@@ -114,18 +115,6 @@ CASES = {
 }
 
 
-class PlanWork:
-    """One training of one case, in a process of its own."""
-
-    def __init__(self, case: Case, steps: int) -> None:
-        torch.set_num_threads(1)
-        self.case, self.steps = case, steps
-
-    def measure(self) -> int:
-        """Bytes that the tensors of two steps and more held at once, the weights not counted."""
-        return measure(self.case, self.steps)
-
-
 def measure(case: Case, steps: int = 2) -> int:
     """Train a case for a few steps on the CPU; bytes that its tensors held at once beside the weights.
 
@@ -133,6 +122,7 @@ def measure(case: Case, steps: int = 2) -> int:
         case: the models and the batch.
         steps: at least 2, since AdamW's state is made in the first.
     """
+    gc.collect()  # what another case left would be seen as going
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(case, folder, steps)
         return peak_bytes(trainer.train, "cpu")
@@ -206,15 +196,12 @@ def run_plan(cases: list[str] | None = None, steps: int = 2, say: Callable[[str]
     """
     if steps < 2:
         raise ValueError(f"steps must be at least 2, got {steps}: the optimizer's state is made in the first.")
+    torch.set_num_threads(1)
     names = [named("case", name, CASES) for name in (CASES if cases is None else cases)]
     found: dict[str, Any] = {}
     for name in names:
         case = CASES[name]
-        worker = Worker(PlanWork, case, steps)
-        try:
-            measured = worker.ask("measure")
-        finally:
-            worker.close()
+        measured = measure(case, steps)
         phase, predicted = expected(case)
         ratio = predicted / measured
         found[name] = {**asdict(case), "phase": phase, "predicted": predicted, "measured": measured, "ratio": ratio}

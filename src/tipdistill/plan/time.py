@@ -128,7 +128,7 @@ def _rollout(setup: Setup, machine: Machine) -> float:
     bandwidth = machine.bandwidth * machine.bandwidth_utilization * parallel
     compute = setup.computing(setup.student)
     of_weight = 2 if setup.engine == "colocate" else compute.dtype.itemsize
-    cache = replay.forward(compute, 1, 8, cached=True).cache
+    cache = float(replay.forward(compute, 1, 8, cached=True).cache)
     if setup.engine == "colocate":
         cache = cache / compute.dtype.itemsize * 2
         rollouts_at_once = min(rollouts, max(1, vllm_tokens(setup) // (setup.prompt + setup.completion)))
@@ -146,7 +146,7 @@ def _rollout(setup: Setup, machine: Machine) -> float:
 def vllm_tokens(setup: Setup) -> int:
     """Tokens that vLLM's cache holds on the GPUs that share its copy: its share less its weights."""
     weights = setup.student_sizes.parameters * 2
-    cache = replay.forward(setup.computing(setup.student), 1, 8, cached=True).cache
+    cache = float(replay.forward(setup.computing(setup.student), 1, 8, cached=True).cache)
     cache = cache / setup.computing(setup.student).dtype.itemsize * 2
     return max(0, int((setup.vllm_share * setup.memory * setup.vllm_parallel - weights) / cache))
 

@@ -137,7 +137,7 @@ def _forward_and_backward(
         loss = fused_divergence_loss(student_head, teacher_head, temperature=temperature)
         torch.autograd.grad(loss, list(parameters), allow_unused=True)
     vocabulary = min(len(student_head.weight), len(teacher_head.weight))
-    widths = student_head.hidden.shape[1] + teacher_head.hidden.shape[1]
-    workspace = fused_workspace(len(rows), vocabulary, widths, student_head.hidden.dtype, rows.device.type)
+    widths = student_head.hidden.shape[1], teacher_head.hidden.shape[1]
+    workspace = fused_workspace(len(rows), vocabulary, *widths, student_head.hidden.dtype, rows.device.type)
     kept = student_head.hidden.nbytes + teacher_head.hidden.nbytes
     return sum(seen.values()), workspace + 2 * kept + 4 * student_head.weight.numel()

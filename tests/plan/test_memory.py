@@ -155,6 +155,6 @@ def test_time_adds_up_and_follows_the_rates(small):
 
 
 def test_the_workspace_is_the_engine_s():
-    assert fused_workspace(10**6, 150_000, 6656, torch.float32, "cpu") < 45 * 2**20
-    assert fused_workspace(4, 1000, 64, torch.float32, "cpu") < 2**20
+    assert fused_workspace(10**6, 150_000, 2560, 4096, torch.float32, "cpu") < 60 * 2**20
+    assert fused_workspace(4, 1000, 32, 32, torch.float32, "cpu") < 2**20
     assert CASES["Soft-OR 0.5"].setup().kept == 8 * 64

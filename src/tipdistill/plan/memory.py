@@ -127,25 +127,31 @@ class Setup:
         return replace(compute, dtype=torch.bfloat16, autocast=False)
 
 
-def fused_workspace(rows: int, vocabulary: int, widths: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes that `fused_divergence_loss` holds beside its gradients: the logits of a block of rows, and tiles.
+def fused_workspace(
+    rows: int, vocabulary: int, student: int, teacher: int, dtype: torch.dtype, device: str, lends: bool = True
+) -> int:
+    """Bytes that `fused_divergence_loss` (reverse KL) holds beside its gradients: blocks of rows, tiles and scratch.
 
     Args:
         rows: tokens.
         vocabulary: V.
-        widths: H_S + H_T.
+        student, teacher: widths H_S and H_T.
         dtype: of the hidden states.
         device: "cpu" (chunked) or "cuda" (triton).
+        lends: whether the lm_head is trained, so that its gradient's memory can hold the first rows.
 
     Example:
-        >>> fused_workspace(10**6, 50_000, 1536, torch.float32, "cpu") / 2**20 < 43
+        >>> fused_workspace(10**6, 50_000, 512, 1024, torch.float32, "cpu") / 2**20 < 50
         True
     """
     if device == "cpu":
-        tokens = chunked._even(rows, max(1, chunked.CPU_WORKSPACE // (2 * vocabulary * 4)))
-        columns = min(chunked.CPU_TILE[1] // chunked._even(tokens, chunked.CPU_TILE[0]), vocabulary)
-        operands = 0 if dtype == torch.float32 else (columns + tokens) * widths * 4
-        return 2 * tokens * vocabulary * 4 + 3 * tokens * columns * 4 + operands
+        hidden, weight = (torch.empty(size, student, device="meta") for size in (rows, vocabulary))
+        spans, lent, columns = chunked._fused_spans(hidden, vocabulary, weight if lends else None)
+        most = max((stop - start for start, stop in spans), default=0)
+        held = max((stop - start for start, stop in spans if start >= lent), default=0)
+        operands = 0 if dtype == torch.float32 else (columns + most) * (student + teacher) * 4
+        tiles = (3 if lent else 1) * most * columns * 4  # scratch, and a lent block's logits before they are moved
+        return 2 * held * vocabulary * 4 + tiles + operands
     of_token = 2 * vocabulary * (4 if dtype == torch.float32 else 2)
     return min(rows * of_token, chunked.GPU_WORKSPACE) + _GPU_SCRATCH
 
@@ -159,7 +165,7 @@ def scoring_workspace(rows: int, vocabulary: int, widths: int, dtype: torch.dtyp
     if device != "cpu":
         return _GPU_SCRATCH
     tokens = chunked._even(rows, chunked.CPU_TILE[0])
-    columns = min(chunked.CPU_TILE[1] // tokens, vocabulary)
+    columns = chunked._tile_shape(torch.empty(tokens, 1, device="meta"), vocabulary)[1]
     operands = 0 if dtype == torch.float32 else (columns + tokens) * widths * 4
     return 3 * tokens * columns * 4 + operands
 
@@ -333,7 +339,9 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
     widths = setup.student_sizes.width + setup.teacher_sizes.width
     forward = replay.forward(compute, 1, 8)
     dtype = torch.float32 if forward.width == setup.student_sizes.width * 4 else torch.bfloat16
-    workspace = fused_workspace(setup.kept, vocabulary, widths, dtype, setup.device)
+    own, its = setup.student_sizes.width, setup.teacher_sizes.width
+    lends = setup.student.lora is None
+    workspace = fused_workspace(setup.kept, vocabulary, own, its, dtype, setup.device, lends)
     teacher = 0
     teacher_rows = setup.kept * _teacher_width(setup)
     if not _caches(setup) and setup.teacher_place != "server":

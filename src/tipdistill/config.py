@@ -92,6 +92,10 @@ class TIPConfig(DistillationConfig):
         metadata={"help": "Comma-separated tasks to measure every eval_steps steps, such as math500,aime24."},
     )
     eval_num_samples: int = field(default=1, metadata={"help": "Completions per problem of eval_tasks."})
+    vllm_sync_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Most that vLLM may differ from the student after a weight sync, nats; null: by dtype."},
+    )
     eval_tasks_on_start: bool = field(default=True, metadata={"help": "Measure eval_tasks before the first step too."})
 
     def __post_init__(self) -> None:
@@ -122,6 +126,8 @@ class TIPConfig(DistillationConfig):
                 raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
         if not (math.isfinite(self.drift_factor) and (self.drift_factor == 0 or self.drift_factor > 1)):
             raise ValueError(f"drift_factor must be 0 (off) or > 1, got {self.drift_factor}.")
+        if self.vllm_sync_tolerance is not None and not 0 <= self.vllm_sync_tolerance < math.inf:
+            raise ValueError(f"vllm_sync_tolerance must be ≥ 0 nats, got {self.vllm_sync_tolerance}.")
         if self.task_names() and not self.eval_steps:
             raise ValueError(f"eval_tasks = {self.eval_tasks} are measured every eval_steps steps: set eval_steps.")
         if self.teacher_offload and self.normalization != "batch":

@@ -33,6 +33,7 @@ from .divergence import NonFiniteLogitsError, token_scores
 from .evaluate.task import Task
 from .evaluate.training import TaskEvaluation, evaluate_tasks
 from .integrations import _accelerate, _trl
+from .integrations.weight_sync import WeightSyncCheck, WeightSyncError, engine_completion, tolerance_of
 from .loss import fused_divergence_loss
 from .monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
 from .records import About, Choice, RecordsWriter
@@ -168,6 +169,8 @@ class TIPTrainer(DistillationTrainer):
         self._sums: Tensor | None = None
         self._sums_are_global = False
         self._choice: Choice | None = None
+        self._sync_check: WeightSyncCheck | None = None
+        self._sync_probe: tuple[list[int], list[int]] | None = None
         self.add_callback(_StepEnd(self._seconds, self._log_step))
         if tasks:
             self.add_callback(TaskEvaluation(lambda: self._evaluate_tasks(tasks), args.eval_tasks_on_start))
@@ -218,7 +221,10 @@ class TIPTrainer(DistillationTrainer):
         )
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        synced = self.use_vllm and self.state.global_step != self._last_loaded_step
         completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+        if synced and not self._is_vlm:
+            self._check_weight_sync(prompt_ids[0])
         for row, ids in enumerate(completion_ids):
             if len(ids) == 0:
                 raise ValueError(
@@ -226,6 +232,60 @@ class TIPTrainer(DistillationTrainer):
                     "tokens): there is no token to distil. Check the engine's length limits and stop tokens."
                 )
         return completion_ids
+
+    @torch.no_grad()
+    def _check_weight_sync(self, prompt_ids: list[int]) -> None:
+        """Stop where vLLM does not hold the student's weights, see `WeightSyncCheck`. Every process takes part."""
+        if self.args.vllm_sync_tolerance == 0 or (self._sync_check is not None and self._sync_check.done):
+            return
+        completion, engine = engine_completion(self.vllm_generation, prompt_ids)
+        if self._sync_probe is None:
+            self._sync_probe = (prompt_ids, completion)
+        student = self._plain_student()
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            logprobs = self._forward_redirection(
+                self.model_wrapped,
+                student,
+                self._student_logprobs,
+                student,
+                [(prompt_ids, completion), self._sync_probe],
+            )
+        finally:
+            self.model.train(was_training)
+        if self._sync_check is None:
+            dtype = next(iter(student.parameters())).dtype
+            if self.args.bf16 or self.args.fp16:
+                dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+            given = self.args.vllm_sync_tolerance
+            self._sync_check = WeightSyncCheck(tolerance_of(dtype, self.vllm_generation) if given is None else given)
+        error: WeightSyncError | None = None
+        try:
+            self._sync_check(engine, logprobs[0], logprobs[1], self.state.global_step)
+        except WeightSyncError as found:
+            error = found
+        # together: a process that went on alone would wait for the others for ever
+        flags = torch.tensor([[self._sync_check.done, error is not None]], device=self.accelerator.device).long()
+        done, failed = self.accelerator.gather(flags).T.bool()
+        self._sync_check.done = bool(done.all())
+        if bool(failed.any()):
+            raise error or WeightSyncError("another process found that vLLM does not hold the student's weights.")
+
+    def _student_logprobs(self, student: Any, rows: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """log P_S of each completion's tokens at temperature 1, over the whole of the student's lm_head."""
+        device = self.accelerator.device
+        found = []
+        for prompt_ids, completion in rows:
+            ids = {"prompt_ids": torch.tensor([prompt_ids]), "completion_ids": torch.tensor([completion])}
+            masks = {name.replace("ids", "mask"): torch.ones_like(value) for name, value in ids.items()}
+            batch = {name: value.to(device) for name, value in {**ids, **masks}.items()}
+            with self.accelerator.autocast():
+                hidden = self._hidden(student, batch)[0]
+            with self._heads(student, hidden, None) as (head, _):
+                scores = token_scores(head, token_ids=batch["completion_ids"][0], fields=("student_logprob",))
+            found.append(scores.require("student_logprob").tolist())
+        return found
 
     # Score and select, once per generation batch.
 

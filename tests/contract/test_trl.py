@@ -5,9 +5,10 @@ import inspect
 import pytest
 import torch
 from trl import DistillationTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
-from tipdistill.integrations import _trl
+from tipdistill.integrations import _trl, weight_sync
 from tipdistill.integrations._trl import EpochSampler, logit_transform
 
 NAMES = {**_trl.OVERRIDDEN, **_trl.CALLED}
@@ -26,6 +27,25 @@ def test_methods_keep_their_parameters(name):
 def test_attributes_are_set_by_the_constructor(name):
     source = inspect.getsource(DistillationTrainer.__init__)
     assert f"self.{name} =" in source, f"TRL's constructor no longer sets {name}"
+
+
+def test_vllm_generation_keeps_what_the_weight_sync_check_reads():
+    for name, expected in _trl.GENERATION_METHODS.items():
+        assert tuple(inspect.signature(getattr(VLLMGeneration, name)).parameters)[: len(expected)] == expected
+    source = inspect.getsource(VLLMGeneration)
+    for name in _trl.GENERATION_ATTRIBUTES:
+        assert f"self.{name} =" in source, f"TRL's VLLMGeneration no longer has {name}; see integrations/weight_sync.py"
+    assert set(weight_sync._NEUTRAL) <= set(_trl.GENERATION_ATTRIBUTES)
+    assert "return prompt_ids, completion_ids, logprobs, logprob_token_ids" in source
+
+
+def test_weights_are_synced_once_per_step_before_vllm_generates():
+    source = inspect.getsource(DistillationTrainer._generate_single_turn)
+    order = [
+        source.index(part)
+        for part in ("global_step != self._last_loaded_step", "sync_weights()", "vllm_generation.generate(")
+    ]
+    assert order == sorted(order)
 
 
 def test_compute_loss_divides_the_count_by_the_processes():

@@ -24,6 +24,8 @@ from ..types import Head
 __all__ = [
     "ATTRIBUTES",
     "CALLED",
+    "GENERATION_ATTRIBUTES",
+    "GENERATION_METHODS",
     "MULTIMODAL_KEYS",
     "OVERRIDDEN",
     "EpochSampler",
@@ -51,6 +53,8 @@ CALLED = {
 ATTRIBUTES = (
     "_buffered_inputs",
     "_forward_redirection",
+    "_is_vlm",
+    "_last_loaded_step",
     "_metrics",
     "_step",
     "_tokenizer",
@@ -63,6 +67,22 @@ ATTRIBUTES = (
     "teacher_model",
     "temperature",
     "use_vllm",
+    "vllm_generation",
+)
+# of trl.generation.vllm_generation.VLLMGeneration; `llm` is there in colocate mode
+GENERATION_METHODS = {"generate": ("self", "prompts", "images", "num_generations"), "sync_weights": ("self",)}
+GENERATION_ATTRIBUTES = (
+    "generation_kwargs",
+    "llm",
+    "logprobs",
+    "max_completion_length",
+    "min_p",
+    "mode",
+    "repetition_penalty",
+    "structured_outputs_regex",
+    "temperature",
+    "top_k",
+    "top_p",
 )
 MULTIMODAL_KEYS = (
     "pixel_values",

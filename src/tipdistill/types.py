@@ -73,6 +73,29 @@ class TopTokens:
 
 
 @dataclass(frozen=True)
+class TeacherLogprobs:
+    """What a teacher behind a server says of N tokens: log P_T of the whole vocabulary, or of its likeliest tokens.
+
+    Attributes:
+        logprob: float32 [N, V] where `token_ids` is None, else [N, k] with −∞ where token_ids is −1.
+        token_ids: int64 [N, k], the tokens that `logprob` is of, the likeliest first; −1 for none. None: all of them.
+        sampled: float32 [N], log P_T of the tokens that the student wrote.
+    """
+
+    logprob: Tensor
+    token_ids: Tensor | None
+    sampled: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sampled)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TeacherLogprobs:
+        """Apply `function` to every tensor (index, move)."""
+        ids = None if self.token_ids is None else function(self.token_ids)
+        return TeacherLogprobs(function(self.logprob), ids, function(self.sampled))
+
+
+@dataclass(frozen=True)
 class TokenScores:
     """Per-token statistics, each float32 [N] or None where it was not asked for.
 

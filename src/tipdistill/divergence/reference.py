@@ -52,13 +52,33 @@ def token_scores(
     """
     vocabulary = student.weight.shape[0] if teacher is None else min(student.weight.shape[0], teacher.weight.shape[0])
     log_s = torch.log_softmax(logits(student, vocabulary, temperature), dim=-1)
+    log_t = None if teacher is None else torch.log_softmax(logits(teacher, vocabulary, temperature), dim=-1)
+    return of_logprobs(log_s, log_t, divergence, beta, token_ids, fields)
+
+
+def of_logprobs(
+    log_s: Tensor, log_t: Tensor | None, divergence: str, beta: float, token_ids: Tensor | None, fields: Sequence[str]
+) -> TokenScores:
+    """Every statistic of `TokenScores` from log-probabilities; only those of the student are differentiated.
+
+    Args:
+        log_s: [N, V], log P_S.
+        log_t: [N, V], log P_T; None: the student's statistics alone.
+        divergence, beta, token_ids, fields: as in `tipdistill.token_scores`.
+
+    Example:
+        >>> even = torch.full((1, 2), 0.5).log()
+        >>> of_logprobs(even, even, "reverse_kl", 0.5, None, ["reverse_kl"]).reverse_kl
+        tensor([0.])
+    """
+    vocabulary = log_s.shape[1]
     s = log_s.exp()
     entropy = -_weighted(s, log_s).sum(-1)
     found = {"entropy": entropy.detach(), "entropy_norm": entropy.detach() / math.log(vocabulary)}
     if token_ids is not None:
         found["student_logprob"] = log_s.detach().gather(-1, token_ids[:, None])[:, 0]
-    if teacher is not None:
-        log_t = torch.log_softmax(logits(teacher, vocabulary, temperature).to(log_s.dtype), dim=-1).detach()
+    if log_t is not None:
+        log_t = log_t.detach().to(log_s.dtype)
         t = log_t.exp()
         log_m = torch.logaddexp(log_s + _log(1 - beta), log_t + _log(beta))
         divergences = {

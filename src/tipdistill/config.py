@@ -42,6 +42,17 @@ class TIPConfig(DistillationConfig):
             the last, see `tipdistill.tasks`; None: none.
         eval_num_samples: completions per problem of these tasks.
         eval_tasks_on_start: measure them before the first step too.
+        vllm_sync_tolerance: largest mean difference between vLLM's and the student's log-probabilities after the first
+            weight syncs, in nats; None: by dtype (float32 1e-3, float16 0.05, bfloat16 0.1), 0: no check.
+        teacher_url: a vLLM server that holds the teacher, up to and with the version, in the place of a local teacher:
+            http://host:8000/v1 (docs/vllm.md).
+        teacher_served_name: the name that the server knows the teacher by; None: the only one it serves.
+        teacher_top_k: how many of the teacher's likeliest tokens to ask for; 0: the whole vocabulary; None: that where
+            the server allows it, else 20.
+        teacher_api_key_env: name of the environment variable that holds the server's key, where it wants one.
+        teacher_timeout: of one request, in seconds.
+        teacher_time_limit: how long the server may be out before the run stops with a checkpoint, in seconds.
+        teacher_concurrency: requests in flight, of each process.
 
     Raises:
         ValueError: a field is out of range, or a name is unknown (the nearest names are given).
@@ -92,6 +103,24 @@ class TIPConfig(DistillationConfig):
         metadata={"help": "Comma-separated tasks to measure every eval_steps steps, such as math500,aime24."},
     )
     eval_num_samples: int = field(default=1, metadata={"help": "Completions per problem of eval_tasks."})
+    teacher_url: str | None = field(
+        default=None, metadata={"help": "vLLM server that holds the teacher, such as http://host:8000/v1."}
+    )
+    teacher_served_name: str | None = field(
+        default=None, metadata={"help": "Name that the server knows the teacher by; null: the only one it serves."}
+    )
+    teacher_top_k: int | None = field(
+        default=None,
+        metadata={"help": "Likeliest tokens to ask the server for; 0: all; null: all where it allows that, else 20."},
+    )
+    teacher_api_key_env: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds the server's key."}
+    )
+    teacher_timeout: float = field(default=600.0, metadata={"help": "Seconds of one request to the teacher."})
+    teacher_time_limit: float = field(
+        default=1800.0, metadata={"help": "Seconds that the teacher may be out before the run stops with a checkpoint."}
+    )
+    teacher_concurrency: int = field(default=16, metadata={"help": "Requests to the teacher in flight."})
     vllm_sync_tolerance: float | None = field(
         default=None,
         metadata={"help": "Most that vLLM may differ from the student after a weight sync, nats; null: by dtype."},
@@ -120,6 +149,7 @@ class TIPConfig(DistillationConfig):
             ("record_rollouts", 0),
             ("scoring_tokens", 0),
             ("eval_num_samples", 1),
+            ("teacher_concurrency", 1),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -141,12 +171,39 @@ class TIPConfig(DistillationConfig):
                 f"a launcher started {started} processes (WORLD_SIZE) and accelerate sees one, so each would train "
                 "alone: set use_cpu to train together over gloo, or launch where there are GPUs."
             )
+        self._check_teacher_server()
         generation_batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if generation_batch % self.num_generations:
             raise ValueError(
                 f"num_generations ({self.num_generations}) must divide the generation batch: "
                 f"{self.per_device_train_batch_size} rollouts per device × {self.gradient_accumulation_steps} "
                 f"accumulation steps × {self.world_size} processes = {generation_batch}."
+            )
+
+    def _check_teacher_server(self) -> None:
+        for name in ("teacher_timeout", "teacher_time_limit"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}.")
+        k = self.teacher_top_k
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
+            raise ValueError(f"teacher_top_k must be an integer ≥ 0 (0: the whole vocabulary) or null, got {k!r}.")
+        if self.teacher_url is None:
+            return
+        if self.teacher_model_name_or_path:
+            raise ValueError(
+                f"teacher_url = {self.teacher_url} and teacher_model_name_or_path = {self.teacher_model_name_or_path} "
+                "name two teachers: give one of them."
+            )
+        if self.normalization != "batch" or self.teacher_offload:
+            raise ValueError(
+                'a teacher on a server needs normalization="batch", which asks it once per generation batch, and '
+                "teacher_offload off: there is nothing to move."
+            )
+        if k and self.temperature != 1:
+            raise ValueError(
+                f"temperature = {self.temperature:g} needs the teacher's whole vocabulary (teacher_top_k = 0): a "
+                "server gives log-probabilities at temperature 1, and of its likeliest tokens alone the rest cannot "
+                "be brought to another."
             )
 
     def task_names(self) -> list[str]:

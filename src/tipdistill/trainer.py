@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import random
 import shutil
 import time
 from collections import defaultdict
@@ -20,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
@@ -30,6 +32,7 @@ from trl import DistillationTrainer
 
 from .config import TIPConfig
 from .divergence import NonFiniteLogitsError, token_scores
+from .divergence.served import DEFAULT_FIELDS, served_divergence_loss, served_scores
 from .evaluate.task import Task
 from .evaluate.training import TaskEvaluation, evaluate_tasks
 from .integrations import _accelerate, _trl
@@ -41,13 +44,14 @@ from .report.taxonomy import quadrants
 from .rollout import Scored, joined, score_heads
 from .select import kept_counts, needs_teacher, resolve_rule, rule_fields, select
 from .tasks import load_task
-from .types import Head, Rollout, Selection, TokenScores
+from .teacher_server import Question, TeacherUnavailableError, Traffic, open_teacher
+from .types import Head, Rollout, Selection, TeacherLogprobs, TokenScores
 from .vocabulary import check_same_tokenizer, shared_vocabulary
 
 logger = get_logger(__name__)
 
 _LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
-_PREPARATION = ("rollout", "score", "select", "record")
+_PREPARATION = ("rollout", "score", "select", "record", "teacher")
 
 
 class TIPTrainer(DistillationTrainer):
@@ -113,8 +117,12 @@ class TIPTrainer(DistillationTrainer):
             args = TIPConfig(f"{_name_of(model).split('/')[-1]}-TIP")
         if not isinstance(args, TIPConfig):
             raise TypeError(f"args must be a TIPConfig, got {type(args).__name__}.")
-        if teacher_model is None:
-            raise ValueError("a teacher is needed: pass teacher_model, a model, a directory or a hub id.")
+        if args.teacher_url is not None and teacher_model is not None:
+            raise ValueError(f"teacher_url = {args.teacher_url} and teacher_model name two teachers: give one of them.")
+        if teacher_model is None and args.teacher_url is None:
+            raise ValueError(
+                "a teacher is needed: pass teacher_model, a model, a directory or a hub id, or set teacher_url."
+            )
         if not isinstance(teacher_model, str) and args.teacher_model_init_kwargs is not None:
             raise ValueError(
                 "teacher_model_init_kwargs load a teacher, and teacher_model is loaded already: give its path, or "
@@ -124,7 +132,8 @@ class TIPTrainer(DistillationTrainer):
             _check_prompts(name, dataset)
         tasks = [load_task(name) for name in args.task_names()]
         processing_class = processing_class or _load_tokenizer(model, args)
-        teacher_processing_class = teacher_processing_class or _load_tokenizer(teacher_model, args, teacher=True)
+        if teacher_model is not None:
+            teacher_processing_class = teacher_processing_class or _load_tokenizer(teacher_model, args, teacher=True)
         if processing_class is not None and teacher_processing_class is not None:
             check_same_tokenizer(processing_class, teacher_processing_class)
 
@@ -140,6 +149,7 @@ class TIPTrainer(DistillationTrainer):
                 "(fsdp_offload_params, offload_param) and leave teacher_offload off."
             )
 
+        server = None if args.teacher_url is None else open_teacher(args, processing_class)
         monitor = TrainingMonitor(args.drift_factor, args.retention, args.drift_retention)
         super().__init__(
             model=model,
@@ -155,10 +165,14 @@ class TIPTrainer(DistillationTrainer):
             tools=tools,
         )
         _accelerate.check_sharding(self.accelerator)
+        self._server = server
         teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
         self._share_vocabulary(teacher)
-        teacher.requires_grad_(False).eval()
-        self.teacher_model = _accelerate.prepare_teacher(teacher, self.accelerator)
+        if teacher is None:
+            self.teacher_model = None
+        else:
+            teacher.requires_grad_(False).eval()
+            self.teacher_model = _accelerate.prepare_teacher(teacher, self.accelerator)
 
         self._rule_fields = rule_fields(args.selection_rule)
         self._keeps_all = args.selection_rule == "all"
@@ -172,10 +186,17 @@ class TIPTrainer(DistillationTrainer):
         self._sync_check: WeightSyncCheck | None = None
         self._sync_probe: tuple[list[int], list[int]] | None = None
         self.add_callback(_StepEnd(self._seconds, self._log_step))
+        self._first_step = 0
+        self._random_state: tuple[Any, ...] | None = None
+        if server is not None:
+            self.add_callback(_Remember(self))
         if tasks:
             self.add_callback(TaskEvaluation(lambda: self._evaluate_tasks(tasks), args.eval_tasks_on_start))
 
-    def _share_vocabulary(self, teacher: PreTrainedModel) -> None:
+    def _share_vocabulary(self, teacher: PreTrainedModel | None) -> None:
+        if teacher is None:
+            self._share_served_vocabulary()
+            return
         models = (self._plain_student(), teacher)
         rows, teacher_rows = (model.get_output_embeddings().weight.shape[0] for model in models)
         if 0 in (rows, teacher_rows):  # ZeRO-3 holds partitions; the configuration still knows
@@ -186,7 +207,18 @@ class TIPTrainer(DistillationTrainer):
                 f"The lm_heads are padded to different sizes (student {rows}, teacher {teacher_rows} rows); the "
                 f"divergence runs over the {self._vocabulary} rows they share."
             )
-        surplus = list(range(self._vocabulary, rows))
+        self._never_sample(list(range(self._vocabulary, rows)))
+
+    def _share_served_vocabulary(self) -> None:
+        assert self._server is not None
+        student = self._plain_student()
+        rows = student.get_output_embeddings().weight.shape[0] or student.config.get_text_config().vocab_size
+        tokens = len(self._tokenizer)
+        self._vocabulary = shared_vocabulary(rows, self._server.vocabulary or rows, num_tokens=tokens)
+        # a server that gives its likeliest tokens does not tell how many rows of padding its teacher has
+        self._never_sample(list(range(self._server.vocabulary or tokens, rows)))
+
+    def _never_sample(self, surplus: list[int]) -> None:
         if surplus and self.use_vllm:
             given = self.vllm_generation.generation_kwargs
             self.vllm_generation.generation_kwargs = {
@@ -291,9 +323,13 @@ class TIPTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:  # an evaluation is no part of a step's time
-            return super()._generate_and_score_completions(inputs)
+            batch = super()._generate_and_score_completions(inputs)
+            if self._server is not None:
+                batch["teacher_logprobs"] = self._ask_teacher(batch, _loss_mask(batch))
+            return batch
         batch = self._generate_and_select(inputs)
-        if self.args.record_rollouts and self._is_full_step():
+        # records show both models' likeliest tokens at any token, of which a server is not asked
+        if self.args.record_rollouts and self._is_full_step() and self._server is None:
             with self._clock("record"):
                 self._record(batch)
         return batch
@@ -303,7 +339,7 @@ class TIPTrainer(DistillationTrainer):
             batch = super()._generate_and_score_completions(inputs)
         if self.args.normalization == "micro_batch":
             return batch
-        if self._keeps_all and not self.args.teacher_offload:
+        if self._keeps_all and not self.args.teacher_offload and self._server is None:
             return batch
         present = [key for key in _trl.MULTIMODAL_KEYS if key in batch]
         if present:
@@ -312,10 +348,17 @@ class TIPTrainer(DistillationTrainer):
                 'Use normalization="micro_batch", which scores inside the loss.'
             )
         mask = _loss_mask(batch)
+        served: list[TeacherLogprobs | None] | None = None
+        if self._server is not None and self._projects_teacher(self._fields_now()):
+            with self._clock("teacher"):
+                served = self._ask_teacher(batch, mask)
         with self._clock("score"):
-            scores, teacher_hidden = self._score_rollouts(batch, mask)
+            scores, teacher_hidden = self._score_rollouts(batch, mask, served)
         with self._clock("select"):
             weight = self._select_globally(scores, mask, batch)
+        if self._server is not None:
+            with self._clock("teacher"):
+                batch["teacher_logprobs"] = self._of_kept(batch, mask, weight > 0, served)
         batch["selection_weight"] = weight
         batch["token_entropy"] = scores["entropy"]
         if teacher_hidden is not None:
@@ -324,6 +367,55 @@ class TIPTrainer(DistillationTrainer):
                 for rows, row_weight, row_mask in zip(teacher_hidden, weight, mask, strict=True)
             ]
         return batch
+
+    # A teacher on a server.
+
+    def _ask_teacher(self, batch: dict[str, Any], asked: Tensor) -> list[TeacherLogprobs | None]:
+        """The served teacher's log-probabilities of the tokens in `asked` [B, T], a rollout each; None for none."""
+        assert self._server is not None
+        columns = (batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], asked)
+        questions = [
+            Question(
+                prompt[prompt_mask.bool()].tolist(), completion[mask.bool()].tolist(), row.nonzero()[:, 0].tolist()
+            )
+            for prompt, prompt_mask, completion, mask, row in zip(*(value.cpu() for value in columns), strict=True)
+        ]
+        found: list[TeacherLogprobs | None] = []
+        error: TeacherUnavailableError | None = None
+        try:
+            found = self._server.ask(questions)
+        except TeacherUnavailableError as caught:
+            error = caught
+        # together, since saving a checkpoint takes all processes
+        if bool(self.accelerator.gather(torch.tensor([error is not None], device=asked.device)).any()):
+            raise error or TeacherUnavailableError("another process had no answer from the teacher.")
+        return found
+
+    def _of_kept(
+        self, batch: dict[str, Any], mask: Tensor, kept: Tensor, served: list[TeacherLogprobs | None] | None
+    ) -> list[TeacherLogprobs | None]:
+        """The second round: only what is trained on is asked about, unless everything was already."""
+        if served is None:
+            return self._ask_teacher(batch, kept)
+        inside = [row_kept[row_mask].cpu() for row_kept, row_mask in zip(kept, mask, strict=True)]
+        return [None if rows is None else _take_rows(rows, picked) for rows, picked in zip(served, inside, strict=True)]
+
+    def _save_after_outage(self, error: TeacherUnavailableError) -> TeacherUnavailableError:
+        """A checkpoint of the last whole step, as if it had been saved right after it; returns what to raise."""
+        step = self.state.global_step
+        directory = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step == self._first_step:
+            done = "No step was taken since the start, so nothing is lost: start again once the server is back."
+        elif (directory / "trainer_state.json").is_file():
+            done = f"Step {step} is in {directory}: go on with resume_from_checkpoint."
+        else:
+            if self._random_state is not None:
+                _set_random_state(self._random_state)
+            self._save_checkpoint(self.model, trial=None)
+            done = f"Step {step} was saved to {directory}: go on with resume_from_checkpoint."
+            if self.args.save_only_model:
+                done = f"The weights of step {step} are in {directory}; save_only_model left out what resuming needs."
+        return TeacherUnavailableError(f"{error}. {done}")
 
     def _is_full_step(self) -> bool:
         every = self.args.score_logging_steps
@@ -341,10 +433,12 @@ class TIPTrainer(DistillationTrainer):
         return not fields or self._reads_teacher or "reverse_kl" in fields
 
     @torch.no_grad()
-    def _score_rollouts(self, batch: dict[str, Any], mask: Tensor) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+    def _score_rollouts(
+        self, batch: dict[str, Any], mask: Tensor, served: list[TeacherLogprobs | None] | None = None
+    ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
         """Statistics of every completion token, each [B, T] (0 where masked), and the teacher's hidden rows."""
         fields = self._fields_now()
-        with_teacher = self._projects_teacher(fields)
+        with_teacher = self._projects_teacher(fields) and self._server is None
         keep_teacher = with_teacher or self.args.teacher_offload
         student = self._plain_student()
         was_training = self.model.training
@@ -367,6 +461,7 @@ class TIPTrainer(DistillationTrainer):
                     fields,
                     with_teacher,
                     keep_teacher,
+                    None if served is None else _joined_rows([served[row] for row in rows.tolist()]),
                 )
                 inside = torch.zeros_like(mask)
                 inside[rows] = mask[rows]
@@ -419,6 +514,7 @@ class TIPTrainer(DistillationTrainer):
         fields: tuple[str, ...],
         with_teacher: bool,
         keep_teacher: bool,
+        served: TeacherLogprobs | None = None,
     ) -> tuple[TokenScores, Tensor | None]:
         batch, mask = self._trimmed(batch, mask)
         with self.accelerator.autocast():
@@ -428,7 +524,12 @@ class TIPTrainer(DistillationTrainer):
             self._heads(student, student_hidden, teacher_hidden if with_teacher else None) as (head, teacher_head),
             _naming_rollouts(mask, rows),
         ):
-            return self._scores(head, teacher_head, fields, batch["completion_ids"][mask]), teacher_hidden
+            tokens = batch["completion_ids"][mask]
+            if served is None:
+                return self._scores(head, teacher_head, fields, tokens), teacher_hidden
+            served = served.map(lambda value: value.to(head.hidden.device))
+            named = fields or DEFAULT_FIELDS
+            return served_scores(head, served, named, temperature=self.temperature, token_ids=tokens), None
 
     def _scores(self, student: Head, teacher: Head | None, fields: tuple[str, ...], tokens: Tensor) -> TokenScores:
         reads_tokens = not fields or any(name.endswith("logprob") for name in fields)
@@ -597,6 +698,8 @@ class TIPTrainer(DistillationTrainer):
         if not multimodal:
             batch, mask = self._trimmed(batch, mask)
             weight = None if weight is None else weight[:, : mask.shape[1]]
+        if self._server is not None:
+            return self._served_loss(unwrapped_student, batch, mask, weight, inputs, num_items_in_batch)
         with self.accelerator.autocast():
             hidden = self._hidden(unwrapped_student, batch, multimodal)
             rows = mask if weight is None else weight > 0
@@ -637,6 +740,35 @@ class TIPTrainer(DistillationTrainer):
             self._sums = sums if self._sums is None else self._sums + sums
         return loss, scores.require("entropy").sum(), mask.sum()
 
+    def _served_loss(
+        self,
+        student: Any,
+        batch: dict[str, Tensor],
+        mask: Tensor,
+        weight: Tensor | None,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with self.accelerator.autocast():
+            hidden = self._hidden(student, batch)
+        rows = mask if weight is None else weight > 0
+        given = (mask.float() if weight is None else weight)[rows]
+        teacher = _joined_rows(inputs["teacher_logprobs"]).map(lambda value: value.to(hidden.device))
+        with self._heads(student, hidden[rows], None) as (head, _), _naming_rollouts(rows, torch.arange(len(rows))):
+            loss, scores = served_divergence_loss(
+                head,
+                teacher,
+                given,
+                self._divergence,
+                beta=self.beta,
+                temperature=self.temperature,
+                denominator=given.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch,
+                fields=_LOGGED_FIELDS if weight is None else (),
+            )
+        if weight is None:
+            return loss, scores.require("entropy").sum(), mask.sum()
+        return loss, inputs["token_entropy"][:, : mask.shape[1]][mask].sum(), mask.sum()
+
     def _score_and_select(
         self, student: Head, teacher: Head, rows: Tensor, tokens: Tensor
     ) -> tuple[TokenScores, Selection]:
@@ -669,6 +801,7 @@ class TIPTrainer(DistillationTrainer):
 
     def _teacher_hidden(self, batch: dict[str, Tensor], multimodal: dict[str, Any] | None = None) -> Tensor:
         if self.args.teacher_offload:
+            assert self.teacher_model is not None
             self.teacher_model.to(self.accelerator.device)
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         # through its own wrapper, so that FSDP and DeepSpeed materialise the sharded weights
@@ -679,6 +812,11 @@ class TIPTrainer(DistillationTrainer):
         self, student: Any, student_hidden: Tensor, teacher_hidden: Tensor | None
     ) -> Iterator[tuple[Head, Head | None]]:
         """Both lm_heads with the hidden states they project, sharded weights gathered once."""
+        if self.teacher_model is None:  # it is on a server
+            layer = student.get_output_embeddings()
+            with _trl.maybe_gather_lm_head_ctx(layer.weight, layer.bias):
+                yield _trl.head(student, layer, student_hidden), None
+            return
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         layers = [student.get_output_embeddings(), teacher.get_output_embeddings()]
         with (
@@ -696,6 +834,7 @@ class TIPTrainer(DistillationTrainer):
 
     def _offload_teacher(self) -> None:
         """Send the teacher to the CPU, but for its lm_head, which the loss still projects the kept rows with."""
+        assert self.teacher_model is not None
         self.teacher_model.to("cpu")
         self.accelerator.unwrap_model(self.teacher_model).get_output_embeddings().to(self.accelerator.device)
 
@@ -723,6 +862,8 @@ class TIPTrainer(DistillationTrainer):
         figures |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         figures["tokens_per_second"] = totals["tokens"] / max(sum(self._seconds.values()), 1e-9)
         self._seconds.clear()
+        if self._server is not None:
+            figures |= self._teacher_traffic()
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
         # TRL logs the mean of what it finds here, and of these the last is meant
@@ -732,6 +873,18 @@ class TIPTrainer(DistillationTrainer):
             warning = self._monitor.observe(figures["selection/dropped_divergence"])
             if warning:
                 logger.warning(f"Step {self.state.global_step}: {warning}")
+
+    def _teacher_traffic(self) -> dict[str, float]:
+        """What asking the teacher took since the last step, over all processes."""
+        assert self._server is not None
+        traffic, self._server.traffic = self._server.traffic, Traffic()
+        names = ("sent", "received", "saved", "asked")
+        counts = torch.tensor([[float(getattr(traffic, name)) for name in names]], device=self.accelerator.device)
+        totals = self.accelerator.gather(counts).sum(0).tolist()
+        return {
+            f"teacher/{'tokens_asked' if name == 'asked' else f'bytes_{name}'}": total
+            for name, total in zip(names, totals, strict=True)
+        }
 
     def _evaluate_tasks(self, tasks: list[Task]) -> None:
         figures = evaluate_tasks(self, tasks, self.args.eval_num_samples)
@@ -756,7 +909,10 @@ class TIPTrainer(DistillationTrainer):
                     f"there is no complete checkpoint in {self.args.output_dir} to resume from: start afresh without "
                     "resume_from_checkpoint, or name the directory of one."
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except TeacherUnavailableError as error:
+            raise self._save_after_outage(error) from error
 
 
 class _StepEnd(TrainerCallback):
@@ -775,6 +931,48 @@ class _StepEnd(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.on_step_done()
+
+
+class _Remember(TrainerCallback):
+    """The random state where a checkpoint would save it: after each step and what is measured then."""
+
+    def __init__(self, trainer: TIPTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._first_step, self.trainer._random_state = state.global_step, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._random_state = _random_state()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.trainer._random_state = _random_state()
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3]:
+        torch.cuda.set_rng_state_all(state[3])
+
+
+def _take_rows(rows: TeacherLogprobs, inside: Tensor) -> TeacherLogprobs:
+    return rows.map(lambda value: value[inside])
+
+
+def _joined_rows(pieces: list[TeacherLogprobs | None]) -> TeacherLogprobs:
+    """Of several rollouts, one after the other."""
+    some = [piece for piece in pieces if piece is not None]
+    if not some:
+        return TeacherLogprobs(torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0))
+    ids = None if some[0].token_ids is None else torch.cat([piece.token_ids for piece in some])  # type: ignore[misc]
+    return TeacherLogprobs(torch.cat([p.logprob for p in some]), ids, torch.cat([p.sampled for p in some]))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

@@ -12,6 +12,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # Digits, punctuation, several scripts and an emoji: merges and pre-tokenisers that differ show here.
 _PROBE = "The 1st of 2,048 tokens: x² ≥ ½·√3 → naïve café, 你好 мир שלום 🙂\n\tdef f(x): return x  # 00123"
+_SAMPLE = 512  # tokens of the vocabulary that a server is asked about
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -58,6 +59,37 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
                 f"the tokenizers share a vocabulary but split text differently: in {_PROBE!r} token {position} is "
                 f"{of_student.get(mine)!r} for the student and {of_teacher.get(theirs)!r} for the teacher. {remedy}"
             )
+
+
+def check_served_tokenizer(student: Any, tokenize: Callable[[str], list[int]]) -> None:
+    """Raise unless a server's tokenizer gives the probe text and tokens from all over the vocabulary the student's ids.
+
+    Args:
+        student: the student's tokenizer.
+        tokenize: text → token ids, without special tokens, as the server does it.
+
+    Raises:
+        ValueError: they differ; the message names the first differing token.
+
+    Example:
+        >>> from tipdistill.tasks.arithmetic import build_tokenizer
+        >>> tokenizer = build_tokenizer()
+        >>> check_served_tokenizer(tokenizer, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+    """
+    student = getattr(student, "tokenizer", student)
+    size = max(student.get_vocab().values()) + 1
+    ids = range(0, size, max(1, size // _SAMPLE))
+    # one text, so that a token of another vocabulary shows wherever it lies
+    spread = " ".join(student.decode([index], skip_special_tokens=True) for index in ids)
+    for text in (_PROBE, spread):
+        mine, theirs = student(text, add_special_tokens=False)["input_ids"], tokenize(text)
+        for position, (own, other) in enumerate(zip_longest(mine, theirs)):
+            if own != other:
+                raise ValueError(
+                    f"the teacher's server reads text as other tokens: in {text[:80]!r} token {position} is {own} for "
+                    f"the student and {other} for the teacher. Both models need one tokenizer: serve a teacher of the "
+                    "student's family."
+                )
 
 
 def shared_vocabulary(student_rows: int, teacher_rows: int, num_tokens: int | None = None) -> int:

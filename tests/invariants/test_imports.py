@@ -12,7 +12,7 @@ ORDER = [
     {"divergence", "select"},
     {"loss"},
     {"report", "records", "data"},
-    {"integrations", "monitor", "config"},
+    {"integrations", "monitor", "config", "teacher_server"},
     {"rollout"},
     {"evaluate"},
     {"tasks"},

@@ -265,7 +265,7 @@ def _known_flags(parser: _Parser, flags: list[str]) -> Namespace:
             raise ValueError(f"there is no flag {argument.partition('=')[0]}.{hint}")
         raise ValueError(f"unexpected argument {argument!r}: a recipe is given as --config {argument}.")
     for name, what in (("model_name_or_path", "student"), ("teacher_model_name_or_path", "teacher")):
-        if not getattr(namespace, name):
+        if not getattr(namespace, name) and not (what == "teacher" and namespace.teacher_url):
             raise ValueError(f"no {what} given: name it with --{name}, a directory or a hub id.")
     return namespace
 

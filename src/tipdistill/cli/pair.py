@@ -106,8 +106,31 @@ def check_models(
     Raises:
         ValueError: a model that cannot be read, or tokenizers or lm_heads that do not match.
     """
+    configurations, processors, described = read_models(
+        [("student", *student), ("teacher", *teacher)], trust_remote_code
+    )
+    check_same_tokenizer(*processors)
+    size = len(getattr(processors[0], "tokenizer", processors[0]))
+    rows, teacher_rows = (one.get_text_config().vocab_size for one in configurations)
+    shared = shared_vocabulary(rows, teacher_rows, num_tokens=size)
+    described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
+    return configurations, processors, described
+
+
+def read_models(
+    models: Sequence[tuple[str, str, str, str | None]], trust_remote_code: bool
+) -> tuple[list[Any], list[Any], dict[str, str]]:
+    """Configurations and processing classes of models, and a line on each. Loads no weights.
+
+    Args:
+        models: who it is, the flag that named it, its name, its revision.
+        trust_remote_code: run code that comes with them.
+
+    Raises:
+        ValueError: a model that cannot be read.
+    """
     configurations, processors, described = [], [], {}
-    for who, (flag, name, revision) in (("student", student), ("teacher", teacher)):
+    for who, flag, name, revision in models:
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             configurations.append(AutoConfig.from_pretrained(name, **options))
@@ -118,11 +141,6 @@ def check_models(
             raise ValueError(f"the {who} could not be read ({flag} {name}): {error}") from error
         rows = configurations[-1].get_text_config().vocab_size
         described[who] = f"{name} ({configurations[-1].model_type}, {rows:,} rows in its lm_head)"
-    check_same_tokenizer(*processors)
-    size = len(getattr(processors[0], "tokenizer", processors[0]))
-    rows, teacher_rows = (one.get_text_config().vocab_size for one in configurations)
-    shared = shared_vocabulary(rows, teacher_rows, num_tokens=size)
-    described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
     return configurations, processors, described
 
 

@@ -19,9 +19,12 @@ from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from ..data import drop_long_prompts, load_prompts, nearest, prepare_prompts, prompt_lengths
+from ..teacher_server import TeacherUnavailableError, open_teacher
 from .arguments import Request, as_yaml, build, read_arguments, write_config
 from .launch import check_launched, launch_arguments, num_processes
-from .pair import check_chat_template, check_models
+from .pair import check_chat_template, check_models, read_models
+
+_DRY_RUN_PATIENCE = 5.0  # seconds
 
 
 def main(argv: list[str]) -> int:
@@ -116,13 +119,17 @@ def _train(request: Request, resume: str | None) -> int:
         "dtype": model.dtype,
         **_as_dict(config.model_init_kwargs),
     }
-    config.teacher_model_init_kwargs = {
-        "revision": config.teacher_model_revision,
-        "trust_remote_code": config.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **_as_dict(config.teacher_model_init_kwargs),
-    }
+    config.teacher_model_init_kwargs = (
+        None
+        if config.teacher_url is not None
+        else {
+            "revision": config.teacher_model_revision,
+            "trust_remote_code": config.trust_remote_code,
+            "attn_implementation": model.attn_implementation,
+            "dtype": model.dtype,
+            **_as_dict(config.teacher_model_init_kwargs),
+        }
+    )
     trainer = TIPTrainer(
         model=model.model_name_or_path,
         teacher_model=config.teacher_model_name_or_path,
@@ -143,6 +150,8 @@ def _train(request: Request, resume: str | None) -> int:
         write_config(request.values, output_dir / "config.yaml")
     try:
         trainer.train(resume_from_checkpoint=resume)
+    except TeacherUnavailableError:
+        raise  # one line says it all, and where the checkpoint is
     except (ValueError, OSError):
         traceback.print_exc()  # whatever fails this late is no matter of a flag: one line would not do
         raise
@@ -164,6 +173,19 @@ def _as_dict(value: Any) -> dict[str, Any]:
 def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
     """Both tokenizers, once they and the lm_heads agree, and a line on each model. Loads no weights."""
     config, model = request.config, request.model
+    if config.teacher_url is not None:
+        _, (tokenizer,), described = read_models(
+            [("student", "--model_name_or_path", model.model_name_or_path, model.model_revision)],
+            config.trust_remote_code,
+        )
+        # a dry run asks once; a run waits for a server that is still loading
+        if request.script.dry_run:
+            server = open_teacher(config, tokenizer, time_limit=_DRY_RUN_PATIENCE)
+            given = "its whole vocabulary" if server.gives_all else f"its {server.top_k} likeliest tokens"
+            described["teacher"] = f"{server.model} at {server.url}, which gives {given}"
+        else:
+            described["teacher"] = config.teacher_url
+        return tokenizer, None, described
     _, (tokenizer, teacher_tokenizer), described = check_models(
         ("--model_name_or_path", model.model_name_or_path, model.model_revision),
         ("--teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_revision),

@@ -29,7 +29,11 @@ NEEDS_LIKELIEST = {"argmax_in_top5": 5, "top16_overlap": 16}  # exact from this 
 TAIL_FLOOR = 1e-7
 # Bytes of one tile of float32 logits [rows, V]; the statistics hold several of that size.
 TILE = 32 * 2**20
-_DEFAULT = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
+# the statistics of `token_scores` by default
+DEFAULT_FIELDS = (
+    *("entropy", "entropy_norm", "teacher_entropy", "reverse_kl", "forward_kl"),
+    *("student_logprob", "teacher_logprob"),
+)
 
 
 def unavailable(fields: Sequence[str], top_k: int) -> list[str]:
@@ -53,7 +57,7 @@ def unavailable(fields: Sequence[str], top_k: int) -> list[str]:
 def served_scores(
     student: Head,
     teacher: TeacherLogprobs,
-    fields: Sequence[str] = _DEFAULT,
+    fields: Sequence[str] = DEFAULT_FIELDS,
     beta: float = 0.5,
     temperature: float = 1.0,
     token_ids: Tensor | None = None,
@@ -244,8 +248,8 @@ def _check(student: Head, teacher: TeacherLogprobs, fields: Sequence[str], tempe
         return
     if temperature != 1:
         raise ValueError(
-            f"temperature = {temperature:g} needs the teacher's whole vocabulary: of its likeliest tokens alone the rest "
-            "cannot be brought to another temperature. Set temperature = 1, or let the server give all log-probabilities."
+            f"temperature = {temperature:g} needs the teacher's whole vocabulary: of its likeliest tokens alone the "
+            "rest cannot be brought to another temperature. Set temperature = 1, or let the server give all of them."
         )
     missing = unavailable(fields, teacher.token_ids.shape[1] - 1)  # the last column is the sampled token's
     if missing:

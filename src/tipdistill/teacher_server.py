@@ -1,0 +1,438 @@
+"""A teacher on a server: log-probabilities of what the student wrote, over an OpenAI-compatible API as vLLM speaks it.
+
+    POST <teacher_url>/completions {"prompt": [token ids], "prompt_logprobs": k, "max_tokens": 1, "temperature": 1.0}
+
+The answer holds, for every token of the prompt, the k likeliest tokens and the token itself (`prompt_logprobs`, an
+extension of vLLM's). A server started with --max-logprobs -1 gives the whole vocabulary, and everything is exact; else
+its k likeliest tokens, and divergences are lower bounds (docs/vllm.md).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import math
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+
+import numpy as np
+import torch
+
+from .divergence.served import unavailable
+from .select import rule_fields
+from .types import TeacherLogprobs
+from .vocabulary import check_served_tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TOP_K = 20  # what a vLLM server allows that was not told otherwise
+LONGEST_PAUSE = 60.0  # seconds
+# P sums to 1; a server that rounds to a few decimals, or runs in half precision, is this far off at most
+SUM_TOLERANCE = 0.02
+_LARGE_ANSWER = 2**20  # bytes for one token
+
+
+class TeacherUnavailableError(OSError):
+    """The teacher's server gave no usable answer within the time limit."""
+
+
+class TeacherRefusedError(ValueError):
+    """The teacher's server answered, and asking again would not change the answer."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One rollout, and the completion tokens that are asked about.
+
+    Attributes:
+        prompt_ids, completion_ids: tokens.
+        positions: places in the completion, ascending.
+    """
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    positions: Sequence[int]
+
+    def tokens(self) -> list[int]:
+        """What is sent: nothing after the last token that is asked about."""
+        return [*self.prompt_ids, *self.completion_ids[: self.positions[-1] + 1]]
+
+
+@dataclass
+class Traffic:
+    """What went over the wire since it was last reset, in bytes and tokens.
+
+    Attributes:
+        sent, received: bytes of the bodies, as transferred.
+        answered: tokens that the answers hold log-probabilities of, prompts included: there is no asking for some.
+        asked: tokens that were asked about.
+        left_out: tokens of which nothing was asked and so nothing came.
+    """
+
+    sent: int = 0
+    received: int = 0
+    answered: int = 0
+    asked: int = 0
+    left_out: int = 0
+
+    @property
+    def saved(self) -> int:
+        """Bytes that did not come, at the mean size of what did."""
+        return round(self.left_out * self.received / self.answered) if self.answered else 0
+
+
+class TeacherServer:
+    """Asks a server for the teacher's log-probabilities; retries until it answers or the time limit is over.
+
+    Args:
+        url: up to and with the version, such as http://localhost:8000/v1.
+        model: the name that the server knows; None: the only one it serves.
+        top_k: how many of the likeliest tokens; 0: the whole vocabulary; None: that where it is allowed, else 20.
+        api_key: sent as a bearer token where there is one.
+        timeout: of one request, in seconds.
+        time_limit: how long the server may be out before `TeacherUnavailableError`, in seconds.
+        concurrency: requests in flight.
+        pause: before the second attempt, in seconds; twice as long before each later one, a minute at most, jittered.
+
+    Raises:
+        ValueError: the URL is none, or a number out of range.
+
+    Example:
+        >>> TeacherServer("localhost:8000")
+        Traceback (most recent call last):
+            ...
+        ValueError: teacher_url must begin with http:// or https://, got 'localhost:8000'.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        top_k: int | None = None,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        time_limit: float = 1800.0,
+        concurrency: int = 16,
+        pause: float = 1.0,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"teacher_url must begin with http:// or https://, got {url!r}.")
+        self.url, self.model, self.top_k = url.rstrip("/"), model, top_k
+        self.timeout, self.time_limit, self.concurrency, self.pause = timeout, time_limit, concurrency, pause
+        self.vocabulary: int | None = None
+        self.traffic = Traffic()
+        self._api_key = api_key
+        self._jitter = random.Random()  # its own: the run's random numbers stay where they are
+        self._lock = threading.Lock()
+        self._answered_at = -math.inf
+        self._out = False
+
+    @property
+    def gives_all(self) -> bool:
+        """Whether answers hold the whole vocabulary (known after `connect`)."""
+        return self.top_k == 0
+
+    def connect(self, tokenizer: Any) -> None:
+        """Find out what the server serves, and refuse what cannot be right.
+
+        Args:
+            tokenizer: the student's.
+
+        Raises:
+            TeacherUnavailableError: nobody answers within the time limit.
+            ValueError: the server does not serve the model, its tokenizer is another, or it gives no log-probabilities.
+        """
+        served = [entry["id"] for entry in self._read(f"{self.url}/models", None, lambda reply: list(reply["data"]))]
+        if self.model is None and len(served) != 1:
+            raise ValueError(f"{self.url} serves {', '.join(served)}: say which with teacher_served_name.")
+        if self.model is not None and self.model not in served:
+            raise ValueError(f"{self.url} does not serve {self.model!r}; it serves {', '.join(served)}.")
+        self.model = self.model or served[0]
+        self._check_tokenizer(tokenizer)
+        self._find_top_k(tokenizer)
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        def tokenize(text: str) -> list[int]:
+            body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+            root = re.sub(r"/v\d+$", "", self.url)
+            return self._read(f"{root}/tokenize", body, lambda reply: [int(token) for token in reply["tokens"]])
+
+        try:
+            check_served_tokenizer(tokenizer, tokenize)
+        except TeacherRefusedError as error:
+            raise ValueError(
+                f"the teacher's tokenizer cannot be compared with the student's, since {self.url} has no /tokenize as "
+                f"vLLM has ({error}). Distillation compares next-token distributions token by token: serve the teacher "
+                "with vLLM."
+            ) from error
+
+    def _find_top_k(self, tokenizer: Any) -> None:
+        tokens = tokenizer("1 + 1 =", add_special_tokens=False)["input_ids"]
+        tokens = (tokens * 2)[:8]
+        question = Question(tokens[:1], tokens[1:], range(len(tokens) - 1))
+        asked, refusal = self.top_k, ""
+        if asked in (None, 0):
+            try:
+                before = self.traffic.received
+                row = self._ask(question, -1)
+                assert row is not None
+                self.top_k, self.vocabulary = 0, row.logprob.shape[1]
+                per_token = (self.traffic.received - before) // len(tokens)
+                logger.warning(
+                    f"The teacher at {self.url} gives its whole vocabulary of {self.vocabulary:,} tokens: scores and "
+                    f"loss are exact. An answer takes {per_token:,} bytes per token"
+                    + (", which is much: teacher_top_k = 20 takes a fraction." if per_token > _LARGE_ANSWER else ".")
+                )
+                return
+            except TeacherRefusedError as error:
+                refusal = str(error)
+                if asked == 0:
+                    raise ValueError(
+                        f"teacher_top_k = 0 asks for the whole vocabulary, which the server does not give ({refusal}): "
+                        "start it with --max-logprobs -1, or set teacher_top_k to what it allows."
+                    ) from error
+        self.top_k = asked or DEFAULT_TOP_K
+        self._ask(question, self.top_k)  # refused now, and not in the first step
+        logger.warning(
+            f"The teacher at {self.url} gives its {self.top_k} likeliest tokens: reverse KL, forward KL, "
+            "Jensen-Shannon divergence, Hellinger distance and teacher entropy are lower bounds (all other tokens "
+            "count as one), in scores and loss alike; the student's entropy is exact. docs/vllm.md says what each rule "
+            "makes of it."
+        )
+
+    def ask(self, questions: Sequence[Question]) -> list[TeacherLogprobs | None]:
+        """The teacher's log-probabilities of the tokens asked about.
+
+        Args:
+            questions: one per rollout; one without positions is not sent.
+
+        Returns:
+            TeacherLogprobs of the positions of each rollout, on the CPU; None where nothing was asked.
+
+        Raises:
+            TeacherUnavailableError: the server was out for longer than the time limit.
+            ValueError: it refused, or what it answers are no log-probabilities; which rollout and token.
+        """
+        assert self.top_k is not None, "connect comes first"
+        k = self.top_k or -1
+        gone = threading.Event()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(self._ask, question, k, gone, row) for row, question in enumerate(questions)]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                gone.set()  # those that wait for their next attempt give up at once
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _ask(
+        self, question: Question, k: int, gone: threading.Event | None = None, row: int = 0
+    ) -> TeacherLogprobs | None:
+        everything = len(question.prompt_ids) + len(question.completion_ids)
+        if not len(question.positions):
+            with self._lock:
+                self.traffic.left_out += everything
+            return None
+        tokens = question.tokens()
+        body = {
+            "model": self.model,
+            "prompt": tokens,
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": k,
+            "add_special_tokens": False,
+        }
+
+        def rows(reply: Any) -> list[dict[str, Any]]:
+            found = reply["choices"][0]["prompt_logprobs"]
+            if len(found) != len(tokens):
+                raise ValueError(f"{len(found)} entries in prompt_logprobs for {len(tokens)} tokens")
+            picked = [found[len(question.prompt_ids) + position] for position in question.positions]
+            if not all(isinstance(entry, dict) for entry in picked):
+                raise ValueError("prompt_logprobs without an entry for a token")
+            return picked
+
+        entries = self._read(f"{self.url}/completions", body, rows, gone)
+        with self._lock:
+            self.traffic.answered += len(tokens)
+            self.traffic.asked += len(question.positions)
+            self.traffic.left_out += everything - len(tokens)
+        sampled = [question.completion_ids[position] for position in question.positions]
+        where = [f"rollout {row}, token {position}" for position in question.positions]
+        return _whole(entries, sampled, where) if k < 0 else _likeliest(entries, sampled, k, where)
+
+    def _read(
+        self,
+        url: str,
+        body: dict[str, Any] | None,
+        take: Callable[[Any], Any],
+        gone: threading.Event | None = None,
+    ) -> Any:
+        """What `take` makes of the JSON answer; asks again while there is none, until the time limit is over."""
+        payload = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        gone = gone or threading.Event()
+        started, attempt = time.monotonic(), 0
+        while True:
+            try:
+                request = urllib.request.Request(url, payload, headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    raw = response.read()
+                    plain = gzip.decompress(raw) if response.headers.get("Content-Encoding") == "gzip" else raw
+                found = take(json.loads(plain))
+                self._note(len(payload or b""), len(raw))
+                return found
+            except urllib.error.HTTPError as error:
+                said = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+                if error.code < 500 and error.code not in (408, 425, 429):
+                    raise TeacherRefusedError(f"{url} refused the request: {said}") from error
+            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+                # refused, reset, timed out, cut off, or an answer that is no such answer (a proxy's error page)
+                said = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+            now = time.monotonic()
+            with self._lock:
+                out_for = now - max(started, self._answered_at)
+                if not self._out:
+                    self._out = True
+                    logger.warning(
+                        f"The teacher at {self.url} gives no answer ({said:.200}). The run waits and asks again, for "
+                        f"{self.time_limit:g} seconds at most."
+                    )
+            pause = min(LONGEST_PAUSE, self.pause * 2**attempt) * self._jitter.uniform(0.5, 1.0)
+            if out_for + pause > self.time_limit or gone.wait(pause):
+                raise TeacherUnavailableError(
+                    f"the teacher at {url} gave no answer for {out_for:.0f} seconds (teacher_time_limit is "
+                    f"{self.time_limit:g}): {said:.300}"
+                )
+            attempt += 1
+
+    def _note(self, sent: int, received: int) -> None:
+        with self._lock:
+            self._answered_at = time.monotonic()
+            self.traffic.sent += sent
+            self.traffic.received += received
+            if self._out:
+                self._out = False
+                logger.warning(f"The teacher at {self.url} answers again.")
+
+
+def open_teacher(config: Any, tokenizer: Any, time_limit: float | None = None) -> TeacherServer:
+    """The server that a `TIPConfig` names, once it answers and its tokenizer is the student's.
+
+    Args:
+        config: with `teacher_url` and the other teacher_ fields.
+        tokenizer: the student's.
+        time_limit: seconds to wait for it; None: the configuration's.
+
+    Raises:
+        TeacherUnavailableError, ValueError: as `TeacherServer.connect`; or a rule or a temperature that needs more than
+            the server gives.
+    """
+    server = TeacherServer(
+        config.teacher_url,
+        config.teacher_served_name,
+        config.teacher_top_k,
+        api_key_of(config.teacher_api_key_env),
+        config.teacher_timeout,
+        config.teacher_time_limit if time_limit is None else time_limit,
+        config.teacher_concurrency,
+    )
+    server.connect(tokenizer)
+    server.time_limit = config.teacher_time_limit
+    server.traffic = Traffic()
+    if server.gives_all:
+        return server
+    assert server.top_k is not None
+    if config.temperature != 1:
+        raise ValueError(
+            f"temperature = {config.temperature:g} needs the teacher's whole vocabulary, and {server.url} gives its "
+            f"{server.top_k} likeliest tokens: start it with --max-logprobs -1, or set temperature = 1."
+        )
+    missing = unavailable(rule_fields(config.selection_rule) or (), server.top_k)
+    if missing:
+        raise ValueError(
+            f"selection_rule = {config.selection_rule} reads {', '.join(missing)}, which cannot be had, nor bounded, "
+            f"from the teacher's {server.top_k} likeliest tokens: start the server with --max-logprobs -1, ask for "
+            "more of them (teacher_top_k), or choose another rule (docs/vllm.md lists them)."
+        )
+    return server
+
+
+def api_key_of(variable: str) -> str | None:
+    """The key in an environment variable, None where it is not set.
+
+    Args:
+        variable: its name.
+
+    Example:
+        >>> api_key_of("NO_SUCH_VARIABLE") is None
+        True
+    """
+    return os.environ.get(variable) or None
+
+
+def _whole(entries: Sequence[dict[str, Any]], sampled: Sequence[int], where: Sequence[str]) -> TeacherLogprobs:
+    size = max(int(token) for token in entries[0]) + 1
+    table = np.full((len(entries), size), np.nan, dtype=np.float64)
+    for row, entry in enumerate(entries):
+        ids = np.fromiter(map(int, entry), np.int64, len(entry))
+        if len(ids) != size or ids.max() >= size:
+            raise ValueError(f"{where[row]}: the teacher gave {len(ids)} log-probabilities of {size} tokens.")
+        table[row, ids] = [_value(value) for value in entry.values()]
+    totals = np.exp(table).sum(1)
+    bad = np.flatnonzero(~(np.abs(totals - 1) <= SUM_TOLERANCE))
+    if len(bad):
+        raise _no_distribution(where[bad[0]], totals[bad[0]])
+    logprob = torch.from_numpy(table).float()
+    return TeacherLogprobs(logprob, None, logprob.gather(1, torch.tensor(sampled)[:, None])[:, 0])
+
+
+def _likeliest(
+    entries: Sequence[dict[str, Any]], sampled: Sequence[int], k: int, where: Sequence[str]
+) -> TeacherLogprobs:
+    """k columns of the likeliest tokens, and one of the sampled token where it is not among them."""
+    ids = np.full((len(entries), k + 1), -1, dtype=np.int64)
+    logprob = np.full((len(entries), k + 1), -np.inf)
+    of_sampled = np.empty(len(entries))
+    for row, entry in enumerate(entries):
+        values = {int(token): _value(value) for token, value in entry.items()}
+        if sampled[row] not in values:
+            raise ValueError(f"{where[row]}: the teacher gave no log-probability of the token itself.")
+        of_sampled[row] = values[sampled[row]]
+        ranked = sorted(values, key=lambda token: (-values[token], token != sampled[row]))
+        top = ranked[:k]
+        ids[row, : len(top)], logprob[row, : len(top)] = top, [values[token] for token in top]
+        if sampled[row] not in top:
+            ids[row, k], logprob[row, k] = sampled[row], values[sampled[row]]
+        total = np.exp(logprob[row]).sum()
+        if not (total <= 1 + SUM_TOLERANCE and logprob[row].max() <= SUM_TOLERANCE):
+            raise _no_distribution(where[row], total)
+    return TeacherLogprobs(
+        torch.from_numpy(logprob).float(), torch.from_numpy(ids), torch.from_numpy(of_sampled).float()
+    )
+
+
+def _value(entry: Any) -> float:
+    value = entry["logprob"] if isinstance(entry, dict) else entry
+    return math.nan if value is None else float(value)
+
+
+def _no_distribution(where: str, total: float) -> ValueError:
+    return ValueError(
+        f"{where}: the teacher's answers are no log-probabilities (their exponentials sum to {total:.4g}). NaN means "
+        "broken weights or an overflow in half precision; anything else a server that gives logits: start it with "
+        "--logprobs-mode raw_logprobs."
+    )

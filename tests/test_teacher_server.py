@@ -1,0 +1,320 @@
+"""A teacher on a server: the client against faults, and training against a local teacher."""
+
+import logging
+import random
+import threading
+
+import pytest
+import torch
+from datasets import Dataset
+from serving import serving
+from transformers import AutoModelForCausalLM
+
+from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.teacher_server import Question, TeacherServer, TeacherUnavailableError
+from tipdistill.trainer import last_complete_checkpoint
+
+IDS = [5, 9, 30, 41, 7, 12, 80, 3]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen3", "teacher"))
+
+
+@pytest.fixture
+def served(teacher, tiny_tokenizer):
+    with serving(teacher, tiny_tokenizer) as server:
+        yield server
+
+
+def client(served, tokenizer=None, **settings):
+    found = TeacherServer(served.url, **{"time_limit": 5.0, "pause": 0.01, "timeout": 5.0, **settings})
+    if tokenizer is not None:
+        found.connect(tokenizer)
+    return found
+
+
+def log_probabilities(teacher, ids):
+    with torch.no_grad():
+        return torch.log_softmax(teacher(torch.tensor([ids])).logits[0], -1)
+
+
+@pytest.mark.parametrize("top_k", [None, 0])
+def test_the_whole_vocabulary_where_the_server_gives_it(served, teacher, tiny_tokenizer, top_k, caplog):
+    served.max_logprobs = -1
+    server = client(served, tiny_tokenizer, top_k=top_k)
+    assert server.gives_all
+    assert server.vocabulary == teacher.config.vocab_size
+    assert "are exact" in caplog.text
+    (found,) = server.ask([Question(IDS[:3], IDS[3:], [0, 2, 4])])
+    wanted = log_probabilities(teacher, IDS)[[2, 4, 6]]
+    assert found.token_ids is None
+    torch.testing.assert_close(found.logprob, wanted, rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.sampled, wanted[range(3), [IDS[3], IDS[5], IDS[7]]], rtol=0, atol=2e-6)
+
+
+def test_likeliest_tokens_and_the_sampled_one_where_it_does_not(served, teacher, tiny_tokenizer, caplog):
+    server = client(served, tiny_tokenizer)
+    assert server.top_k == 20
+    assert "lower bounds" in caplog.text
+    (found,) = server.ask([Question(IDS[:3], IDS[3:], [1, 3])])
+    wanted = log_probabilities(teacher, IDS)[[3, 5]]
+    torch.testing.assert_close(found.logprob[:, :20], wanted.topk(20).values, rtol=0, atol=2e-6)
+    assert torch.equal(found.token_ids[:, :20], wanted.topk(20).indices)
+    for row, token in enumerate((IDS[4], IDS[6])):
+        inside = token in found.token_ids[row, :20].tolist()
+        assert found.token_ids[row, 20] == (-1 if inside else token)
+        assert found.sampled[row] == pytest.approx(float(wanted[row, token]), abs=2e-6)
+
+
+def test_only_what_is_needed_is_sent(served, tiny_tokenizer):
+    server = client(served, tiny_tokenizer, top_k=4)
+    served.bodies.clear()
+    server.traffic.__init__()
+    found = server.ask([Question(IDS[:3], IDS[3:], [0, 1]), Question(IDS[:3], IDS[3:], [])])
+    assert found[1] is None
+    assert [body["prompt"] for body in served.bodies] == [IDS[:5]]
+    assert (served.bodies[0]["temperature"], served.bodies[0]["prompt_logprobs"]) == (1.0, 4)
+    traffic = server.traffic
+    assert (traffic.answered, traffic.asked, traffic.left_out) == (5, 2, 3 + 8)
+    assert traffic.sent > 0
+    assert traffic.saved == round(11 * traffic.received / 5)
+
+
+@pytest.mark.parametrize("fault", ["refuse", "garbage", "empty", "cut", "hang"])
+def test_a_fault_is_asked_again_and_leaves_the_runs_random_numbers(served, tiny_tokenizer, fault, caplog):
+    server = client(served, tiny_tokenizer, top_k=4, timeout=0.15)
+    served.faults = [fault, fault]
+    random.seed(3)
+    torch.manual_seed(3)
+    before = random.getstate(), torch.get_rng_state()
+    (found,) = server.ask([Question(IDS[:3], IDS[3:], [0])])
+    assert len(found) == 1
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert caplog.text.count("gives no answer") == 1
+    assert "answers again" in caplog.text
+
+
+def test_many_questions_survive_many_faults(served, teacher, tiny_tokenizer):
+    server = client(served, tiny_tokenizer, top_k=4, concurrency=4)
+    served.faults = ["refuse", None, "garbage", "cut", None, "empty"] * 2
+    sequences = [[*IDS[:3], *range(20 + n, 26 + n)] for n in range(12)]
+    found = server.ask([Question(ids[:3], ids[3:], range(6)) for ids in sequences])
+    for ids, rows in zip(sequences, found, strict=True):
+        wanted = log_probabilities(teacher, ids)[2:8]
+        torch.testing.assert_close(rows.logprob[:, :4], wanted.topk(4).values, rtol=0, atol=2e-6)
+
+
+def test_a_server_that_stays_away_ends_it_at_the_time_limit(served, tiny_tokenizer):
+    server = client(served, tiny_tokenizer, top_k=4, time_limit=0.3)
+    served.dead = True
+    with pytest.raises(TeacherUnavailableError, match=r"no answer for .*teacher_time_limit is 0\.3.*HTTP 503"):
+        server.ask([Question(IDS[:3], IDS[3:], [0])] * 5)
+    with pytest.raises(TeacherUnavailableError, match="refused"):
+        TeacherServer("http://127.0.0.1:9/v1", time_limit=0.2, pause=0.01).connect(tiny_tokenizer)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+@pytest.mark.parametrize("fault", ["nan", "logits"])
+def test_what_is_no_log_probability_is_refused_by_rollout_and_token(served, tiny_tokenizer, fault, top_k):
+    served.max_logprobs = -1
+    server = client(served, tiny_tokenizer, top_k=top_k)
+    served.faults = [fault]
+    with pytest.raises(ValueError, match=r"rollout 0, token 4: the teacher's answers are no log-probabilities"):
+        server.ask([Question(IDS[:3], IDS[3:], [4])])
+
+
+def test_what_cannot_be_right_is_refused_at_the_start(served, tiny_tokenizer):
+    from tipdistill.tasks.arithmetic import build_tokenizer
+
+    with pytest.raises(ValueError, match="reads text as other tokens"):
+        client(served, build_tokenizer())
+    with pytest.raises(ValueError, match=r"does not serve 'other'; it serves teacher"):
+        client(served, tiny_tokenizer, model="other")
+    served.name = "a,b"
+    with pytest.raises(ValueError, match="say which with teacher_served_name"):
+        client(served, tiny_tokenizer)
+    served.name = "teacher"
+    with pytest.raises(ValueError, match="start it with --max-logprobs -1"):
+        client(served, tiny_tokenizer, top_k=0)
+    served.key = "secret"
+    with pytest.raises(ValueError, match="HTTP 401"):
+        client(served, tiny_tokenizer, top_k=4)
+    client(served, tiny_tokenizer, top_k=4, api_key="secret")
+    assert served.headers[-1]["Authorization"] == "Bearer secret"
+
+
+# Training.
+
+PLAIN = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_completion_length": 8,
+    "learning_rate": 1e-3,
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 4,
+    "record_rollouts": 0,
+    "teacher_time_limit": 20.0,
+}
+
+
+@pytest.fixture
+def make(tiny_model_dir, word_problems, tmp_path, served):
+    def build(url=True, **settings):
+        extra = {"teacher_url": served.url} if url else {}
+        config = TIPConfig(
+            str(settings.pop("output_dir", tmp_path / "run")), **{**PLAIN, "max_steps": 2, **extra, **settings}
+        )
+        return TIPTrainer(
+            str(tiny_model_dir("qwen3", "student")),
+            None if url else str(tiny_model_dir("qwen3", "teacher")),
+            config,
+            Dataset.from_json(str(word_problems)).select(range(32)),
+            Dataset.from_json(str(word_problems)).select(range(4)),
+        )
+
+    return build
+
+
+def logged(trainer, *names):
+    return [[entry[name] for entry in trainer.state.log_history if "loss" in entry] for name in names]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"selection_rule": "soft_or", "retention": 0.3},
+        {"selection_rule": "all"},
+        {"selection_rule": "entropy", "retention": 0.3, "score_logging_steps": 0, "gradient_accumulation_steps": 2},
+        {"selection_rule": "gradient_norm", "retention": 0.3, "temperature": 0.8, "beta": 0.5},
+        {"selection_rule": "cumulative_advantage", "beta": 0.0},
+    ],
+    ids=lambda settings: settings["selection_rule"],
+)
+def test_a_whole_vocabulary_trains_as_the_local_teacher_does(make, served, settings):
+    served.max_logprobs = -1
+    losses = []
+    for url in (True, False):
+        trainer = make(url, **settings)
+        trainer.train()
+        losses.append(logged(trainer, "loss", "grad_norm", "selection/kept_fraction"))
+    for found, wanted in zip(*losses, strict=True):
+        assert found == pytest.approx(wanted, rel=2e-4)
+
+
+def test_likeliest_tokens_train_on_a_lower_bound(make, served):
+    exact = make(False, selection_rule="entropy", retention=0.3)
+    bound = make(selection_rule="entropy", retention=0.3, teacher_top_k=5)
+    for trainer in (exact, bound):
+        trainer.train()
+    assert logged(bound, "selection/kept_fraction") == logged(exact, "selection/kept_fraction")
+    assert 0 < logged(bound, "loss")[0][0] < logged(exact, "loss")[0][0]
+
+
+def test_two_rounds_ask_about_what_is_kept_alone(make, served):
+    trainer = make(selection_rule="position", retention=1.0, teacher_top_k=4, score_logging_steps=0)
+    trainer.train()
+    everything = logged(trainer, "teacher/tokens_asked")[0]
+    served.bodies.clear()
+    trainer = make(
+        selection_rule="random", selection_scope="batch", retention=0.1, teacher_top_k=4, score_logging_steps=0
+    )
+    trainer.train()
+    asked, saved, received = (
+        logged(trainer, f"teacher/{name}")[0] for name in ("tokens_asked", "bytes_saved", "bytes_received")
+    )
+    kept = logged(trainer, "selection/trained_tokens")[0]
+    assert asked[0] == kept[0] < 0.2 * everything[0]
+    assert min(saved) > 0
+    assert min(received) > 0
+    # a rule that reads the teacher asks about everything
+    trainer = make(selection_rule="divergence", retention=0.1, teacher_top_k=4)
+    trainer.train()
+    assert logged(trainer, "teacher/tokens_asked")[0] == pytest.approx(everything, rel=0.5)
+
+
+def test_evaluation_asks_about_every_token(make, served):
+    served.max_logprobs = -1
+    losses = [make(url, selection_rule="entropy", retention=0.2).evaluate()["eval_loss"] for url in (True, False)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.3)  # the rollouts are drawn anew
+    assert make(selection_rule="entropy", per_device_eval_batch_size=4).evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_teacher_that_dies_and_comes_back_changes_nothing(make, served):
+    served.max_logprobs = -1
+    calm = make(selection_rule="soft_or", retention=0.3, max_steps=3)
+    calm.train()
+    trainer = make(selection_rule="soft_or", retention=0.3, max_steps=3)
+    served.dies_after = len(served.bodies) + 6  # in the middle of the second step
+
+    def come_back():
+        served.dies_after, served.dead = None, False
+
+    timer = threading.Timer(4.0, come_back)
+    timer.start()
+    trainer.train()
+    timer.join()
+    assert logged(trainer, "loss", "grad_norm") == logged(calm, "loss", "grad_norm")
+
+
+@pytest.mark.slow
+def test_a_teacher_that_stays_away_costs_nothing_that_was_done(make, served, tmp_path):
+    """The run stops with a checkpoint, and resumed from it ends at the very weights of one that was never disturbed."""
+    served.max_logprobs = -1
+    settings = {"selection_rule": "soft_or", "retention": 0.3, "max_steps": 11}  # 8 steps are an epoch
+    calm = make(output_dir=tmp_path / "calm", **settings)
+    calm.train()
+    for step in (3, 8):
+        run = tmp_path / f"stops-after-{step}"
+        trainer = make(output_dir=run, teacher_time_limit=0.5, **settings)
+        served.dies_after = len(served.bodies) + 4 * step + 1
+        with pytest.raises(TeacherUnavailableError, match=rf"Step {step} was saved to .*checkpoint-{step}: go on with"):
+            trainer.train()
+        served.dies_after, served.dead = None, False
+        assert last_complete_checkpoint(run) == str(run / f"checkpoint-{step}")
+        resumed = make(output_dir=run, **settings)
+        resumed.train(resume_from_checkpoint=True)
+        for name, weight in calm.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], weight), (step, name)
+
+
+def test_a_teacher_that_never_answers_leaves_nothing_behind(make, served, tmp_path):
+    trainer = make(teacher_time_limit=0.3, teacher_top_k=4)
+    served.dead = True
+    with pytest.raises(TeacherUnavailableError, match="No step was taken since the start"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_model_name_or_path": "t"}, "name two teachers"),
+        ({"normalization": "micro_batch"}, 'needs normalization="batch"'),
+        ({"teacher_offload": True}, "nothing to move"),
+        ({"teacher_top_k": 5, "temperature": 0.5}, "needs the teacher's whole vocabulary"),
+        ({"teacher_top_k": -2}, "teacher_top_k must be"),
+        ({"teacher_time_limit": 0}, "teacher_time_limit must be"),
+        ({"teacher_concurrency": 0}, "teacher_concurrency must be"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TIPConfig(str(tmp_path), **{**PLAIN, "teacher_url": "http://127.0.0.1:9/v1", **settings})
+
+
+def test_what_the_server_cannot_serve_is_refused_before_weights_are_loaded(make, served, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(ValueError, match=r"selection_rule = gradient_norm reads gradient_norm, which cannot be had"):
+        make(selection_rule="gradient_norm")
+    with pytest.raises(ValueError, match=r"temperature = 0\.5 needs the teacher's whole vocabulary"):
+        make(temperature=0.5)
+    with pytest.raises(ValueError, match="name two teachers"):
+        TIPTrainer("s", "t", TIPConfig(str(tmp_path), **PLAIN, teacher_url=served.url), [])

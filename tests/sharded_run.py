@@ -62,10 +62,26 @@ def on_cpu(engine):
         deepspeed.comm.torch.build_shm_op = lambda: None  # a faster all-reduce that takes a minute to compile
 
 
+def kinds(model):
+    """How the parameters are held; the whole ones by name where others are sharded."""
+    from torch.distributed.tensor import DTensor
+
+    found, whole = set(), []
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            found.add("DTensor")
+        elif hasattr(parameter, "ds_tensor"):
+            found.add("partition")
+        else:
+            whole.append(name)
+    if whole:
+        found.add("whole: " + (", ".join(sorted(whole)) if found else "all"))
+    return sorted(found)
+
+
 def run(job):
     import torch
     from datasets import Dataset
-    from torch.distributed.tensor import DTensor
     from torch.utils._python_dispatch import TorchDispatchMode
     from transformers import TrainerCallback
     from trl import DistillationTrainer
@@ -75,12 +91,22 @@ def run(job):
 
     torch.set_num_threads(1)
     on_cpu(job["engine"])
-    counts = []
+    collectives = []
+    tiles = 0
+    logits = chunked.Projection.logits
+
+    def counted_logits(self, *args):
+        nonlocal tiles
+        tiles += 1
+        return logits(self, *args)
+
+    chunked.Projection.logits = counted_logits
 
     class Collectives(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function.namespace in ("c10d", "_c10d_functional"):
-                counts[-1][str(function)] = counts[-1].get(str(function), 0) + 1
+                name = str(function)
+                collectives[-1][name] = collectives[-1].get(name, 0) + 1
             return function(*args, **(kwargs or {}))
 
     class Watched(TIPTrainer):
@@ -90,9 +116,7 @@ def run(job):
             return [ids[: 1 + sum(prompt) % 12] for prompt, ids in zip(prompt_ids, completions, strict=True)]
 
         def training_step(self, *args, **options):
-            if not job.get("count"):
-                return super().training_step(*args, **options)
-            counts.append({})
+            collectives.append({})
             with Collectives():
                 return super().training_step(*args, **options)
 
@@ -120,20 +144,19 @@ def run(job):
     args = TIPConfig(job["out"], **settings)
     trainer = Watched(job["student"], job["teacher"], args, Dataset.from_json(job["data"]), callbacks=[Dies()])
     trainer.train(resume_from_checkpoint=job.get("resume"))
-    parameters = {
-        name: sorted(
-            {"DTensor" if isinstance(p, DTensor) else "partition" if hasattr(p, "ds_tensor") else "whole" for p in of}
-        )
-        for name, of in (
-            ("student", trainer.model.parameters()),
-            ("teacher", trainer.accelerator.unwrap_model(trainer.teacher_model).parameters()),
-        )
-    }
+    models = {"student": trainer.model, "teacher": trainer.accelerator.unwrap_model(trainer.teacher_model)}
+    parameters = {name: kinds(model) for name, model in models.items()}
     trainer.save_model(args.output_dir)
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         figures = {name: [entry[name] for entry in history] for name in history[0]}
-        found = {**figures, "parameters": parameters, "counts": counts, "processes": trainer.accelerator.num_processes}
+        found = {
+            **figures,
+            "parameters": parameters,
+            "collectives": collectives,
+            "tiles": tiles,
+            "processes": trainer.accelerator.num_processes,
+        }
         found["engine"] = trainer.accelerator.distributed_type.value
         (Path(args.output_dir) / "figures.json").write_text(json.dumps(found))
     # together, and in order: a process that leaves while another still talks to it aborts that one

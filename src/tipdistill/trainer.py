@@ -165,6 +165,7 @@ class TIPTrainer(DistillationTrainer):
             tools=tools,
         )
         _accelerate.check_sharding(self.accelerator)
+        _accelerate.keep_output_dtype(self.accelerator)
         self._server = server
         teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
         self._share_vocabulary(teacher)
@@ -688,13 +689,22 @@ class TIPTrainer(DistillationTrainer):
 
     # The loss of one micro-batch.
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        self._micro_batch = inputs
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def _compute_loss(
         self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        exact = self._micro_batch  # mixed precision under FSDP2 rounds what passes a forward, the number of tokens too
+        if self.model.training and exact.get("num_items_in_batch") is not None:
+            num_items_in_batch = exact["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         multimodal = {key: inputs[key] for key in _trl.MULTIMODAL_KEYS if key in inputs}
         batch, mask = {key: inputs[key] for key in keys}, _loss_mask(inputs)
-        weight = inputs.get("selection_weight")
+        weight = exact.get("selection_weight")
         if not multimodal:
             batch, mask = self._trimmed(batch, mask)
             weight = None if weight is None else weight[:, : mask.shape[1]]
@@ -720,7 +730,7 @@ class TIPTrainer(DistillationTrainer):
             if weight is not None:  # selected already, over the whole generation batch
                 with _naming_rollouts(rows, rollouts):
                     loss = fused_divergence_loss(student, teacher, weight[rows], **options)
-                entropy = inputs["token_entropy"][:, : mask.shape[1]][mask]
+                entropy = exact["token_entropy"][:, : mask.shape[1]][mask]
                 return loss, entropy.sum(), mask.sum()
             selection = None
             # a micro-batch may hold nothing but what tools wrote

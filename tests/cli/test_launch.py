@@ -1,18 +1,24 @@
 """Launches that would silently run as less than what was asked for are refused in one line, before any loading."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from tipdistill import TIPConfig
 from tipdistill.cli import launch, main
 
 PAIR = ["--model_name_or_path", "s", "--teacher_model_name_or_path", "t", "--dataset_name", "d"]
 CPU = ["--use_cpu", "true", "--bf16", "false"]
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 DISTRIBUTED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", "TIPDISTILL_LAUNCHED")
 
 
@@ -137,3 +143,32 @@ def test_a_configuration_outside_the_command_line_refuses_processes_that_would_t
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="accelerate sees one"):
         TIPConfig(str(tmp_path), bf16=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_a_preset_trains_saves_and_loads(tiny_model_dir, word_problems, tmp_path, preset):
+    """From TRL's preset through accelerate's launcher to a checkpoint and a model, as far as a CPU goes."""
+    student, teacher = tiny_model_dir("qwen3", "student"), tiny_model_dir("llama", "teacher")
+    _, config = resolve_accelerate_config_argument(["--accelerate_config", preset])
+    if preset == "zero3":  # its bf16 and --bf16 would have to agree, and a CPU has no bf16 in transformers' eyes
+        settings = {**yaml.safe_load(Path(config).read_text()), "mixed_precision": "no"}
+        config = tmp_path / "zero3.yaml"
+        config.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    command += [str(Path(__file__).parents[1] / "train_on_cpu.py"), "--dataset_name", str(word_problems)]
+    command += ["--model_name_or_path", str(student), "--teacher_model_name_or_path", str(teacher), "--max_steps", "2"]
+    command += ["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--per_device_train_batch_size", "4"]
+    command += ["--max_completion_length", "6", "--logging_steps", "1", "--disable_tqdm", "true", "--bf16", "false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "8 prompts × 1 rollouts" in done.stdout
+    for directory in (tmp_path / "run/checkpoint-2", tmp_path / "run"):
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    history = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "grad_norm" in entry]
+    assert len(steps) == 2
+    for name in ("loss", "reverse_kl"):  # bf16 weights are no reason to round these
+        assert all(torch.tensor(step[name]).bfloat16().item() != step[name] > 0 for step in steps), name

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
     launch = [] if arguments.values.dry_run else launch_arguments(arguments.values)
     if launch or not arguments.environment.items() <= os.environ.items():
         return _start_again(launch, argv, arguments.environment)
-    check_launched(bool(arguments.values.use_cpu))
+    if not arguments.values.dry_run:
+        check_launched(bool(arguments.values.use_cpu))
     return _train(build(arguments), resume)
 
 

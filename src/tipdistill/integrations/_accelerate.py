@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,7 +12,7 @@ from accelerate.utils import DistributedType
 
 from ._trl import prepare_deepspeed
 
-__all__ = ["check_sharding", "prepare_teacher"]
+__all__ = ["check_sharding", "keep_output_dtype", "prepare_teacher"]
 
 
 def prepare_teacher(teacher: Any, accelerator: Accelerator) -> Any:
@@ -37,6 +38,16 @@ def prepare_teacher(teacher: Any, accelerator: Accelerator) -> Any:
         return fsdp2_prepare_model(accelerator, teacher).requires_grad_(False).eval()
     finally:
         accelerator.state.fsdp_plugin = plugin
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """Let FSDP2 return what a forward computes: scores and loss are float32, whatever the parameters are cast to.
+
+    accelerate's mixed precision casts outputs to bfloat16 as well. Called before the student is sharded, in `train`.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def check_sharding(accelerator: Accelerator) -> None:

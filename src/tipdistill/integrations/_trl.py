@@ -44,11 +44,11 @@ OVERRIDDEN = {
     "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"),
     "_get_train_sampler": ("self", "dataset"),
     "_prepare_inputs": ("self", "generation_batch"),
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
 }
 CALLED = {
     "_get_last_hidden_state": ("self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"),
-    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
 }
 ATTRIBUTES = (
     "_buffered_inputs",

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# One task per host, which starts a process per GPU: sbatch --nodes 4 examples/slurm.sh --config qwen3-8b-4b
+# PRESET=zero3 sbatch ... for another of TRL's presets, or the path of a file of `accelerate config`.
+#SBATCH --job-name=tipdistill
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --signal=TERM@120
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+preset=${PRESET:-fsdp2}
+gpus=${SLURM_GPUS_ON_NODE:-8}
+if [ ! -f "$preset" ]; then
+  preset=$(python -c "import sys, trl; print(f'{trl.__path__[0]}/accelerate_configs/{sys.argv[1]}.yaml')" "$preset")
+fi
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export HEAD=$head PRESET_FILE=$preset PROCESSES=$((SLURM_NNODES * gpus))
+
+# single quotes: SLURM_NODEID is each task's own
+srun --kill-on-bad-exit=1 bash -c '
+  accelerate launch --config_file "$PRESET_FILE" --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" \
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port 29500 \
+    -m tipdistill.cli train "$@"' train "$@"

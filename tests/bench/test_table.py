@@ -34,7 +34,7 @@ def results(tmp_path):
     refused = {"engine": "trl", "rule": "all", "retention": 1.0, "refused": "it does not agree"}
     variants = {"plain": plain, "chunked soft_or 0.5": ours, "trl": refused}
     for entry in (plain, ours):
-        entry["extra_bytes"] = 32 * 2**20
+        entry["extra_bytes"], entry["gradient_bytes"] = 32 * 2**20, 20 * 2**20
     result = {
         "variants": variants,
         "hardware": {"cpu": "Some CPU", "cpu_capability": "AVX512", "threads": 1, "gpu": None},
@@ -48,8 +48,8 @@ def results(tmp_path):
 
 def test_a_table_shows_the_ratios_of_the_result(results):
     lines = table("head-cpu", results, results).splitlines()
-    assert "| plain PyTorch, all tokens | 4 |  |  | 32 |  | 1.50 |" in lines
-    assert "| `chunked`, Soft-OR 0.5 | 1 | 0.25 |  | 32 | 0.06 | 1.10 |" in lines
+    assert "| plain PyTorch, all tokens | 4 |  |  | 32 | 12 |  | 1.50 |" in lines
+    assert "| `chunked`, Soft-OR 0.5 | 1 | 0.25 |  | 32 | 12 | 0.06 | 1.10 |" in lines
     assert any(line.startswith("| TRL, all tokens | refused: it does not agree |") for line in lines)
     assert "commit abc" in lines[-1]
     assert "(head-cpu.json)" in lines[-1]

@@ -6,7 +6,6 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
-#SBATCH --signal=TERM@120
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 

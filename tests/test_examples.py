@@ -1,5 +1,6 @@
 """The examples run as a stranger would run them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -31,3 +32,25 @@ def test_plain_pytorch_uses_public_names_only_and_stays_short():
     assert {"Head", "token_scores", "select", "selected_loss"} <= used <= set(tipdistill.__all__)
     assert "Trainer" not in source
     assert len(source.splitlines()) <= 70
+
+
+def test_slurm_starts_every_host_with_its_rank(tmp_path):
+    """With Slurm's and accelerate's commands replaced by ones that tell what they were asked."""
+    commands = {
+        "scontrol": "echo host-a; echo host-b",
+        "srun": 'while [[ "$1" == --* ]]; do shift; done; for id in 0 1; do SLURM_NODEID=$id "$@"; done',
+        "accelerate": 'printf "%s " "$@"; echo',
+        "python": f'exec "{sys.executable}" "$@"',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "host-[a-b]"}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PRESET": "zero3"}
+    command = ["bash", str(EXAMPLES / "slurm.sh"), "--config", "a recipe.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    for rank, line in enumerate(done.stdout.splitlines()):
+        assert "accelerate_configs/zero3.yaml --num_machines 2 --num_processes 8" in line
+        assert f"--machine_rank {rank} --main_process_ip host-a" in line
+        assert line.endswith("-m tipdistill.cli train --config a recipe.yaml ")
+    assert len(done.stdout.splitlines()) == 2

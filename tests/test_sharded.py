@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -80,14 +81,32 @@ def launch(jobs, directory, processes, nodes=1):
     assert codes == [0] * nodes, "\n".join(log.read_text()[-6000:] for log in logs)
 
 
+def launch_once(jobs, root, processes):
+    """Figures and directory of each job; a second worker of pytest-xdist waits for the first, and reads its files."""
+    directory = root / f"launch-{processes}"
+    with FileLock(root / f"launch-{processes}.lock"):
+        if not (directory / "done").exists():
+            directory.mkdir(exist_ok=True)
+            launch(list(jobs.values()), directory, processes)
+            (directory / "done").touch()
+    return {key: (figures(asked["out"]), Path(asked["out"])) for key, asked in jobs.items()}
+
+
 def figures(out):
     return json.loads((Path(out) / "figures.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def job(tiny_model_dir, word_problems, tmp_path_factory):
+def root(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sharded"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model_dir, word_problems, root):
     """Factory of jobs: a student with tied embeddings, or a bias, and an untied teacher of another architecture."""
-    root = tmp_path_factory.mktemp("sharded")
 
     def build(engine, processes, kind, accumulation=None, **more):
         settings, told = KINDS[kind]
@@ -114,15 +133,13 @@ def job(tiny_model_dir, word_problems, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(job, tmp_path_factory):
+def one(job, root):
     """Figures and directory of each kind of run in one process."""
-    jobs = {kind: job("ddp", 1, kind) for kind in KINDS}
-    launch(list(jobs.values()), tmp_path_factory.mktemp("one"), 1)
-    return {kind: (figures(asked["out"]), Path(asked["out"])) for kind, asked in jobs.items()}
+    return launch_once({kind: job("ddp", 1, kind) for kind in KINDS}, root, 1)
 
 
 @pytest.fixture(scope="module")
-def two(job, tmp_path_factory):
+def two(job, root):
     """The same in two processes, by engine; "adam" is killed in its third step and resumed."""
     jobs = {}
     for engine in NAMES:
@@ -132,8 +149,7 @@ def two(job, tmp_path_factory):
         killed = job(engine, 2, "adam", dies=3)
         jobs[engine, "killed"] = killed
         jobs[engine, "adam"] = {**killed, "dies": None, "resume": True}
-    launch(list(jobs.values()), tmp_path_factory.mktemp("two"), 2)
-    return {key: (figures(asked["out"]), Path(asked["out"])) for key, asked in jobs.items()}
+    return launch_once(jobs, root, 2)
 
 
 def assert_same(found, expected, weights=True):
@@ -201,10 +217,8 @@ def test_four_processes_equal_one(engine, one, four):
 
 
 @pytest.fixture(scope="module")
-def four(job, tmp_path_factory):
-    jobs = {engine: job(engine, 4, "whole") for engine in NAMES if engine != "zero2"}
-    launch(list(jobs.values()), tmp_path_factory.mktemp("four"), 4)
-    return {engine: (figures(asked["out"]), Path(asked["out"])) for engine, asked in jobs.items()}
+def four(job, root):
+    return launch_once({engine: job(engine, 4, "whole") for engine in NAMES if engine != "zero2"}, root, 4)
 
 
 def test_two_hosts_equal_one_process(job, one, tmp_path):

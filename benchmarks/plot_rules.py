@@ -29,9 +29,7 @@ KEPT = LinearSegmentedColormap.from_list("kept", ["#D6E6F4", "#8C6BB1", "#D55E00
 
 
 def scored(models: Path) -> tuple[TokenScores, torch.Tensor]:
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(models / name).eval() for name in ("student", "teacher")
-    )
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name).eval() for name in ("student", "teacher"))
     prompts = [arithmetic.prompt_of(*problem) for problem in arithmetic.problems(PROMPTS, 0)]
     fields = {name for rule in RULES for name in rule_fields(rule) or ()} | {"entropy_norm", "reverse_kl"}
     return arithmetic.score(student, teacher, prompts, 0, fields=sorted(fields))

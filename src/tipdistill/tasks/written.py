@@ -374,7 +374,6 @@ class WrittenTask:
         return mean_at_k([right[first : first + samples] for first in range(0, len(right), samples)])
 
 
-
 def ends_with(completion: str, answer: str) -> bool:
     """Whether what follows the first `>` is the answer and the end, and nothing else.
 

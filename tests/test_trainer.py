@@ -786,10 +786,12 @@ def test_tasks_are_measured_and_training_goes_on_as_if_they_were_not(make, tmp_p
     from tipdistill.tasks import TASKS
 
     monkeypatch.setitem(TASKS, "sums", {"problems": [("2 + 3 =", "5"), ("1 + 1 =", "2"), ("4 + 4 =", "8")]})
+    monkeypatch.setitem(TASKS, "products", {"problems": [("2 * 3 =", "6")]})
     sampled = {"generation_kwargs": None, "max_steps": 3, "output_dir": tmp_path / "plain"}
     plain = make(**sampled)
     plain.train()
-    settings = {"eval_tasks": "sums", "eval_steps": 2, "eval_num_samples": 2, "output_dir": tmp_path / "measured"}
+    settings = {"eval_tasks": "sums,products", "eval_steps": 2, "eval_num_samples": 2}
+    settings["output_dir"] = tmp_path / "measured"
     measured = make(**{**sampled, **settings, "per_device_eval_batch_size": 4})
     measured.train()
     assert steps(measured, "loss", "grad_norm", "entropy") == steps(plain, "loss", "grad_norm", "entropy")
@@ -799,6 +801,9 @@ def test_tasks_are_measured_and_training_goes_on_as_if_they_were_not(make, tmp_p
         root = tmp_path / "measured" / "eval" / f"step-{entry['step']}"
         rows = [json.loads(line) for line in (root / "samples" / "sums.jsonl").read_text().splitlines()]
         assert [(row["problem"], row["sample"]) for row in rows] == [(p, s) for p in range(3) for s in range(2)]
+        assert json.loads((root / "metrics.json").read_text())["tasks"].keys() == {"sums", "products"}
+        (product,) = {json.loads(line)["prompt"] for line in (root / "samples" / "products.jsonl").open()}
+        assert product.startswith("2 * 3 =")
         assert all("put your final answer within" in row["prompt"] for row in rows)
         assert all(0 < row["tokens"] <= 12 for row in rows)
         assert entry["eval_sums/mean_tokens"] == pytest.approx(sum(row["tokens"] for row in rows) / 6)

@@ -130,13 +130,13 @@ def wait_for(condition, seconds=120):
 
 @pytest.mark.slow
 def test_killed_resumed_deleted_parallel_and_serial_come_to_the_same(grid, tmp_path, capsys):
-    chosen = {"learning_rates": [1e-3, 1e-2], "validation": {"task": "ones.task[:8]", "seeds": [0]}}
+    chosen = {"learning_rates": [1e-3, 1e-2], "validation": {"task": "ones.task[:8]", "seeds": [1]}}
     assert cli.main([*grid(directory="whole", **chosen), "--workers", "1"]) == 0
     said = capsys.readouterr().out
     whole = cells(tmp_path / "whole")
-    assert len(whole) == 2 * (2 + 2)
+    assert len(whole) == 2 * (2 + 1)
     assert said.count(" chosen (") == 2
-    assert "8/8" in said
+    assert "6/6" in said
     assert "min left" in said or "s left" in said
     table = (tmp_path / "whole" / "sweep.md").read_text()
     assert table in said
@@ -154,7 +154,7 @@ def test_killed_resumed_deleted_parallel_and_serial_come_to_the_same(grid, tmp_p
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = written_at(tmp_path / "killed")
-    assert 2 <= len(before) < 8
+    assert 2 <= len(before) < 6
     assert not (tmp_path / "killed" / "sweep.json").exists()
     assert cli.main([*grid(directory="killed", **chosen), "--workers", "2"]) == 0
     assert before.items() <= written_at(tmp_path / "killed").items(), "a finished cell was run again"
@@ -179,12 +179,12 @@ def test_killed_resumed_deleted_parallel_and_serial_come_to_the_same(grid, tmp_p
     changed = grid(directory="killed", **chosen, overrides={"max_steps": 2, "per_device_eval_batch_size": 16})
     assert cli.main(changed) == 2
     said = capsys.readouterr().err
-    assert "8 finished cells" in said
+    assert "6 finished cells" in said
     assert "with another settings.max_steps" in said
     assert "--rerun_changed" in said
     assert written_at(tmp_path / "killed") == now
     assert cli.main([*changed, "--rerun_changed", "--workers", "1"]) == 0
-    assert "8 finished cells were made with other settings and run again" in capsys.readouterr().out
+    assert "6 finished cells were made with other settings and run again" in capsys.readouterr().out
     assert all(len(cell["losses"]) == 2 for cell in cells(tmp_path / "killed").values())
 
 

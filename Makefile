@@ -6,9 +6,22 @@ PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 VERL_VENV ?= .venv-verl
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo bench test test-verl test-vllm lint format clean
+.PHONY: demo replicate replicate-small bench test test-verl test-vllm lint format clean
 
 demo: $(VENV)/.installed
+	$(BIN)/tipdistill demo
+
+# docs/replication.md from nothing; hours on a core, and it goes on where it was stopped.
+replicate: runs/demo/results.json
+	for task in sorting machine; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
+	for grid in benchmarks/replication/*.yaml; do $(BIN)/tipdistill sweep $$grid || failed=1; done; test -z "$$failed"
+	$(BIN)/python benchmarks/replicate.py --collect runs/replication
+
+# Its main rows, in minutes.
+replicate-small: runs/demo/results.json
+	$(BIN)/tipdistill sweep benchmarks/replication/small/planted.yaml
+
+runs/demo/results.json: | $(VENV)/.installed
 	$(BIN)/tipdistill demo
 
 # Everything that is measured on a CPU; half an hour on an idle machine, and worth nothing on a busy one.

@@ -1,0 +1,410 @@
+"""The tables and verdicts of docs/replication.md, from the results of `tipdistill sweep`.
+
+    python benchmarks/replicate.py --collect runs/replication    # keeps each sweep's result, then writes the document
+    python benchmarks/replicate.py                               # writes the document from what is kept
+
+Whatever stands between `<!-- sweep:NAME -->` and `<!-- /sweep -->` is written here and nowhere else: a verdict is a
+function of an interval, and no one's opinion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tipdistill.sweep.result import compared, counts_of, csv_text, markdown
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "replication"
+DOCUMENT = ROOT / "docs" / "replication.md"
+NOT_RUN = "not run"
+# grids, in the order of the tables, and what the document calls their tasks
+TASKS = {"planted": "addition", "sorting": "sorting", "machine": "machine"}
+# Accuracies closer than this are called equal, and at most this far below counts as "nearly".
+TIE, NEARLY, MUCH = 0.02, 0.05, 0.10
+OF_THE_GAIN = 0.95
+PAPERS = ("all", "entropy", "entropy_sampling", "soft_or", "q3", "divergence", "complement:soft_or", "random")
+NAMES = {
+    "all": "all tokens",
+    "entropy_sampling": "entropy, sampled",
+    "soft_or": "Soft-OR",
+    "soft_or_log": "Soft-OR (log)",
+    "q3": "Q3",
+    "complement:soft_or": "bottom half",
+    "gradient_norm": "gradient norm",
+    "signal_to_curvature": "signal to curvature",
+}
+_BLOCK = re.compile(r"(<!-- sweep:([\w-]+) -->\n).*?(<!-- /sweep -->)", re.S)
+
+Results = Mapping[str, Mapping[str, Any]]
+At = tuple[str, float]  # the name of a row, and its retention
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A claim as a difference of two rows.
+
+    Attributes:
+        claim: which of the paper's, and what it says of these two rows.
+        first, second: rows.
+        kind: "above": first − second > margin; "matches": first − second ≥ −margin.
+        margin: see there.
+    """
+
+    claim: str
+    first: At
+    second: At
+    kind: str = "above"
+    margin: float = 0.0
+
+
+CLAIMS = (
+    Comparison(
+        "1. Entropy sampling at 50 % matches or beats all tokens",
+        ("entropy_sampling", 0.5),
+        ("all", 1.0),
+        "matches",
+        TIE,
+    ),
+    Comparison("1. … and drops at 20 %", ("entropy_sampling", 0.5), ("entropy_sampling", 0.2)),
+    Comparison("1. … and at 10 %", ("entropy_sampling", 0.5), ("entropy_sampling", 0.1)),
+    Comparison("2. Soft-OR beats entropy at 50 %", ("soft_or", 0.5), ("entropy_sampling", 0.5)),
+    Comparison("2. … and at 20 %", ("soft_or", 0.2), ("entropy_sampling", 0.2)),
+    Comparison("3. Q3 at 10 % nearly matches all tokens", ("q3", 0.1), ("all", 1.0), "matches", NEARLY),
+    Comparison("3. Q3 at 20 % beats all tokens (there: agentic planning)", ("q3", 0.2), ("all", 1.0)),
+    Comparison(
+        "4. The top half by Soft-OR is much better than the bottom half",
+        ("soft_or", 0.5),
+        ("complement:soft_or", 0.5),
+        margin=MUCH,
+    ),
+    Comparison("5. Q3 at 10 % is better than divergence alone at 10 %", ("q3", 0.1), ("divergence", 0.1)),
+)
+CONTROLS = (
+    Comparison("Soft-OR at 50 % beats random tokens", ("soft_or", 0.5), ("random", 0.5)),
+    Comparison("Soft-OR at 20 % beats random tokens", ("soft_or", 0.2), ("random", 0.2)),
+    Comparison("Entropy sampling at 10 % beats random tokens", ("entropy_sampling", 0.1), ("random", 0.1)),
+    Comparison("Q3 at 10 % beats random tokens", ("q3", 0.1), ("random", 0.1)),
+    Comparison("Soft-OR at 10 % beats random tokens", ("soft_or", 0.1), ("random", 0.1)),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Collect results where that is asked for, and write the document; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--collect", type=Path, help="directory whose NAME/sweep.json are kept as the results")
+    options = parser.parse_args(argv)
+    if options.collect is not None:
+        for path in collect(options.collect, RESULTS):
+            print(f"kept {path.relative_to(ROOT)}")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(rendered(text, load(RESULTS)), encoding="utf-8")
+    return 0
+
+
+def collect(source: Path, results: Path) -> list[Path]:
+    """Copy every sweep's result under `source` to `results`, numbers to six digits; returns what was written."""
+    written = []
+    for path in sorted(source.glob("*/sweep.json")):
+        result = _rounded(json.loads(path.read_text(encoding="utf-8")))
+        results.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            (f"{path.parent.name}.json", json.dumps(result, indent=1) + "\n"),
+            (f"{path.parent.name}.csv", csv_text(result)),
+        ):
+            partial = results / f".{name}"
+            partial.write_text(text, encoding="utf-8")
+            written.append(partial.replace(results / name))
+    return written
+
+
+def load(results: Path) -> dict[str, dict[str, Any]]:
+    """Name of a grid → its result, as far as there are any."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+
+
+def rendered(text: str, results: Results) -> str:
+    """The document with every marked block as the results give it.
+
+    Raises:
+        ValueError: a marker that names no block.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise ValueError(f"there is no block {match[2]!r}; there are {', '.join(BLOCKS)}.")
+        return f"{match[1]}{BLOCKS[match[2]](results)}\n{match[3]}"
+
+    return _BLOCK.sub(block, text)
+
+
+# Verdicts.
+
+
+def verdict(low: float, high: float, kind: str, margin: float) -> str:
+    """What the interval of a difference says of a claim.
+
+    Args:
+        low, high: the 95 % interval of first − second.
+        kind, margin: see `Comparison`.
+
+    Returns:
+        "holds", "does not hold" or "undecided". A claim of "above" does not hold where the lead is below a tie for
+        certain, although it may not be zero.
+    """
+    if kind == "matches":
+        return "holds" if low >= -margin else "does not hold" if high < -margin else "undecided"
+    assert kind == "above", kind
+    return "holds" if low > margin else "does not hold" if high < max(margin, TIE) else "undecided"
+
+
+def overall(verdicts: Sequence[str]) -> str:
+    """One verdict of several tasks: theirs where they agree, else how many of them say what."""
+    said = [one for one in verdicts if one != NOT_RUN]
+    if not said:
+        return NOT_RUN
+    if len(set(said)) == 1 and len(said) == len(verdicts):
+        return f"**{said[0]}**"
+    return ", ".join(f"{one}: {said.count(one)}" for one in ("holds", "does not hold", "undecided") if one in said)
+
+
+def row_of(result: Mapping[str, Any], at: At) -> Mapping[str, Any] | None:
+    """The row of that name and retention, None where there is none or all its cells failed."""
+    for row in result["rows"]:
+        if (row["name"], row["retention"]) == at and row["tasks"]:
+            return row
+    return None
+
+
+def figure_of(result: Mapping[str, Any], at: At) -> Mapping[str, Any] | None:
+    """Its figures on the first test task."""
+    row = row_of(result, at)
+    return None if row is None else row["tasks"].get(result["test"][0])
+
+
+def difference(result: Mapping[str, Any], first: At, second: At) -> dict[str, Any] | None:
+    """The paired difference of two rows with its interval, None where one is missing."""
+    figures = [figure_of(result, at) for at in (first, second)]
+    if any(figure is None for figure in figures):
+        return None
+    one, other = (counts_of(figure) for figure in figures if figure is not None)
+    return compared(one, other, result["num_samples"]) if set(one) & set(other) else None
+
+
+def verdicts(results: Results, comparisons: Sequence[Comparison]) -> str:
+    """A table of comparisons: per task the verdict, the difference and its interval."""
+    lines = []
+    for one in comparisons:
+        cells, said = [], []
+        for name in TASKS:
+            found = difference(results[name], one.first, one.second) if name in results else None
+            if found is None:
+                said.append(NOT_RUN)
+                cells.append(NOT_RUN)
+                continue
+            said.append(verdict(*found["interval"], one.kind, one.margin))
+            cells.append(f"{said[-1]}: {_signed(found)}")
+        lines.append([one.claim, *cells, overall(said)])
+    return _table(["claim", *TASKS.values(), "in all"], lines)
+
+
+# Tables.
+
+
+def of_the_paper(*columns: At) -> Callable[[Results], str]:
+    """Tasks down, retentions across: accuracy, and under it the difference to all tokens."""
+
+    def write(results: Results) -> str:
+        lines = []
+        for name, title in TASKS.items():
+            if name not in results:
+                lines.append([title, NOT_RUN, *[""] * len(columns)])
+                continue
+            result = results[name]
+            start = result["before"].get(result["test"][0])
+            accuracy = [title, _interval(start) if start else ""]
+            delta = ["− all tokens", ""]
+            for at in columns:
+                figure = figure_of(result, at)
+                accuracy.append(_interval(figure) if figure else "")
+                found = None if at[0] == "all" else difference(result, at, ("all", 1.0))
+                delta.append(_signed(found) if found else "")
+            lines += [accuracy, delta]
+        return _table(["", "before", *(f"{_name(name)} {_percent(retention)}" for name, retention in columns)], lines)
+
+    return write
+
+
+def small_budgets(results: Results) -> str:
+    """Every rule at 10 % and less: accuracy, and the share of what all tokens gain."""
+    parts = []
+    for name, title in TASKS.items():
+        if name not in results:
+            parts.append(f"**{title}**: {NOT_RUN}")
+            continue
+        result = results[name]
+        retentions = sorted({row["retention"] for row in result["rows"] if row["retention"] <= 0.1}, reverse=True)
+        names = list(dict.fromkeys(row["name"] for row in result["rows"] if row["retention"] <= 0.1))
+        lines = []
+        for rule in names:
+            cells = []
+            for retention in retentions:
+                figure = figure_of(result, (rule, retention))
+                share = figure["gain_share"] if figure else None
+                gained = f"; {share['mean']:.0%} {_brackets(share, _percent)} of the gain" if share else ""
+                cells.append(f"{_interval(figure)}{gained}" if figure else "")
+            lines.append([_name(rule), *cells])
+        parts.append(f"**{title}**\n\n" + _table(["", *map(_percent, retentions)], lines))
+    return "\n\n".join(parts)
+
+
+def two_percent(results: Results) -> str:
+    """Does any rule keep 95 % of the gain on 2 % of the tokens?"""
+    names = _small_rows(results, 0.02)
+    lines = []
+    for rule in names:
+        cells, said = [], []
+        for name in TASKS:
+            figure = figure_of(results[name], (rule, 0.02)) if name in results else None
+            share = figure["gain_share"] if figure else None
+            if share is None:
+                said.append(NOT_RUN)
+                cells.append(NOT_RUN if figure is None else "no share: all tokens do not gain for certain")
+                continue
+            low, high = share["interval"]
+            said.append("holds" if low >= OF_THE_GAIN else "does not hold" if high < OF_THE_GAIN else "undecided")
+            cells.append(f"{said[-1]}: {share['mean']:.0%} {_brackets(share, _percent)}")
+        lines.append([_name(rule), *cells, overall(said)])
+    return _table(["at 2 %", *TASKS.values(), "in all"], lines) if lines else NOT_RUN
+
+
+def ours(results: Results) -> str:
+    """Does a rule that is not the paper's beat both Soft-OR and Q3 at 10 %, in the same scope?"""
+    comparisons = []
+    for rule in _small_rows(results, 0.1):
+        plain = rule.removesuffix(" batch")
+        if plain in PAPERS:
+            continue
+        scope = rule.removeprefix(plain)
+        comparisons += [
+            Comparison(f"{_name(rule)} − {_name(other + scope)}", (rule, 0.1), (other + scope, 0.1))
+            for other in ("soft_or", "q3")
+        ]
+    return verdicts(results, comparisons) if comparisons else NOT_RUN
+
+
+def _small_rows(results: Results, retention: float) -> list[str]:
+    rows = (row for name in TASKS if name in results for row in results[name]["rows"])
+    return list(dict.fromkeys(row["name"] for row in rows if row["retention"] == retention))
+
+
+def runs(results: Results) -> str:
+    """What was run, where, and how long it took."""
+    lines = []
+    for name, title in TASKS.items():
+        if name not in results:
+            lines.append([title, NOT_RUN, *[""] * 7])
+            continue
+        result = results[name]
+        hardware, versions = result["hardware"], result["versions"]
+        seconds = [row["seconds"] for row in result["rows"] if row["seconds"]]
+        lines.append(
+            [
+                title,
+                f"{len(result['rows'])}",
+                ", ".join(map(str, result["seeds"])),
+                ", ".join(f"{rate:g}" for rate in result["learning_rates"]),
+                f"mean@{result['num_samples']} on `{result['test'][0]}`",
+                f"{sum(seconds) / len(seconds):.0f} s",
+                f"{hardware['cpu']}, {result['workers']} × {hardware['threads']} threads",
+                f"torch {versions['torch']}, trl {versions['trl']}",
+                f"{result['commit']}, {result['measured']}",
+            ]
+        )
+    header = ["", "rows", "seeds", "rates", "figure", "steps of a run", "machine", "versions", "commit"]
+    return _table(header, lines)
+
+
+def rates(results: Results) -> str:
+    """The rate that validation chose for each row, and how far the others were behind."""
+    lines = []
+    for name, title in TASKS.items():
+        if name not in results:
+            continue
+        lines += [
+            [title, _name(row["name"]), _percent(row["retention"]), "" if rate is None else f"{rate:g}", found]
+            for row in results[name]["rows"]
+            for rate, found in [
+                (row["learning_rate"], ", ".join(f"{one}: {mean:.3f}" for one, mean in row["validation"].items()))
+            ]
+        ]
+    return _table(["task", "rule", "retention", "rate", "accuracy on validation"], lines) if lines else NOT_RUN
+
+
+def whole(name: str) -> Callable[[Results], str]:
+    """The whole table of a grid."""
+    return lambda results: markdown(results[name]).strip() if name in results else NOT_RUN
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "runs": runs,
+    "table3": of_the_paper(
+        *[("all", 1.0), *(("entropy_sampling", share) for share in (0.5, 0.2, 0.1))],
+        *[("random", share) for share in (0.5, 0.2, 0.1)],
+    ),
+    "table4": of_the_paper(("all", 1.0), ("q3", 0.2), ("q3", 0.1), ("random", 0.2), ("random", 0.1)),
+    "table5": of_the_paper(
+        ("all", 1.0), ("entropy_sampling", 0.5), ("soft_or", 0.5), ("entropy_sampling", 0.2), ("soft_or", 0.2)
+    ),
+    "table6": of_the_paper(("all", 1.0), ("soft_or", 0.5), ("complement:soft_or", 0.5), ("random", 0.5)),
+    "table8": of_the_paper(("all", 1.0), ("divergence", 0.5), ("divergence", 0.1), ("q3", 0.1), ("random", 0.1)),
+    "claims": lambda results: verdicts(results, CLAIMS),
+    "controls": lambda results: verdicts(results, CONTROLS),
+    "small-budgets": small_budgets,
+    "two-percent": two_percent,
+    "ours": ours,
+    "rates": rates,
+    **{name: whole(name) for name in TASKS},
+}
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])
+
+
+def _name(name: str) -> str:
+    plain = name.removesuffix(" batch")
+    return NAMES.get(plain, plain.replace("_", " ")) + (", over the batch" if plain != name else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %".replace("-", "−")
+
+
+def _brackets(found: Mapping[str, Any], text: Callable[[float], str]) -> str:
+    return f"[{', '.join(text(value) for value in found['interval'])}]"
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    return f"{found['mean']:.3f} {_brackets(found, '{:.3f}'.format)}"
+
+
+def _signed(found: Mapping[str, Any]) -> str:
+    return f"{found['mean']:+.3f} {_brackets(found, '{:+.3f}'.format)}".replace("-", "−")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inside) for inside in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

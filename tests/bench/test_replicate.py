@@ -1,0 +1,138 @@
+"""docs/replication.md says what the results say, and a verdict is a function of an interval."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tipdistill.sweep import Cell, Grid, read_grid, summarise
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("replicate", ROOT / "benchmarks" / "replicate.py")
+replicate = importlib.util.module_from_spec(spec)
+sys.modules["replicate"] = replicate  # a dataclass looks its module up
+spec.loader.exec_module(replicate)
+GRIDS = sorted((ROOT / "benchmarks" / "replication").rglob("*.yaml"))
+
+
+def test_the_document_is_what_the_results_give():
+    text = replicate.DOCUMENT.read_text(encoding="utf-8")
+    assert replicate.rendered(text, replicate.load(replicate.RESULTS)) == text, "run: python benchmarks/replicate.py"
+    assert {name for _, name, _ in replicate._BLOCK.findall(text)} == set(replicate.BLOCKS)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: str(path.relative_to(GRIDS[0].parent)))
+def test_every_grid_can_be_read_and_names_where_it_runs(path):
+    grid = read_grid(path)
+    assert grid.output_dir.name == path.stem
+    assert f"tipdistill sweep {path.relative_to(ROOT).as_posix()}" in path.read_text(encoding="utf-8")
+    if path.parent.name == "replication":
+        assert path.stem in replicate.TASKS
+        assert len(grid.seeds) >= 5
+        rows = {(row.name, row.retention) for row in grid.rows}
+        asked = {at for one in (*replicate.CLAIMS, *replicate.CONTROLS) for at in (one.first, one.second)}
+        assert asked <= rows, f"rows that a claim needs are missing: {asked - rows}"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "margin", "said"),
+    [
+        (0.01, 0.05, "above", 0.0, "holds"),
+        (0.001, 0.015, "above", 0.0, "holds"),
+        (-0.01, 0.05, "above", 0.0, "undecided"),
+        (-0.01, 0.015, "above", 0.0, "does not hold"),  # a tie at best
+        (-0.4, -0.2, "above", 0.0, "does not hold"),
+        (0.05, 0.2, "above", 0.1, "undecided"),
+        (0.11, 0.2, "above", 0.1, "holds"),
+        (0.01, 0.09, "above", 0.1, "does not hold"),
+        (-0.01, 0.0, "matches", 0.02, "holds"),
+        (-0.05, 0.03, "matches", 0.02, "undecided"),
+        (-0.05, -0.03, "matches", 0.02, "does not hold"),
+    ],
+)
+def test_a_verdict_is_a_function_of_the_interval(low, high, kind, margin, said):
+    assert replicate.verdict(low, high, kind, margin) == said
+
+
+def test_tasks_that_agree_give_one_verdict():
+    assert replicate.overall(["holds"] * 3) == "**holds**"
+    assert replicate.overall(["holds", "undecided", "holds"]) == "holds: 2, undecided: 1"
+    assert replicate.overall(["holds", "holds", replicate.NOT_RUN]) == "holds: 2"  # two tasks are not all three
+    assert replicate.overall([replicate.NOT_RUN] * 3) == replicate.NOT_RUN
+
+
+def figures(cell: Cell, counts: list[int]) -> dict:
+    task = {"correct": counts, "num_samples": 4, "mean_tokens": 43.0, "truncated": 0.0}
+    found = {"tasks": dict.fromkeys(cell.tasks, task), "trained_tokens": 10, "seconds": 2.0}
+    if cell.on_start:
+        found["before"] = {name: {**task, "correct": [0, 1, 2] * (len(counts) // 3)} for name in cell.tasks}
+    return {**found, "peak_memory_gib": 0.5, "threads": 1}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """What the planted grid would give if Soft-OR were as good as all tokens, and Q3 and chance were not."""
+    asked = yaml.safe_load((ROOT / "benchmarks" / "replication" / "planted.yaml").read_text(encoding="utf-8"))
+    asked |= {"learning_rates": 1e-3}
+    asked.pop("validation")
+    path = tmp_path / "planted.yaml"
+    path.write_text(yaml.safe_dump(asked, sort_keys=False))
+    grid: Grid = read_grid(path)
+    random = np.random.default_rng(0)
+    found = {}
+    for row in grid.rows:
+        chance = {"all": 0.95, "soft_or": 0.95, "gradient_norm": 0.95, "random": 0.3}.get(row.rule, 0.6)
+        for cell in grid.last_cells(row, 1e-3):
+            found[cell.key] = figures(cell, random.binomial(4, chance, 192).tolist())
+    result = summarise(grid, found, {})
+    environment = {"hardware": {"cpu": "a CPU", "threads": 1}, "versions": {"torch": "2", "trl": "1"}}
+    return {"planted": {**result, **environment, "workers": 2, "commit": "abc", "measured": "2026-11-24"}}
+
+
+def test_blocks_say_what_the_rows_say(results):
+    claims = replicate.verdicts(results, replicate.CLAIMS).splitlines()
+    assert claims[0] == "| claim | addition | sorting | machine | in all |"
+    assert "does not hold: −0.3" in next(line for line in claims if line.startswith("| 1. Entropy sampling"))
+    assert "| holds: +0.3" in next(line for line in claims if line.startswith("| 4. "))
+    assert all(line.count("|") == 6 for line in claims)
+    assert claims[2].endswith(f"| {replicate.NOT_RUN} | {replicate.NOT_RUN} | does not hold: 1 |")
+    table = replicate.BLOCKS["table6"](results).splitlines()
+    assert table[0] == "|  | before | all tokens 100 % | Soft-OR 50 % | bottom half 50 % | random 50 % |"
+    assert table[2].startswith("| addition | 0.250 [")
+    assert table[3].startswith("| − all tokens |  |  | ")
+    small = replicate.small_budgets(results)
+    assert "| gradient norm, over the batch | 0.9" in small
+    assert " of the gain |" in small
+    ours = replicate.ours(results).splitlines()
+    beaten = next(line for line in ours if line.startswith("| gradient norm, over the batch − Q3, over the batch"))
+    assert "| holds: +0.3" in beaten
+    tied = next(line for line in ours if line.startswith("| gradient norm, over the batch − Soft-OR, over the batch"))
+    assert "holds: +" not in tied.replace("does not hold", "no")
+    two = replicate.two_percent(results)
+    assert "| random, over the batch | does not hold" in two
+    assert "a CPU, 2 × 1 threads" in replicate.runs(results)
+
+
+def test_results_are_kept_whole_and_the_document_is_written_from_them(results, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "planted").mkdir(parents=True)
+    (tmp_path / "runs" / "planted" / "sweep.json").write_text(json.dumps(results["planted"]))
+    document = tmp_path / "document.md"
+    document.write_text("a\n<!-- sweep:table3 -->\nold\n<!-- /sweep -->\nb\n")
+    for name, value in (("ROOT", tmp_path), ("RESULTS", tmp_path / "kept"), ("DOCUMENT", document)):
+        monkeypatch.setattr(replicate, name, value)
+    assert replicate.main(["--collect", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.split() == ["kept", "kept/planted.json", "kept", "kept/planted.csv"]
+    kept = json.loads((tmp_path / "kept" / "planted.json").read_text())
+    one, two = (found["rows"][3]["tasks"]["arithmetic[64:]"] for found in (kept, results["planted"]))
+    assert one["correct"] == two["correct"]
+    assert one["mean"] == pytest.approx(two["mean"], rel=1e-5)
+    text = document.read_text()
+    assert "old" not in text
+    assert "| addition | 0.250 [" in text
+    document.write_text("<!-- sweep:table33 -->\n<!-- /sweep -->\n")
+    with pytest.raises(ValueError, match="there is no block 'table33'"):
+        replicate.main([])

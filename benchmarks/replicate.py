@@ -28,7 +28,10 @@ TASKS = {"planted": "addition", "sorting": "sorting", "machine": "machine"}
 # Accuracies closer than this are called equal, and at most this far below counts as "nearly".
 TIE, NEARLY, MUCH = 0.02, 0.05, 0.10
 OF_THE_GAIN = 0.95
-PAPERS = ("all", "entropy", "entropy_sampling", "soft_or", "q3", "divergence", "complement:soft_or", "random")
+PAPERS = (
+    *("all", "entropy", "entropy_sampling", "soft_or", "q3", "divergence", "complement:soft_or", "random"),
+    "signal_to_curvature",  # Eq. 6, there a weight and no budget
+)
 NAMES = {
     "all": "all tokens",
     "entropy_sampling": "entropy, sampled",
@@ -256,7 +259,7 @@ def small_budgets(results: Results) -> str:
             for retention in retentions:
                 figure = figure_of(result, (rule, retention))
                 share = figure["gain_share"] if figure else None
-                gained = f"; {share['mean']:.0%} {_brackets(share, _percent)} of the gain" if share else ""
+                gained = f"; {_percent(share['mean'])} {_brackets(share, _percent)} of the gain" if share else ""
                 cells.append(f"{_interval(figure)}{gained}" if figure else "")
             lines.append([_name(rule), *cells])
         parts.append(f"**{title}**\n\n" + _table(["", *map(_percent, retentions)], lines))
@@ -278,7 +281,7 @@ def two_percent(results: Results) -> str:
                 continue
             low, high = share["interval"]
             said.append("holds" if low >= OF_THE_GAIN else "does not hold" if high < OF_THE_GAIN else "undecided")
-            cells.append(f"{said[-1]}: {share['mean']:.0%} {_brackets(share, _percent)}")
+            cells.append(f"{said[-1]}: {_percent(share['mean'])} {_brackets(share, _percent)}")
         lines.append([_name(rule), *cells, overall(said)])
     return _table(["at 2 %", *TASKS.values(), "in all"], lines) if lines else NOT_RUN
 

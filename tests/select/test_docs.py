@@ -32,6 +32,12 @@ def test_an_entry_names_its_source_its_cost_and_what_the_rule_reads(name):
     assert tuple(re.findall(r"`(\w+)`", read)) == RULES[name].fields
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_an_entry_shows_the_rules_picture(name):
+    assert f"](rules/{name}.png)" in ENTRIES[name]
+    assert (PAGE.parent / "rules" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TEXT, re.S), ids=["select", "custom"])
 def test_examples_run(code):
     exec(compile(code, str(PAGE), "exec"), {})

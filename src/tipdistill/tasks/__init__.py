@@ -25,7 +25,7 @@ __all__ = ["TASKS", "load_task"]
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 # modules beside this one with a `TASK`, which has its own models and prompts, see `tipdistill.tasks.written`
-WRITTEN_TASKS = ("arithmetic", "sorting", "machine")
+WRITTEN_TASKS = ("arithmetic", "modular", "machine")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _OF_TASK = {field.name for field in fields(Task)} - {"name", "problems"}
 _SLICE = re.compile(r"(.+)\[(\d*):(\d*)\]")

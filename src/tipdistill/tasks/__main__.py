@@ -1,4 +1,4 @@
-"""`python -m tipdistill.tasks sorting`: the models and the prompts of a small task, where its recipe looks for them."""
+"""`python -m tipdistill.tasks modular`: the models and the prompts of a small task, where its recipe looks for them."""
 
 from __future__ import annotations
 

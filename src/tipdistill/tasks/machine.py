@@ -1,14 +1,14 @@
 """A register machine traced step by step: a long task in which an early mistake takes every later step elsewhere.
 
-A prompt is `abcds:354=`: a program of five operations and three registers x, y, z. Its completion is the trace of 40
-steps, each with the program's line, the operation there and the registers after it, `0a254` and so on, then `>`, the
+A prompt is `abcds:354=`: a program of five operations and three registers x, y, z. Its completion traces 40 steps,
+each with the program's line, the operation there and the registers after it, `0a254` and so on, then `>`, the
 registers at the end and `$`: 205 characters, one token each. Operations, all modulo 6:
 
     a  x ← x + y        b  y ← y + z        c  z ← z + x        d  x and y change places        s  z ← z + 1
 
-After each the machine goes to the next line, and one further where x is odd; the fifth line is followed by the first. So
-a wrong digit in x takes the run to another line, and what follows is right only for the registers as they were written:
-teacher and student then agree on a trace that ends in the wrong place.
+After each the machine goes to the next line, and one further where x is odd; the fifth line is followed by the first.
+So a wrong digit in x takes the run to another line, and what follows is right only for the registers as they were
+written: teacher and student then agree on a trace that ends in the wrong place.
 
 The student is taught from the same clean traces as the teacher; it is smaller and is stopped early.
 """
@@ -100,6 +100,6 @@ TASK = WrittenTask(
     answer_of=lambda problem: _answer(*problem),
     solve=_solve,
     teacher=Training(layers=2, width=96, steps=1000, learning_rate=3e-3, batch=8),
-    student=Training(layers=2, width=48, steps=700, learning_rate=3e-3, batch=8, seed=1),
+    student=Training(layers=2, width=64, steps=900, learning_rate=3e-3, batch=8, seed=1),
     source=__file__,
 )

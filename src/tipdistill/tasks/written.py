@@ -1,8 +1,8 @@
 """What the small tasks share: solutions written out character by character, and models taught on them from scratch.
 
-A task is a `WrittenTask`: its characters, its problems, how one is asked and solved, and how its teacher and student are
-taught. One character is one token; a completion works towards `>`, the answer and `$`, the end. All prompts of a task
-have one length, and so have all its solutions.
+A task is a `WrittenTask`: its characters, its problems, how one is asked and solved, and how its teacher and student
+are taught. One character is one token; a completion works towards `>`, the answer and `$`, the end. All prompts of a
+task have one length, and so have all its solutions.
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ def solve(program: str, registers: tuple[int, int, int]) -> str:
     """The written trace, see `execute`.
 
     Example:
-        >>> text = solve("abcds", (3, 7, 4))
+        >>> text = solve("abcds", (3, 5, 4))
         >>> text[:10], text[-5:], len(text)
-        ('0a0741b014', '>...$', 205)
+        ('0a2541b234', '>510$', 205)
     """
     trace = execute(program, registers)
     lines = "".join(f"{line}{operation}{x}{y}{z}" for line, operation, (x, y, z) in trace)

@@ -242,6 +242,21 @@ def test_a_cell_goes_on_from_its_checkpoint_and_models_may_be_dropped(grid, worl
     assert not [*cell.glob("*.safetensors"), *cell.glob("checkpoint-*")]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc to see the workers")
+def test_an_interrupt_ends_everything_at_once(grid, tmp_path):
+    argv = grid(overrides={"max_steps": 10**6})
+    process = start(argv, workers=2)
+    wait_for(lambda: list(tmp_path.glob("swept/cells/*/config.yaml")))
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGINT)  # to this process alone, as a scheduler sends it
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "tipdistill sweep: interrupted."
+    assert "FAILED" not in output
+    wait_for(lambda: not [pid for pid in workers if Path(f"/proc/{pid}").exists()], seconds=20)
+
+
 def test_what_would_not_run_is_refused_before_anything_does(grid, world, tmp_path, capsys):
     for changes, said in (
         ({"overrides": {"max_stesp": 3}}, "there is no field 'max_stesp'. Did you mean 'max_steps'"),

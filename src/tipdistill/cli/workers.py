@@ -64,6 +64,7 @@ class Workers:
     """
 
     def __init__(self, count: int, threads: int, log: Path) -> None:
+        self._others = set(multiprocessing.active_children())
         self._new = lambda: process_pool(1, threads, log)
         self._idle = [self._new() for _ in range(count)]
         self._busy: dict[Future[Any], tuple[Any, ProcessPoolExecutor]] = {}
@@ -72,6 +73,9 @@ class Workers:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()  # a job that nobody waits for would hold the exit up until it is done
         for pool in (*self._idle, *(pool for _, pool in self._busy.values())):
             pool.shutdown(wait=error[0] is None, cancel_futures=True)
 

@@ -1,11 +1,20 @@
 import math
+import sys
 
 import pytest
 import torch
 from transformers import TrainerState
 
 from tipdistill import Selection, TokenScores, quadrants
-from tipdistill.monitor import BASELINE_STEPS, TALLIED, TrainingMonitor, metrics, tally
+from tipdistill.monitor import (
+    BASELINE_STEPS,
+    TALLIED,
+    TrainingMonitor,
+    metrics,
+    peak_memory_gib,
+    reset_peak_memory,
+    tally,
+)
 
 
 @pytest.fixture
@@ -114,3 +123,13 @@ def test_a_fresh_run_starts_its_own_baseline():
     monitor.trained_tokens = 5
     monitor.on_train_begin(None, state, None)
     assert monitor.trained_tokens == 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads /proc of Linux")
+def test_the_peak_counts_from_where_it_was_reset():
+    held = torch.ones(50 * 2**20)  # 200 MiB, touched
+    high = peak_memory_gib()
+    del held
+    assert peak_memory_gib() == pytest.approx(high, abs=0.01)
+    reset_peak_memory()
+    assert peak_memory_gib() < high - 0.15

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import gc
 import hashlib
 import io
 import json
@@ -313,6 +314,7 @@ def run_cell(job: Job) -> dict[str, Any]:
     Raises:
         RuntimeError: the run refused or failed.
     """
+    import torch
     from accelerate.state import AcceleratorState, GradientState
 
     from ..monitor import reset_peak_memory
@@ -331,6 +333,9 @@ def run_cell(job: Job) -> dict[str, Any]:
     _write(started, made_with)
     recipe = _write(job.directory / "recipe.yaml", yaml.safe_dump(dict(job.settings), sort_keys=False))
     # what a cell before this one left in the process
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     reset_peak_memory()

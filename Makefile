@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 
 # docs/replication.md from nothing; hours on a core, and it goes on where it was stopped.
 replicate: runs/demo/results.json
-	for task in sorting machine; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
+	for task in modular machine; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
 	for grid in benchmarks/replication/*.yaml; do $(BIN)/tipdistill sweep $$grid || failed=1; done; test -z "$$failed"
 	$(BIN)/python benchmarks/replicate.py --collect runs/replication
 

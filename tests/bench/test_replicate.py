@@ -95,7 +95,7 @@ def results(tmp_path):
 
 def test_blocks_say_what_the_rows_say(results):
     claims = replicate.verdicts(results, replicate.CLAIMS).splitlines()
-    assert claims[0] == "| claim | addition | sorting | machine | in all |"
+    assert claims[0] == "| claim | addition | modular | machine | in all |"
     assert "does not hold: −0.3" in next(line for line in claims if line.startswith("| 1. Entropy sampling"))
     assert "| holds: +0.3" in next(line for line in claims if line.startswith("| 4. "))
     assert all(line.count("|") == 6 for line in claims)

@@ -55,3 +55,11 @@ def test_the_recipe_finds_what_the_command_prepares(name, tmp_path, monkeypatch,
         assert len(AutoTokenizer.from_pretrained(folder)) == len(task.characters) + 1
     lines = (tmp_path / recipe["dataset_name"].rpartition("/")[2]).read_text(encoding="utf-8").splitlines()
     assert len({json.loads(line)["prompt"] for line in lines}) == 40
+
+
+def test_a_training_that_is_broken_off_is_the_start_of_the_whole_one():
+    whole, part = [], []
+    training = Training(layers=1, width=16, steps=20, learning_rate=1e-3, batch=2)
+    TASKS["modular"].teach(training, lambda step, loss: whole.append(loss))
+    TASKS["modular"].teach(replace(training, stop=7), lambda step, loss: part.append(loss))
+    assert part == whole[:7]

@@ -41,6 +41,7 @@ class Training:
         corruption: of the solutions, for a task that knows one; None: there is none.
         batch: solutions per step.
         seed: of the weights and the solutions.
+        stop: step after which it is broken off, its learning rate as high as the schedule has it there; None: never.
     """
 
     layers: int
@@ -50,6 +51,7 @@ class Training:
     corruption: Any = None
     batch: int = 32
     seed: int = 0
+    stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class WrittenTask:
             optimizer, lambda step: min((step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup))
         )
         model.train()
-        for step in range(training.steps):
+        for step in range(training.steps if training.stop is None else min(training.stop, training.steps)):
             tokens = self._solutions(training.batch, draw, training.corruption)
             logits = model(input_ids=tokens, use_cache=False).logits[:, self.prompt_tokens - 1 : -1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, self.prompt_tokens :].flatten())

@@ -4,7 +4,8 @@ A prompt is `7+5*3-8*2+9-4*6+1=` and its completion works from the left, without
 digit and the value then: `+5=2*3=6-8=8*2=6+9=5-4=1*6=6+1=7>7$`. One character is one token, nothing is a free choice,
 and all solutions have the same length. A wrong value is carried on: what follows is right for what was written.
 
-The student is taught from the same clean solutions as the teacher; it is smaller, and is broken off in the middle of learning, its learning rate still high.
+The student is taught from the same clean solutions as the teacher; it is smaller, and is broken off in the middle of
+learning, its learning rate still high.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tipdistill.records import open_records
 from tipdistill.report.figures import COLOURS, DASHES
 from tipdistill.report.tip_map import FAINT, INK
-from tipdistill.tasks import arithmetic, machine
+from tipdistill.tasks import arithmetic, machine, modular
 
 # task → kind of token → its places in a solution
 ARITHMETIC = {
@@ -35,7 +35,13 @@ MACHINE = {
     "registers": [5 * step + place for step in range(machine.STEPS) for place in (2, 3, 4)],
     "answer and end": list(range(5 * machine.STEPS, machine.TASK.completion_tokens)),
 }
-KINDS = {"arithmetic": ARITHMETIC, "machine": MACHINE}
+MODULAR = {
+    "sign and digit copied": [4 * step + place for step in range(modular.STEPS) for place in (0, 1)],
+    "equals": [4 * step + 2 for step in range(modular.STEPS)],
+    "values": [4 * step + 3 for step in range(modular.STEPS)],
+    "answer and end": list(range(4 * modular.STEPS, modular.TASK.completion_tokens)),
+}
+KINDS = {"arithmetic": ARITHMETIC, "modular": MODULAR, "machine": MACHINE}
 
 
 def measured(run: Path, kinds: dict[str, list[int]]) -> dict:
@@ -80,7 +86,7 @@ def draw(table: dict[str, dict[str, dict]]) -> Figure:
             below.set_ylim(0, 100)
             below.set_yticks([0, 1, 10, 100], labels=["0", "1", "10", "100"])
             ended = "" if run["accuracy"] is None else f", accuracy {run['accuracy']:.2f}"
-            above.set_title(f"{task}: {name}{ended}", fontsize=8.5, color=INK)
+            above.set_title(f"{name}{ended}", fontsize=7.5, color=INK)
             below.set_xlabel("step", fontsize=8, color=INK)
             for axes in (above, below):
                 axes.spines[["top", "right"]].set_visible(False)
@@ -88,7 +94,7 @@ def draw(table: dict[str, dict[str, dict]]) -> Figure:
         for column in range(len(runs), columns):
             grid[2 * row][column].axis("off")
             grid[2 * row + 1][column].axis("off")
-        grid[2 * row][0].set_ylabel("mean divergence of\nwhat is dropped (nats)", fontsize=8, color=INK)
+        grid[2 * row][0].set_ylabel(f"{task}\nmean divergence of\nwhat is dropped (nats)", fontsize=8, color=INK)
         grid[2 * row + 1][0].set_ylabel("% kept of each kind", fontsize=8, color=INK)
         grid[2 * row][0].legend(frameon=False, fontsize=6.5)
     return figure

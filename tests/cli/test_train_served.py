@@ -64,6 +64,28 @@ def test_trains_to_the_end(arguments, served, tmp_path, rule, flags, capsys):
     assert parse(["--config", str(written)]).values == parse([*arguments, *flags]).values
 
 
+@pytest.mark.parametrize("where", ["recipe", "flag"])
+def test_every_field_of_the_server_arrives(arguments, served, tmp_path, where, monkeypatch, capsys):
+    given = {"teacher_served_name": "big", "teacher_top_k": 3, "teacher_api_key_env": "TEACHER_KEY"}
+    given |= {"teacher_timeout": 7.0, "teacher_time_limit": 11.0, "teacher_concurrency": 2}
+
+    class Recorded(Exception):
+        """Ends the run with what the server was to be opened with."""
+
+    def server(*values):
+        raise Recorded(*values)
+
+    monkeypatch.setattr("tipdistill.teacher_server.TeacherServer", server)
+    monkeypatch.setenv("TEACHER_KEY", "secret")
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    if where == "recipe":
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+        flags = ["--config", str(tmp_path / "recipe.yaml")]
+    with pytest.raises(Recorded) as opened:
+        main(["train", *arguments, *flags])
+    assert opened.value.args == (served.url, "big", 3, "secret", 7.0, 11.0, 2)
+
+
 def test_dry_run_asks_the_server_and_loads_nothing(arguments, served, tmp_path, capsys, monkeypatch):
     def weights(*args, **kwargs):
         raise AssertionError("a dry run loaded weights")

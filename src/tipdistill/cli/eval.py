@@ -112,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--tasks",
         required=True,
-        help="comma-separated: math500, aime24, aime25, gsm8k, arithmetic, modular, machine; FILE.jsonl with problem and "
-        "answer; NAME=FILE.jsonl for a local copy of one of these; the dotted path of your own",
+        help="comma-separated: math500, aime24, aime25, gsm8k, arithmetic, modular, machine; FILE.jsonl with problem "
+        "and answer; NAME=FILE.jsonl for a local copy of one of these; the dotted path of your own",
     )
     add("--num_samples", type=int, default=1, help="k, completions per problem (default 1)")
     add("--output_dir", required=True, help="where samples and metrics.json go")

@@ -88,6 +88,7 @@ def run(job):
 
     import tipdistill.divergence.chunked as chunked
     from tipdistill import TIPConfig, TIPTrainer
+    from tipdistill.teacher_server import TeacherUnavailableError
 
     torch.set_num_threads(1)
     on_cpu(job["engine"])
@@ -141,10 +142,20 @@ def run(job):
     settings = dict(job["settings"])
     if not job["engine"].startswith("zero"):
         settings["use_cpu"] = True
+    if "urls" in job:  # the address of the teacher, as each rank sees it
+        settings["teacher_url"] = job["urls"][int(os.environ["RANK"])]
     args = TIPConfig(job["out"], **settings)
     trainer = Watched(job["student"], job["teacher"], args, Dataset.from_json(job["data"]), callbacks=[Dies()])
-    trainer.train(resume_from_checkpoint=job.get("resume"))
-    models = {"student": trainer.model, "teacher": trainer.accelerator.unwrap_model(trainer.teacher_model)}
+    try:
+        trainer.train(resume_from_checkpoint=job.get("resume"))
+    except TeacherUnavailableError as error:
+        if not job.get("stops"):
+            raise
+        (Path(args.output_dir) / f"stopped-{args.process_index}").write_text(str(error))
+        return
+    models = {"student": trainer.model}
+    if trainer.teacher_model is not None:
+        models["teacher"] = trainer.accelerator.unwrap_model(trainer.teacher_model)
     parameters = {name: kinds(model) for name, model in models.items()}
     trainer.save_model(args.output_dir)
     if trainer.accelerator.is_main_process:
@@ -172,11 +183,15 @@ def main():
         import deepspeed  # noqa: F401
     import tipdistill.trainer  # noqa: F401
 
+    alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     for job in jobs:
+        if job.get("alone") and os.environ["RANK"] != "0":
+            continue
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
             os.environ.update(MASTER_PORT=str(job["port"]), **ENVIRONMENT[job["engine"]])
+            os.environ.update(alone if job.get("alone") else {})
             code = 1
             try:
                 run(job)

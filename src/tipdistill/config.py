@@ -128,6 +128,7 @@ class TIPConfig(DistillationConfig):
     eval_tasks_on_start: bool = field(default=True, metadata={"help": "Measure eval_tasks before the first step too."})
 
     def __post_init__(self) -> None:
+        self._check_teacher_patience()
         super().__post_init__()
         rule = resolve_rule(self.selection_rule)
         if self.selection_scope is None:
@@ -180,10 +181,16 @@ class TIPConfig(DistillationConfig):
                 f"accumulation steps × {self.world_size} processes = {generation_batch}."
             )
 
-    def _check_teacher_server(self) -> None:
+    def _check_teacher_patience(self) -> None:
         for name in ("teacher_timeout", "teacher_time_limit"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}.")
+        if self.teacher_url is not None:
+            # while one process waits for the server the others wait for it, and must not take it for dead
+            longest = math.ceil(self.teacher_time_limit + self.teacher_timeout)
+            self.ddp_timeout = max(self.ddp_timeout, longest + 600)
+
+    def _check_teacher_server(self) -> None:
         k = self.teacher_top_k
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
             raise ValueError(f"teacher_top_k must be an integer ≥ 0 (0: the whole vocabulary) or null, got {k!r}.")

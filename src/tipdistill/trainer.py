@@ -382,14 +382,18 @@ class TIPTrainer(DistillationTrainer):
             for prompt, prompt_mask, completion, mask, row in zip(*(value.cpu() for value in columns), strict=True)
         ]
         found: list[TeacherLogprobs | None] = []
-        error: TeacherUnavailableError | None = None
+        error: TeacherUnavailableError | ValueError | None = None
         try:
             found = self._server.ask(questions)
-        except TeacherUnavailableError as caught:
+        except (TeacherUnavailableError, ValueError) as caught:
             error = caught
-        # together, since saving a checkpoint takes all processes
-        if bool(self.accelerator.gather(torch.tensor([error is not None], device=asked.device)).any()):
-            raise error or TeacherUnavailableError("another process had no answer from the teacher.")
+        # together: a process that stopped alone would leave the others waiting, and saving a checkpoint takes all
+        flags = torch.tensor([[error is not None, isinstance(error, ValueError)]], device=asked.device).long()
+        failed, refused = self.accelerator.gather(flags).any(0).tolist()
+        if refused:
+            raise error if isinstance(error, ValueError) else ValueError("another process was refused by the teacher.")
+        if failed:
+            raise error or TeacherUnavailableError("another process had no answer from the teacher")
         return found
 
     def _of_kept(
@@ -407,7 +411,7 @@ class TIPTrainer(DistillationTrainer):
         directory = Path(self.args.output_dir) / f"checkpoint-{step}"
         if step == self._first_step:
             done = "No step was taken since the start, so nothing is lost: start again once the server is back."
-        elif (directory / "trainer_state.json").is_file():
+        elif self._everywhere((directory / "trainer_state.json").is_file()):
             done = f"Step {step} is in {directory}: go on with resume_from_checkpoint."
         else:
             if self._random_state is not None:
@@ -417,6 +421,10 @@ class TIPTrainer(DistillationTrainer):
             if self.args.save_only_model:
                 done = f"The weights of step {step} are in {directory}; save_only_model left out what resuming needs."
         return TeacherUnavailableError(f"{error}. {done}")
+
+    def _everywhere(self, here: bool) -> bool:
+        """Whether it is so in all processes, asked before any of them acts on it."""
+        return bool(self.accelerator.gather(torch.tensor([here], device=self.accelerator.device).long()).all())
 
     def _is_full_step(self) -> bool:
         every = self.args.score_logging_steps

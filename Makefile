@@ -31,6 +31,7 @@ bench: $(VENV)/.installed
 	$(BIN)/tipdistill bench select
 	$(BIN)/tipdistill bench records
 	$(BIN)/tipdistill bench step
+	$(BIN)/tipdistill bench plan
 	$(BIN)/python benchmarks/plot_engine.py
 	$(BIN)/tipdistill bench table
 

@@ -188,7 +188,7 @@ class TIPConfig(DistillationConfig):
         if self.teacher_url is not None:
             # while one process waits for the server the others wait for it, and must not take it for dead
             longest = math.ceil(self.teacher_time_limit + self.teacher_timeout)
-            self.ddp_timeout = max(self.ddp_timeout, longest + 600)
+            self.ddp_timeout: int = max(self.ddp_timeout, longest + 600)
 
     def _check_teacher_server(self) -> None:
         k = self.teacher_top_k

@@ -310,6 +310,13 @@ def test_settings_that_contradict_are_refused(settings, message, tmp_path):
         TIPConfig(str(tmp_path), **{**PLAIN, "teacher_url": "http://127.0.0.1:9/v1", **settings})
 
 
+@pytest.mark.parametrize(("given", "expected"), [(1800, 1800 + 600 + 600), (9000, 9000)])
+def test_processes_that_wait_for_one_that_waits_do_not_take_it_for_dead(given, expected, tmp_path):
+    settings = {**PLAIN, "ddp_timeout": given, "teacher_time_limit": 1800.0}
+    assert TIPConfig(str(tmp_path), **settings).ddp_timeout == given
+    assert TIPConfig(str(tmp_path), **settings, teacher_url="http://127.0.0.1:9/v1").ddp_timeout == expected
+
+
 def test_what_the_server_cannot_serve_is_refused_before_weights_are_loaded(make, served, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     with pytest.raises(ValueError, match=r"selection_rule = gradient_norm reads gradient_norm, which cannot be had"):

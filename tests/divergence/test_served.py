@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tipdistill.divergence import NonFiniteLogitsError, reference, served
-from tipdistill.divergence.served import BOUNDS, TAIL_FLOOR, served_divergence_loss, served_scores, unavailable
+from tipdistill.divergence.bounds import TAIL_FLOOR
+from tipdistill.divergence.served import BOUNDS, served_divergence_loss, served_scores, unavailable
 from tipdistill.types import Head, TeacherLogprobs
 
 N, V, H = 23, 61, 7

@@ -18,15 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..types import Head, TeacherLogprobs, TokenScores
 from . import NonFiniteLogitsError, reference
+from .bounds import log_tail
 from .chunked import NEGATIVE
 
 # what the teacher's likeliest tokens tell: each statistic and how
 EXACT = {"entropy", "entropy_norm", "student_logprob", "teacher_logprob"}
 BOUNDS = {"reverse_kl", "forward_kl", "jsd", "hellinger", "teacher_entropy", "divergence"}
 NEEDS_LIKELIEST = {"argmax_in_top5": 5, "top16_overlap": 16}  # exact from this many of the teacher's likeliest tokens
-# Of 1 − Σ P_T(i), which cancels: no smaller than float32 log-probabilities can tell from 0. Where the true rest ε is
-# smaller, what it weighs (entropy, forward KL) is off by at most about −2 ε log ε = 3e-6 nats, upwards.
-TAIL_FLOOR = 1e-7
 # Bytes of one tile of float32 logits [rows, V]; the statistics hold several of that size.
 TILE = 32 * 2**20
 # the statistics of `token_scores` by default
@@ -235,9 +233,8 @@ def _coarsened(log_s: Tensor, token_ids: Tensor, logprob: Tensor) -> tuple[Tenso
     masked = log_s.scatter(1, torch.where(known, token_ids, first.clamp(max=vocabulary - 1)), NEGATIVE)
     rest = torch.where(some, masked, log_s).logsumexp(1, keepdim=True)
     log_v = torch.where(known, logprob.to(log_s.dtype), NEGATIVE)
-    tail = (1 - log_v.double().exp().sum(1, keepdim=True)).clamp(min=TAIL_FLOOR).log().to(log_s.dtype)
     # all tokens are known: there are no others
-    tail = torch.where(known.sum(1, keepdim=True) >= vocabulary, NEGATIVE, tail)
+    tail = torch.where(known.sum(1, keepdim=True) >= vocabulary, NEGATIVE, log_tail(log_v))
     return torch.cat([log_u, rest], 1), torch.cat([log_v, tail], 1)
 
 

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from tipdistill.bench.measure import Worker, environment, growth, matmul_rate, peak_bytes, write
+from tipdistill.bench.measure import Worker, environment, growth, matmul_rate, peak_bytes, time_split, write
 
 
 @pytest.mark.slow
@@ -52,3 +52,9 @@ def test_the_environment_names_no_path_and_no_host():
     text = json.dumps(environment("cpu", 1))
     assert "/work" not in text
     assert os.uname().nodename not in text
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.exp2, torch.Tensor.exp2_])
+def test_every_exponential_counts_as_one(function):
+    value = torch.randn(512, 512)
+    assert time_split(lambda: [function(value) for _ in range(10)], "cpu")["exponential"] > 0.3

@@ -159,7 +159,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
 
 _KINDS = {
     "matmul": ("mm", "addmm", "addmm_", "_linear_pointwise", "bmm"),
-    "exponential": ("exp", "exp_", "_log_softmax", "_log_softmax_backward_data", "tanh_"),
+    "exponential": ("exp", "exp_", "exp2", "exp2_", "_log_softmax", "_log_softmax_backward_data", "tanh_"),
 }
 
 

@@ -129,7 +129,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _exponential(value: Tensor, out: Tensor) -> Tensor:
-    """exp; on a CPU the exponential of base 2 takes a third of the time, the product counted, at the same accuracy."""
+    """exp; on a CPU a product and the exponential of base 2 take half its time or less, at the same accuracy."""
     if value.is_cuda or value.dtype != torch.float32:
         return torch.exp(value, out=out)
     return torch.mul(value, LOG2_E, out=out).exp2_()
@@ -603,7 +603,8 @@ class FusedLoss(torch.autograd.Function):
                         a, b = (_like(s, part) for part in memory) if memory else (s, t)
                         rows.online.update(s, t, a, b, _like(s, free))
                         held[start] = (a, b) if in_place else (s, t)
-                        maxima[start] = rows.online.s_max, rows.online.t_max
+                        if in_place:
+                            maxima[start] = rows.online.s_max, rows.online.t_max
                 if rows is not None:
                     found = rows.online.finish()
                     if second:

@@ -15,12 +15,14 @@ from .types import Head, Selection, TokenScores
 def selected_loss(scores: TokenScores, selection: Selection, denominator: Tensor | float | None = None) -> Tensor:
     """Weighted mean of the divergence over the selected tokens (paper Eq. 9).
 
-    L = Σ_t w_t D_t / Σ_t w_t over the kept tokens; with weights of 1 this is the mean over the selected tokens.
+    L = Σ_t w_t D_t / Σ_t w_t over the kept tokens; with weights of 1 this is the mean over the selected tokens. Weights
+    that are inverse probabilities are divided by the number of kept tokens instead, see `Selection.total`.
 
     Args:
         scores: statistics with `divergence`, [N] and differentiable.
         selection: the kept tokens and their weights, [N].
-        denominator: divides the sum instead of Σ w, for instance the kept tokens of all micro-batches and ranks.
+        denominator: divides the sum instead of `selection.total`, for instance the kept tokens of all micro-batches
+            and ranks.
 
     Returns:
         A scalar. Its backward costs what was selected: a token of weight 0 is never projected again.
@@ -40,7 +42,7 @@ def selected_loss(scores: TokenScores, selection: Selection, denominator: Tensor
     weight = selection.weight.to(divergence.dtype)
     # an infinite divergence that was dropped must not turn the sum into NaN
     total = torch.where(weight > 0, divergence, 0.0).mul(weight).sum()
-    return total / _denominator(weight, denominator)
+    return total / _denominator(selection.total.to(divergence.dtype), denominator)
 
 
 @overload
@@ -130,14 +132,13 @@ def fused_divergence_loss(
     if isinstance(denominator, Tensor) and denominator.is_cuda:
         factor = weight / denominator
     else:
-        factor = weight / _denominator(weight, denominator)
+        factor = weight / _denominator(weight.sum(), denominator)
     loss, scores = fused_rows(student, teacher, factor, divergence, beta, temperature, fields, token_ids, impl)
     return (loss, scores) if fields else loss
 
 
-def _denominator(weight: Tensor, given: Tensor | float | None) -> Tensor | float:
+def _denominator(total: Tensor, given: Tensor | float | None) -> Tensor | float:
     if given is None:
-        total = weight.sum()
         return torch.where(total > 0, total, 1.0)  # nothing selected: a loss of 0, not 0 / 0
     if not given > 0:
         raise ValueError(f"the denominator must be positive, got {float(given)}.")

@@ -565,7 +565,7 @@ class TIPTrainer(DistillationTrainer):
             selection = Selection(nothing.bool(), nothing, nothing)
         weight = torch.zeros(everywhere.shape, device=mask.device)
         weight[everywhere] = selection.weight
-        batch["num_items_in_batch"] = selection.weight.sum()
+        batch["num_items_in_batch"] = selection.total
         self._sums, self._sums_are_global = tally(flat, selection), True
         if flat.reverse_kl is not None:
             self._choice = Choice(quadrants(flat), selection.mask, selection.score)

@@ -199,8 +199,24 @@ class Selection:
         mask: bool [N], True for the kept tokens.
         weight: float32 [N], the token's weight in the loss, ≥ 0 and 0 where the token is dropped.
         score: float32 [N], what the rule ranked or drew by.
+        inverse_probability: the weights are ρ / π, π a token's probability of being kept, and not the rule's own.
     """
 
     mask: Tensor
     weight: Tensor
     score: Tensor
+    inverse_probability: bool = False
+
+    @property
+    def total(self) -> Tensor:
+        """What the loss divides by: Σ w, or the number of kept tokens where weights are inverse probabilities.
+
+        Inverse probabilities add up to that number in expectation only. Their sum at one draw would put the draw into
+        the denominator, and the loss would not be that of all tokens in expectation.
+
+        Example:
+            >>> mask = torch.tensor([True, False, True])
+            >>> Selection(mask, torch.tensor([0.5, 0.0, 4.0]), torch.zeros(3), inverse_probability=True).total
+            tensor(2.)
+        """
+        return self.mask.sum().to(self.weight.dtype) if self.inverse_probability else self.weight.sum()

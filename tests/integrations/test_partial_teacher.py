@@ -1,9 +1,11 @@
 """Rules beside a teacher that tells little, and weights that turn an engine's mean into that of the kept tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tipdistill import RULES, TokenScores, select
+from tipdistill import RULES, Selection, TokenScores, select
 from tipdistill.integrations.partial_teacher import (
     GIVEN,
     available_rules,
@@ -102,7 +104,7 @@ def test_the_engines_mean_over_all_tokens_becomes_that_over_the_kept(over):
     losses = scores.require("forward_kl").double()
     for rule in ("soft_or", "entropy_gap"):
         picked = select_rollouts(scores, rollout, SEEDS, rule, 0.4)
-        mean = (losses * loss_weights(picked.weight.double(), rollout, over)).mean()
+        mean = (losses * loss_weights(replace(picked, weight=picked.weight.double()), rollout, over)).mean()
         w = picked.weight.double()
         if over == "batch":
             expected = (w * losses).sum() / w.sum()
@@ -117,5 +119,8 @@ def test_the_engines_mean_over_all_tokens_becomes_that_over_the_kept(over):
 def test_a_rollout_without_weight_adds_nothing():
     weight = torch.tensor([0.0, 0.0, 2.0, 1.0])
     rollout = torch.tensor([4, 4, 9, 9])  # rollout numbers in between have no token
-    assert loss_weights(weight, rollout, "rollout").tolist() == pytest.approx([0, 0, 4 / 3, 2 / 3])
-    assert loss_weights(torch.zeros(4), rollout, "batch").tolist() == [0, 0, 0, 0]
+    assert loss_weights(Selection(weight > 0, weight, weight), rollout, "rollout").tolist() == pytest.approx(
+        [0, 0, 4 / 3, 2 / 3]
+    )
+    nothing = torch.zeros(4)
+    assert loss_weights(Selection(nothing > 0, nothing, nothing), rollout, "batch").tolist() == [0, 0, 0, 0]

@@ -92,6 +92,7 @@ FORMULAS = {
     "divergence": lambda s: s.reverse_kl,
     "hellinger": lambda s: s.hellinger,
     "gradient_norm": lambda s: s.gradient_norm,
+    "gradient_norm_sampling": lambda s: s.gradient_norm,
     "signal_to_curvature": lambda s: s.signal_to_curvature,
     "entropy_jsd_sampling": lambda s: s.entropy_norm * s.jsd / np.log(2),
     "teachability": teachability,

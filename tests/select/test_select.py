@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import fields as dataclass_fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tipdistill.select import Rule, kept_counts, needs_teacher, resolve_rule, ru
 STATISTICS = [field.name for field in dataclass_fields(TokenScores)]
 SAMPLED = tuple(name for name, rule in RULES.items() if rule.budget == "sample")
 RANKED = [name for name, rule in RULES.items() if rule.budget == "top"]
+IMPORTANCE = tuple(name for name, rule in RULES.items() if rule.budget == "importance")
 WEIGHED = [name for name, rule in RULES.items() if rule.budget == "weight"]
 # Their weights are no function of the batch they are in.
 WEIGHED_ALONE = [name for name in WEIGHED if name != "confidence_ratio"]
@@ -216,6 +218,65 @@ def test_entropy_sampling_takes_certain_tokens_only_when_no_other_is_left():
         mask = select(scores, "entropy_sampling", 0.5, generator=seeded(seed)).mask
         assert mask.sum() == 3
         assert mask[[1, 4]].all()
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_inverse_probabilities_make_every_sum_unbiased(kept):
+    """20,000 rollouts of 5 tokens: of every token the mean of w · m/n is 1 within 5 of its standard errors, and so is
+    that of a sum over a rollout, however unequal the scores are, one of them 0."""
+    rollouts, norm = 20_000, torch.tensor([4.0, 1.0, 0.5, 0.02, 0.0])
+    scores = TokenScores(gradient_norm=norm.repeat(rollouts))
+    picked = select(scores, "gradient_norm_sampling", kept / 5, torch.arange(5 * rollouts) // 5, generator=seeded(kept))
+    mask, weight = picked.mask.view(rollouts, 5), picked.weight.view(rollouts, 5).double() * 5 / kept
+    assert bool((mask.sum(1) == kept).all())
+    assert bool((weight[~mask] == 0).all())
+    assert bool((weight[mask] >= 1).all())
+    assert picked.total == kept * rollouts
+    # a token of norm 0 is drawn only where nothing else is left, and weighs nothing in the gradient
+    for values in (weight[:, :4].T, (weight @ norm.double())[None] / norm.sum()):
+        error = values.std(1) / rollouts**0.5
+        assert bool(((values.mean(1) - 1).abs() < 5 * error + 1e-9).all()), values.mean(1)
+
+
+def test_inverse_probabilities_over_a_batch_and_inside_rollouts_estimate_the_same_sum():
+    """Rollouts of 3 and of 40 tokens: Σ w D / total has the mean of all tokens' D as its mean, with either scope."""
+    lengths = torch.tensor([3, 40, 11])
+    rollout, scores = torch.arange(3).repeat_interleave(lengths), TokenScores(gradient_norm=torch.rand(54) ** 4)
+    divergence = torch.randn(54, generator=seeded(7), dtype=torch.float64) * scores.require("gradient_norm")
+    generator = seeded(1)
+    for scope in ("rollout", "batch"):
+        found = torch.stack(
+            [
+                (picked.weight.double() @ divergence) / picked.total
+                for picked in (
+                    select(scores, "gradient_norm_sampling", 0.2, rollout, scope, generator) for _ in range(2000)
+                )
+            ]
+        )
+        assert abs(found.mean() - divergence.mean()) < 5 * found.std() / 2000**0.5, scope
+
+
+def test_a_token_that_is_sure_to_be_kept_weighs_one_of_all():
+    scores = TokenScores(gradient_norm=torch.tensor([100.0, 1.0, 1.0, 1.0]))
+    for seed in range(20):
+        picked = select(scores, "gradient_norm_sampling", 0.5, generator=seeded(seed))
+        assert picked.mask[0]
+        assert picked.weight[0] == 0.5  # ρ / π with π = 1
+        assert picked.weight[1:].max() > 0.5
+
+
+@pytest.mark.parametrize("rule", IMPORTANCE)
+def test_an_importance_sample_has_no_complement_and_no_certain_token(rule):
+    with pytest.raises(ValueError, match="is no rule"):
+        select(random_scores(4), f"complement:{rule}")
+    with pytest.raises(ValueError, match="take 'sample'"):
+        replace(RULES[rule], every_rollout=True)
+
+
+def test_at_retention_1_an_importance_sample_is_all_tokens():
+    picked = select(random_scores(6), "gradient_norm_sampling", 1.0)
+    assert picked.weight.tolist() == [1.0] * 6
+    assert picked.total == 6
 
 
 # Complements
@@ -454,7 +515,7 @@ def test_lengths_that_are_no_counts_are_refused(lengths):
 
 
 def test_a_rule_with_an_unknown_budget_or_statistic_is_refused():
-    with pytest.raises(ValueError, match="one of top, sample, all, weight, got 'bottom'"):
+    with pytest.raises(ValueError, match="one of top, sample, importance, all, weight, got 'bottom'"):
         Rule(surprise, None, "bottom")
     with pytest.raises(ValueError, match=r"unknown statistic 'reverse_kld'.* Did you mean 'reverse_kl'"):
         Rule(surprise, ("reverse_kld",))

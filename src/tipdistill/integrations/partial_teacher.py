@@ -157,23 +157,24 @@ def select_rollouts(
             generator = torch.Generator().manual_seed(seed)
             picked = select(_rows(scores, own), rule, retention, None, scope, generator)
             mask[own], weight[own], score[own] = picked.mask, picked.weight, picked.score
-    return Selection(mask, weight, score)
+    return Selection(mask, weight, score, resolve_rule(rule).budget == "importance")
 
 
 def _rows(scores: TokenScores, rows: Tensor) -> TokenScores:
     return scores.map(lambda values: values[rows])
 
 
-def loss_weights(weight: Tensor, rollout: Tensor, over: str) -> Tensor:
+def loss_weights(selection: Selection, rollout: Tensor, over: str) -> Tensor:
     """What each token's loss is multiplied by, so that an engine's mean over *all* tokens is the mean over the kept.
 
     An engine that divides by the number of tokens m cannot be told the number of kept ones without knowing those of
     its other micro-batches. w · m / Σ w makes the mean right: over "batch", Σ w and m are those of the whole optimiser
     step and the mean is the paper's (Eq. 9); over "rollout", they are those of the token's rollout, so that each
-    rollout counts as much as in the engine's loss on all tokens and its kept tokens share that.
+    rollout counts as much as in the engine's loss on all tokens and its kept tokens share that. Where weights are
+    inverse probabilities the number of kept tokens takes the place of Σ w, as in `Selection.total`.
 
     Args:
-        weight: float [N], a Selection's weights.
+        selection: of N tokens.
         rollout: int64 [N], which rollout each token belongs to.
         over: "batch" or "rollout".
 
@@ -181,14 +182,20 @@ def loss_weights(weight: Tensor, rollout: Tensor, over: str) -> Tensor:
         float [N]; 0 where Σ w is 0.
 
     Example:
-        >>> loss_weights(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 1]), "rollout").tolist()
+        >>> weight = torch.tensor([1.0, 0.0, 0.0, 1.0])
+        >>> selection, rollout = Selection(weight > 0, weight, weight), torch.tensor([0, 0, 0, 1])
+        >>> loss_weights(selection, rollout, "rollout").tolist()
         [3.0, 0.0, 0.0, 1.0]
-        >>> loss_weights(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 1]), "batch").tolist()
+        >>> loss_weights(selection, rollout, "batch").tolist()
         [2.0, 0.0, 0.0, 2.0]
     """
+    weight = selection.weight
+    divided_by = selection.mask if selection.inverse_probability else weight
     group = torch.zeros_like(rollout) if over == "batch" else rollout
     _, group, tokens = group.unique(return_inverse=True, return_counts=True)
-    total = torch.zeros(len(tokens), dtype=torch.float64, device=weight.device).index_add_(0, group, weight.double())
+    total = torch.zeros(len(tokens), dtype=torch.float64, device=weight.device).index_add_(
+        0, group, divided_by.double()
+    )
     factor = torch.where(total > 0, tokens / total.clamp(min=1e-300), 0.0)
     return (weight.double() * factor[group]).to(weight.dtype)
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..divergence.bounds import TAIL_FLOOR, tail_reverse_kl, top_k_scores
-from ..select import resolve_rule, rule_fields
+from ..select import DRAWN, resolve_rule, rule_fields
 from ..types import Selection, TokenScores
 from .partial_teacher import check_rule, check_scope, loss_weights, nearest, seed_of, select_rollouts
 
@@ -362,10 +362,10 @@ def selected_loss(config: Any, distillation_config: Any, model_output: Any, data
         scores = _scores(config, loss_config, model_output, data, rows)
         weights, mask = torch.zeros(len(rows), device=losses.device), rollout.new_zeros(len(rows), dtype=torch.bool)
         if len(rows):
-            draws = resolve_rule(loss_config.selection_rule).budget == "sample"
+            draws = resolve_rule(loss_config.selection_rule).budget in DRAWN
             seeds = _seeds(data, loss_config) if draws else [0] * len(data["input_ids"].offsets().diff())
             picked = _pick(loss_config, scores, rollout, seeds)
-            weights, mask = loss_weights(picked.weight, rollout, "rollout"), picked.mask
+            weights, mask = loss_weights(picked, rollout, "rollout"), picked.mask
         weight = _nested_like(data["input_ids"], _spread(weights, rows, len(data["input_ids"].values())))
         share = data["dp_size"] / data["batch_num_tokens"]
         metrics |= {
@@ -485,7 +485,7 @@ def _over_all_ranks(
     gathered = TokenScores(**dict(zip(names, packed.unbind(1), strict=True)))
     picked = _pick(loss_config, gathered, number, sorted(all_seeds))
     weights = torch.empty(len(number), device=device)
-    weights[order.to(device)] = loss_weights(picked.weight, number, over).float()
+    weights[order.to(device)] = loss_weights(picked, number, over).float()
     start = sum(len(values) for values, _, _ in everyone[:own])
     figures = {name: float(value) / len(number) for name, value in _figures(gathered, picked.mask).items()}
     return weights[start : start + len(rollout)], figures

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..select import RULES, kept_counts, resolve_rule
-from ..select.budget import race, ranks, top_k
+from ..select import DRAWN, RULES, draw, kept_counts, resolve_rule
+from ..select.budget import ranks, top_k
 from ..types import TokenScores
 
 RETENTIONS = (
@@ -19,7 +19,7 @@ RETENTIONS = (
 )
 BOTTOM = "complement:soft_or"
 # rules that weigh tokens keep them all, at any retention
-BUDGETED = ("top", "sample")
+BUDGETED = ("top", *DRAWN)
 
 
 def computable_rules(scores: TokenScores) -> list[str]:
@@ -88,4 +88,4 @@ def ranking(scores: TokenScores, rule: str, generator: torch.Generator | None = 
     """
     resolved = resolve_rule(rule)
     score = resolved.score(scores)
-    return score, race(score, generator) if resolved.budget == "sample" else score
+    return score, draw(resolved, score, generator) if resolved.budget in DRAWN else score

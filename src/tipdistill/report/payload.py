@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from ..records import STATISTICS, TOKENS_FILE, Records
-from ..select import RULES
+from ..select import DRAWN, RULES
 from ..select.normalize import clipped_entropy
 from .confusions import CONTEXTS, confusions
 from .dataset import Dataset
@@ -69,7 +69,7 @@ def dataset_payload(dataset: Dataset, pack: Pack, max_tokens: int, seed: int) ->
 
 
 def _rule(name: str, recorded: bool) -> dict[str, Any]:
-    sampled = name in RULES and RULES[name].budget == "sample"
+    sampled = name in RULES and RULES[name].budget in DRAWN
     return {"name": name, "recorded": recorded, "sampled": sampled}
 
 

@@ -20,7 +20,8 @@ from .order import Order
 __all__ = ["RULES", "SCOPES", "Order", "Rule", "kept_counts", "needs_teacher", "resolve_rule", "rule_fields", "select"]
 
 SCOPES = ("rollout", "batch")
-BUDGETS = ("top", "sample", "all", "weight")
+BUDGETS = ("top", "sample", "importance", "all", "weight")
+DRAWN = ("sample", "importance")
 COMPLEMENT = "complement:"
 _STATISTICS = tuple(field.name for field in dataclass_fields(TokenScores))
 _OF_STUDENT = {"entropy", "entropy_norm", "student_logprob"}
@@ -33,8 +34,10 @@ class Rule:
     Attributes:
         score: TokenScores → float [N]; (TokenScores, Order) → float [N] where `ordered`.
         fields: names of the statistics that it reads; None: those that `token_scores` computes by default.
-        budget: "top" keeps the highest scores, "sample" draws ∝ score without replacement, "all" keeps everything,
-            "weight" keeps everything and weighs it by the score, which is ≥ 0; a weight of 0 drops the token.
+        budget: "top" keeps the highest scores; "sample" draws ∝ score without replacement; "importance" draws likewise
+            and weighs what it keeps by the inverse of its probability, so that the loss and its gradient are those of
+            all tokens in expectation; "all" keeps everything; "weight" keeps everything and weighs it by the score. A
+            score that is drawn by or weighs is ≥ 0; a weight of 0 drops the token.
         complement: keep what the rule would not have kept.
         scope: where the budget is spent unless the caller says so, "rollout" or "batch".
         every_rollout: over a batch too, keep the best token of each rollout before any other.
@@ -52,6 +55,10 @@ class Rule:
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise ValueError(f"a rule's budget is one of {', '.join(BUDGETS)}, got {self.budget!r}.")
+        if self.budget == "importance" and (self.complement or self.every_rollout):
+            raise ValueError(
+                "a rule with the budget 'importance' has no complement and keeps no token for certain: take 'sample'."
+            )
         if self.scope not in SCOPES:
             raise ValueError(f"a rule's scope is one of {', '.join(SCOPES)}, got {self.scope!r}.")
         for name in self.fields or ():
@@ -73,6 +80,7 @@ RULES: dict[str, Rule] = {
     "divergence": Rule(rules.divergence, ("reverse_kl",)),
     "hellinger": Rule(rules.hellinger, ("hellinger",)),
     "gradient_norm": Rule(rules.gradient_norm, ("gradient_norm",)),
+    "gradient_norm_sampling": Rule(rules.gradient_norm_drawn, ("gradient_norm",), "importance"),
     "signal_to_curvature": Rule(rules.signal_to_curvature, ("signal_to_curvature",)),
     "entropy_jsd_sampling": Rule(rules.entropy_jsd, ("entropy_norm", "jsd"), "sample"),
     "teachability": Rule(
@@ -107,9 +115,10 @@ def select(
     """Choose the tokens that are trained on.
 
     K = the max(1, ⌊ρ·m⌋) tokens of each rollout (of m tokens) with the highest score, the earlier of equal ones
-    (paper Eq. 8); sampling rules draw as many without replacement, each ∝ score. Percentiles and min-max run over all
-    the tokens given, so give no padding and no prompt. Weight rules keep every token, whatever the retention, and give
-    it their score as its weight in the loss.
+    (paper Eq. 8); sampling rules draw as many without replacement, each ∝ score, and those with the budget "importance"
+    give what they keep the weight ρ/π, π a token's probability of being kept and ρ the share that is. Percentiles and
+    min-max run over all the tokens given, so give no padding and no prompt. Weight rules keep every token, whatever the
+    retention, and give it their score as its weight in the loss.
 
     Args:
         scores: statistics of N tokens, float [N]; those that the rule reads must have been computed.
@@ -126,7 +135,7 @@ def select(
 
     Returns:
         Selection: mask bool [N], weight float32 [N] (1 for the kept tokens or what a weight rule gives them, 0 for the
-        others), score float32 [N].
+        others), score float32 [N]. `total` of it is what the loss divides by.
 
     Raises:
         ValueError: an unknown name (the nearest is given), a retention outside (0, 1], no token, a rollout that does
@@ -161,7 +170,7 @@ def select(
     else:
         spent_in = torch.zeros_like(rollout) if scope == "batch" else rollout
         _, group, sizes = spent_in.unique(return_inverse=True, return_counts=True)
-        order = budget.race(score, generator) if resolved.budget == "sample" else score
+        order = draw(resolved, score, generator) if resolved.budget in DRAWN else score
         kept = _counts(resolved, sizes, retention)
         if scope == "batch" and _keeps_every_rollout(resolved):
             best = budget.top_k(score, *_one_each(rollout))
@@ -170,7 +179,26 @@ def select(
         # a complement keeps what comes last in the very same order
         first = budget.top_k(order, group, sizes - kept if resolved.complement else kept)
         mask = ~first if resolved.complement else first
+        if resolved.budget == "importance":
+            share = kept.sum() / len(score)
+            weight = torch.where(mask, share / budget.inclusion(score, order, group, kept), 0.0)
+            return Selection(mask, weight.float(), score.detach().float(), inverse_probability=True)
     return Selection(mask=mask, weight=mask.float(), score=score.detach().float())
+
+
+def draw(rule: Rule, score: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What a rule that draws orders the tokens by, float64 [N]: its sample of k are the k highest.
+
+    Args:
+        rule: with a budget in `DRAWN`.
+        score: float [N], ≥ 0.
+        generator: source of randomness; None: torch's default for the score's device.
+
+    Example:
+        >>> draw(RULES["entropy_sampling"], torch.tensor([1.0, 0.0]), torch.Generator().manual_seed(0)).argmax()
+        tensor(0)
+    """
+    return (budget.priority if rule.budget == "importance" else budget.race)(score, generator)
 
 
 def kept_counts(
@@ -235,7 +263,7 @@ def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
         raise ValueError(f"a rule is a name, a dotted path or a function of TokenScores, got {rule!r}.")
     if rule.startswith(COMPLEMENT):
         inner = resolve_rule(rule.removeprefix(COMPLEMENT))
-        if inner.budget in ("all", "weight") or inner.complement:
+        if inner.budget not in ("top", "sample") or inner.complement:
             raise ValueError(f"{rule!r} is no rule: take the complement of a rule that drops something, once.")
         return replace(inner, complement=True)
     return RULES[rule] if rule in RULES else _imported(rule)
@@ -270,7 +298,7 @@ def needs_teacher(rule: str | Callable[[TokenScores], Tensor] | Rule) -> bool:
 
 def _imported(path: str) -> Rule:
     module, _, name = path.replace(":", ".").rpartition(".")
-    known = [*RULES, *(COMPLEMENT + name for name, rule in RULES.items() if rule.budget not in ("all", "weight"))]
+    known = [*RULES, *(COMPLEMENT + name for name, rule in RULES.items() if rule.budget in ("top", "sample"))]
     unknown = (
         f"unknown rule {path!r}; there are {', '.join(RULES)}, '{COMPLEMENT}<rule>', and the dotted path of a function "
         f"of TokenScores.{_nearest(path, known)}"
@@ -344,7 +372,7 @@ def _check_score(score: Any, rule: Rule, rollout: Tensor) -> None:
     if score.device != rollout.device:
         raise ValueError(f"the rule's score is on {score.device}, the statistics on {rollout.device}.")
     _check_finite("the rule's score", score, rollout)
-    if rule.budget in ("sample", "weight") and bool((score < 0).any()):
+    if rule.budget in (*DRAWN, "weight") and bool((score < 0).any()):
         raise ValueError(
             f"a {rule.budget} rule's score must be ≥ 0: tokens are drawn, or weighed, in proportion to it."
         )

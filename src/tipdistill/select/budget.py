@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+LEAST = 1e-200  # in the place of a weight of 0: far behind the least float32 above it, 10⁻⁴⁵
 
 
 def share_of(lengths: Tensor, retention: float) -> Tensor:
@@ -91,5 +94,52 @@ def race(weight: Tensor, generator: torch.Generator | None) -> Tensor:
     """
     device = weight.device if generator is None else generator.device
     arrival = torch.empty(len(weight), dtype=torch.float64, device=device).exponential_(generator=generator)
-    # the least float32 above 0 is 10⁻⁴⁵, so a weight of 0 is far behind it
-    return -arrival.to(weight.device) / weight.double().clamp(min=1e-200)
+    return -arrival.to(weight.device) / weight.double().clamp(min=LEAST)
+
+
+def priority(weight: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Scores whose top k are a priority sample: −u_i / w_i with u_i uniform on (0, 1].
+
+    Given the k + 1st, −r, token i is among the first k with probability min(1, w_i · r), so that `inclusion` knows what
+    to divide by; of all samples of k tokens with known probabilities none has a smaller variance, up to one token more
+    (Duffield, Lund and Thorup, J. ACM 54(6), 2007). Tokens of weight 0 come last, in random order.
+
+    Args:
+        weight: float [N], ≥ 0.
+        generator: source of randomness; None: torch's default for the device of `weight`.
+
+    Returns:
+        float64 [N].
+
+    Example:
+        >>> priority(torch.tensor([1.0, 0.0]), torch.Generator().manual_seed(0)).argmax()
+        tensor(0)
+    """
+    device = weight.device if generator is None else generator.device
+    uniform = 1 - torch.rand(len(weight), dtype=torch.float64, device=device, generator=generator)
+    return -uniform.to(weight.device) / weight.double().clamp(min=LEAST)
+
+
+def inclusion(weight: Tensor, order: Tensor, group: Tensor, counts: Tensor) -> Tensor:
+    """Probability with which each token of a priority sample is kept, given the first that is not.
+
+    π_i = min(1, w_i · r), −r the `counts[g]` + 1st highest of `order` in the token's group g; 1 where all are kept.
+
+    Args:
+        weight: float [N], ≥ 0, what `priority` was given.
+        order: float64 [N], what it returned.
+        group: int64 [N] in [0, G), in any order.
+        counts: int64 [G], tokens kept of each group.
+
+    Returns:
+        float64 [N]; that of a dropped token says nothing.
+
+    Example:
+        >>> weight, order = torch.tensor([4.0, 1.0, 1.0]), torch.tensor([-0.1, -0.2, -0.5], dtype=torch.float64)
+        >>> inclusion(weight, order, torch.zeros(3, dtype=torch.int64), torch.tensor([2])).tolist()
+        [1.0, 0.5, 0.5]
+    """
+    first_out = ranks(order, group) == counts[group]
+    bound = torch.full((len(counts),), math.inf, dtype=torch.float64, device=order.device)
+    bound[group[first_out]] = -order[first_out]
+    return (weight.double().clamp(min=LEAST) * bound[group]).clamp(max=1)

@@ -38,6 +38,14 @@ def test_a_denominator_of_the_whole_batch():
         assert tip.selected_loss(scores, selection_of([1.0, 0.0, 1.0]), denominator).item() == 0.5
 
 
+def test_inverse_probabilities_are_divided_by_the_kept_tokens():
+    mask, weight = torch.tensor([True, False, True]), torch.tensor([0.5, 0.0, 4.0])
+    scores = TokenScores(divergence=torch.tensor([1.0, 9.0, 3.0]))
+    picked = Selection(mask, weight, torch.zeros(3), inverse_probability=True)
+    assert tip.selected_loss(scores, picked) == (0.5 * 1 + 4 * 3) / 2
+    assert tip.selected_loss(scores, picked, denominator=5.0) == 2.5
+
+
 def test_two_micro_batches_add_up_to_the_batch():
     whole, picked = scores_of(1.0, 5.0, 3.0, 7.0), selection_of([1.0, 0.0, 1.0, 1.0])
     parts = [

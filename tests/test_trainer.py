@@ -115,6 +115,7 @@ RULES = [
     {"selection_rule": "soft_or", "retention": 0.3, "scoring_tokens": 64},
     # a rule without normalisers across rollouts is exact here too: the denominator is known ahead
     {"selection_rule": "divergence", "retention": 0.3, "normalization": "micro_batch"},
+    {"selection_rule": "gradient_norm_sampling", "retention": 0.1, "selection_scope": "batch"},
     *(
         {"selection_rule": rule, "retention": 0.3}
         for rule in (
@@ -749,7 +750,20 @@ def test_teachability_spends_over_the_batch_unless_told_otherwise(make, prompts)
     assert len(kept.unique()) > 1
 
 
-@pytest.mark.parametrize("rule", ["teachability", "position", "cumulative_advantage", "entropy_jsd_sampling"])
+def test_inverse_probabilities_are_divided_by_the_number_of_kept_tokens(make, prompts):
+    batch = prepared(make(selection_rule="gradient_norm_sampling", retention=0.2, selection_scope="batch"), prompts)
+    weight = batch["selection_weight"]
+    kept, tokens = int((weight > 0).sum()), int(batch["completion_mask"].sum())
+    assert kept == int(0.2 * tokens)
+    assert batch["num_items_in_batch"] == kept
+    # (n/m) / π is at least n/m, and more than that where a token was not sure to be kept
+    assert weight[weight > 0].min() >= kept / tokens * (1 - 1e-6)
+    assert len(weight[weight > 0].unique()) > 2
+
+
+@pytest.mark.parametrize(
+    "rule", ["teachability", "position", "cumulative_advantage", "entropy_jsd_sampling", "gradient_norm_sampling"]
+)
 def test_every_kind_of_rule_trains_inside_the_micro_batch(make, rule):
     trainer = make(
         selection_rule=rule, normalization="micro_batch", per_device_train_batch_size=4, gradient_accumulation_steps=2

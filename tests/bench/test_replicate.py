@@ -26,7 +26,8 @@ def test_the_document_is_what_the_results_give():
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: str(path.relative_to(GRIDS[0].parent)))
-def test_every_grid_can_be_read_and_names_where_it_runs(path):
+def test_every_grid_can_be_read_and_names_where_it_runs(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # of the candidates
     grid = read_grid(path)
     assert grid.output_dir.name == path.stem
     assert f"tipdistill sweep {path.relative_to(ROOT).as_posix()}" in path.read_text(encoding="utf-8")
@@ -112,8 +113,17 @@ def test_blocks_say_what_the_rows_say(results):
     assert "| holds: +0.3" in beaten
     tied = next(line for line in ours if line.startswith("| gradient norm, over the batch − Soft-OR, over the batch"))
     assert "holds: +" not in tied.replace("does not hold", "no")
-    two = replicate.two_percent(results)
-    assert "| random, over the batch | does not hold" in two
+    gain = replicate.of_the_gain(results).splitlines()
+    assert any(line.startswith("| random, over the batch, 2 % | does not hold: ") for line in gain)
+    shares = [int(line.split(" %")[0].rsplit(" ", 1)[1]) for line in gain[2:]]
+    assert shares == sorted(shares)
+    assert set(shares) == {2, 5, 10, 20}
+    guarded = replicate.guard(results).splitlines()
+    assert [line.split(" | ")[1] for line in guarded[2:]] == [
+        *("all tokens, 100 %", "Q3, over the batch, 2 %", "Q3, raised by the drift guard, 2 %", "Q3, 20 %"),
+        "gradient norm, sampled, over the batch, 2 %",
+    ]
+    assert "guard" not in small + "".join(gain)
     assert "a CPU, 2 × 1 threads" in replicate.runs(results)
 
 

@@ -116,6 +116,23 @@ def test_the_engines_mean_over_all_tokens_becomes_that_over_the_kept(over):
         torch.testing.assert_close(mean, expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("normalization", ["rollout", "batch"])
+def test_inverse_probabilities_make_the_engines_mean_right_on_average(normalization):
+    """Not at every draw, as a division by Σ w would: the mean of many draws is the mean over all tokens."""
+    scores, rollout = scores_and_rollouts()
+    losses = scores.require("gradient_norm").double().square()
+    found = []
+    for draw in range(1000):
+        seeds = [seed + 1000 * draw for seed in SEEDS]
+        picked = select_rollouts(scores, rollout, seeds, "gradient_norm_sampling", 0.3, normalization=normalization)
+        assert picked.inverse_probability
+        over = "rollout" if normalization == "rollout" else "batch"
+        found.append((losses * loss_weights(replace(picked, weight=picked.weight.double()), rollout, over)).mean())
+    values = torch.stack(found)
+    assert values.std() > 0
+    assert abs(values.mean() - losses.mean()) < 5 * values.std() / 1000**0.5
+
+
 def test_a_rollout_without_weight_adds_nothing():
     weight = torch.tensor([0.0, 0.0, 2.0, 1.0])
     rollout = torch.tensor([4, 4, 9, 9])  # rollout numbers in between have no token

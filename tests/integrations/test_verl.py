@@ -166,7 +166,9 @@ def test_other_rules_and_scopes_against_the_reference(model, settings):
 
 
 @pytest.mark.parametrize("normalization", ["batch", "rollout"])
-@pytest.mark.parametrize("rule", ["random", "entropy_sampling", "gradient_norm", "confidence_ratio", "selectkd"])
+@pytest.mark.parametrize(
+    "rule", ["random", "entropy_sampling", "gradient_norm", "gradient_norm_sampling", "confidence_ratio", "selectkd"]
+)
 def test_draws_and_weights_do_not_depend_on_the_micro_batch_size(model, rule, normalization):
     settings = {"selection_rule": rule, "retention": 0.3, "normalization": normalization}
     runs = [step(model, OURS | settings, micro_batch) for micro_batch in (1, 4, None)]

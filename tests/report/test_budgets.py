@@ -9,7 +9,7 @@ from tipdistill import TokenScores, select
 from tipdistill.report.budgets import BOTTOM, RETENTIONS, computable_rules, keep_levels, ranking
 from tipdistill.select import RULES
 
-FIELDS = ("entropy_norm", "reverse_kl", "forward_kl", "top16_forward_kl", "top16_teacher_mass")
+FIELDS = ("entropy_norm", "reverse_kl", "forward_kl", "gradient_norm", "top16_forward_kl", "top16_teacher_mass")
 LENGTHS = [1, 2, 3, 7, 10, 43, 100, 333]
 
 

@@ -70,7 +70,8 @@ function short(value) {
 function ruleName(name) {
   const known = {
     soft_or: "Soft-OR", soft_or_log: "Soft-OR (log)", q3: "Q3", entropy: "entropy", entropy_sampling: "entropy, sampled",
-    divergence: "divergence", random: "random", gradient_norm: "gradient norm", "complement:soft_or": "bottom by Soft-OR",
+    divergence: "divergence", random: "random", gradient_norm: "gradient norm", gradient_norm_sampling: "gradient norm, sampled",
+    "complement:soft_or": "bottom by Soft-OR",
     hellinger: "Hellinger", signal_to_curvature: "signal to curvature",
   };
   return known[name] ?? name;

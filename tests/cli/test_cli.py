@@ -212,3 +212,16 @@ def test_prompts_come_from_one_place(tmp_path, capsys):
 def test_remote_code_is_trusted_only_when_asked():
     assert parse([*MODELS, *CPU]).config.trust_remote_code is False
     assert parse([*MODELS, *CPU, "--trust_remote_code"]).config.trust_remote_code is True
+
+
+def test_a_reader_that_stops_is_no_error():
+    """As in `tipdistill recipes | head -1`, where head may be gone before anything is written."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tipdistill.cli", "recipes", "show", "laptop"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    running.stdout.close()
+    assert running.stderr.read() == ""
+    assert running.wait() == 141

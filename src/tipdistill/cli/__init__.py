@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
 import sys
 import traceback
 from importlib import import_module
@@ -24,7 +25,8 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 refused with one line on stderr, 130 interrupted.
+    """Run one command and return its exit code: 0 done, 2 refused with one line on stderr, 130 interrupted, 141 where
+    whoever read its output stopped.
 
     TIPDISTILL_DEBUG=1 in the environment lets errors through with their traceback.
 
@@ -53,10 +55,14 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse("tipdistill", f"there is no command {command!r}. Did you mean {' or '.join(near)}?")
     module, _ = COMMANDS[command]
     try:
-        return import_module(module, __name__).main(arguments[1:])
+        code = import_module(module, __name__).main(arguments[1:])
+        sys.stdout.flush()  # what is still buffered would fail after the last line here
+        return code
     except KeyboardInterrupt:
         return _refuse(f"tipdistill {command}", "interrupted.", code=130)
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 141
         if os.environ.get("TIPDISTILL_DEBUG"):
             traceback.print_exc()
         return _refuse(f"tipdistill {command}", str(error))
@@ -65,6 +71,20 @@ def main(argv: list[str] | None = None) -> int:
 def _refuse(who: str, message: str, code: int = 2) -> int:
     print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`; it is silenced then."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # no file: captured, or replaced
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False  # the pipe that broke was another one, of a server or a process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _help() -> str:

@@ -38,7 +38,8 @@ def scored(models: Path) -> tuple[TokenScores, torch.Tensor]:
 def draw(axes, scores: TokenScores, rollout: torch.Tensor, rule: str):
     """Hexagons of the map, coloured by the share of their tokens that is kept, or by their mean weight."""
     picked = select(scores, rule, RETENTION, rollout=rollout, generator=torch.Generator().manual_seed(0))
-    share = picked.weight / picked.weight.max()
+    # the weights of an importance sample undo how often a token is drawn
+    share = picked.mask.float() if picked.inverse_probability else picked.weight / picked.weight.max()
     x = clipped_entropy(scores.require("entropy_norm")).numpy()
     y = scores.require("reverse_kl").clamp(min=FLOOR).log10().numpy()
     border = math.log10(DIVERGENCE_THRESHOLD)
@@ -62,7 +63,7 @@ def draw(axes, scores: TokenScores, rollout: torch.Tensor, rule: str):
     axes.tick_params(labelsize=7, colors=FAINT)
     axes.spines[["top", "right"]].set_visible(False)
     budget = "weight" if RULES[rule].budget == "weight" else f"keeps {picked.mask.float().mean().item():.0%}"
-    axes.set_title(f"{rule}: {budget}", fontsize=8, color=INK)
+    axes.set_title(f"{rule}: {budget}", fontsize=7, color=INK)
     return cells
 
 

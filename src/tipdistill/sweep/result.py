@@ -281,9 +281,8 @@ def _with_interval(found: Mapping[str, Any] | None, signed: bool = False, percen
         return ""
 
     def text(value: float) -> str:
-        if percent:
-            return f"{100 * value:.0f} %"
-        return (f"{value:+.3f}" if signed else f"{value:.3f}").replace("-", "−")
+        written = f"{100 * value:.0f} %" if percent else f"{value:+.3f}" if signed else f"{value:.3f}"
+        return written.replace("-", "−")
 
     return f"{text(found['mean'])} [{text(found['interval'][0])}, {text(found['interval'][1])}]"
 

@@ -85,6 +85,19 @@ def test_rows_hold_means_and_paired_differences(result):
     assert compared(counts_of(fifth), counts_of(control), 2) == fifth["to_random"]
 
 
+def test_an_accuracy_whose_seeds_collapsed_in_part_has_an_interval_within_0_and_1(tmp_path):
+    """Two seeds of three are at 1, one is at 0: Student's t with two degrees of freedom reaches far beyond."""
+    grid = grid_of(tmp_path, learning_rates=[1e-3], seeds=[1, 2, 3])
+    found = {
+        cell.key: figures(test=[0 if cell.seed == 1 else 2] * 16, before=[0] * 16 if cell.on_start else None)
+        for row in grid.rows
+        for cell in grid.last_cells(row, 1e-3)
+    }
+    figure = summarise(grid, found, {})["rows"][1]["tasks"][TEST]
+    assert figure["mean"] == pytest.approx(2 / 3)
+    assert figure["interval"] == [0, 1]
+
+
 def test_a_share_of_no_gain_is_none():
     flat = {0: [1, 1, 0, 2], 1: [1, 0, 1, 2]}
     assert gain_share(flat, flat, flat, 2) is None

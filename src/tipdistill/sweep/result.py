@@ -173,8 +173,11 @@ def _figure(seeds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     samples = next(iter(seeds.values()))["num_samples"]
     counts = {seed: found["correct"] for seed, found in seeds.items()}
     means = [_accuracy(found) for found in seeds.values()]
+    accuracy = _mean_and_interval(_table(counts, sorted(counts), samples))
+    # seeds of which some collapsed and some did not can widen it beyond what an accuracy can be
+    accuracy["interval"] = [min(max(end, 0.0), 1.0) for end in accuracy["interval"]]
     return {
-        **_mean_and_interval(_table(counts, sorted(counts), samples)),
+        **accuracy,
         "by_seed": {str(seed): mean for seed, mean in zip(seeds, means, strict=True)},
         "mean_tokens": fmean(found["mean_tokens"] for found in seeds.values()),
         "truncated": fmean(found["truncated"] for found in seeds.values()),

@@ -22,6 +22,8 @@ from tipdistill.sweep.result import compared, counts_of, csv_text, markdown
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "replication"
 DOCUMENT = ROOT / "docs" / "replication.md"
+PROBE = ROOT / "docs" / "probe-modular.json"
+SCREENING = RESULTS / "screening" / "candidates.json"
 NOT_RUN = "not run"
 # grids, in the order of the tables, and what the document calls their tasks
 TASKS = {"planted": "addition", "modular": "modular", "machine": "machine"}
@@ -114,18 +116,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect(source: Path, results: Path) -> list[Path]:
-    """Copy every sweep's result under `source` to `results`, numbers to six digits; returns what was written."""
+    """Keep every sweep's result, numbers to six digits; returns what was written.
+
+    Args:
+        source: a folder with a folder for each sweep; the screening's is found beside it.
+        results: where they are kept.
+    """
+    found = {results / path.parent.name: path for path in sorted(source.glob("*/sweep.json"))}
+    screened = source.parent / "screening" / "candidates" / "sweep.json"
+    if screened.exists():
+        found[results / "screening" / "candidates"] = screened
     written = []
-    for path in sorted(source.glob("*/sweep.json")):
+    for name, path in found.items():
         result = _rounded(json.loads(path.read_text(encoding="utf-8")))
-        results.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            (f"{path.parent.name}.json", json.dumps(result, indent=1) + "\n"),
-            (f"{path.parent.name}.csv", csv_text(result)),
-        ):
-            partial = results / f".{name}"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, text in ((".json", json.dumps(result, indent=1) + "\n"), (".csv", csv_text(result))):
+            partial = name.with_name(f".{name.name}{suffix}")
             partial.write_text(text, encoding="utf-8")
-            written.append(partial.replace(results / name))
+            written.append(partial.replace(name.with_suffix(suffix)))
     return written
 
 
@@ -380,6 +388,27 @@ def rates(results: Results) -> str:
     return _table(["task", "rule", "retention", "rate", "accuracy on validation"], lines) if lines else NOT_RUN
 
 
+def probe(results: Results) -> str:
+    """How far each rule's gradient is that of all tokens, from what `tipdistill probe` wrote."""
+    rows = json.loads(PROBE.read_text(encoding="utf-8"))["rows"]
+    cosine = {(row["rule"], row["retention"]): row["cosine"] for row in rows if row["rule"] != "all"}
+    retentions = sorted({retention for _, retention in cosine}, reverse=True)
+    return _table(
+        ["", *map(_percent, retentions)],
+        [
+            [_name(rule), *(f"{cosine[rule, retention]:.2f}" for retention in retentions)]
+            for rule in dict.fromkeys(rule for rule, _ in cosine)
+        ],
+    )
+
+
+def screening(results: Results) -> str:
+    """The candidates for small budgets, on validation problems."""
+    if not SCREENING.exists():
+        return NOT_RUN
+    return markdown(json.loads(SCREENING.read_text(encoding="utf-8"))).strip()
+
+
 def whole(name: str) -> Callable[[Results], str]:
     """The whole table of a grid."""
     return lambda results: markdown(results[name]).strip() if name in results else NOT_RUN
@@ -404,6 +433,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "guard": guard,
     "ours": ours,
     "rates": rates,
+    "probe": probe,
+    "screening": screening,
     **{name: whole(name) for name in TASKS},
 }
 

@@ -215,6 +215,7 @@ class Selection:
         the denominator, and the loss would not be that of all tokens in expectation.
 
         Example:
+            >>> import torch
             >>> mask = torch.tensor([True, False, True])
             >>> Selection(mask, torch.tensor([0.5, 0.0, 4.0]), torch.zeros(3), inverse_probability=True).total
             tensor(2.)

@@ -34,6 +34,8 @@ def start(directory: Path) -> subprocess.Popen:
         text=True,
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        # a shell's background jobs are started with Ctrl-C ignored, and would hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -118,6 +118,8 @@ def start(argv: list[str], workers: int) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        # a shell's background jobs are started with Ctrl-C ignored, and would hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

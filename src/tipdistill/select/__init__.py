@@ -80,7 +80,7 @@ RULES: dict[str, Rule] = {
     "divergence": Rule(rules.divergence, ("reverse_kl",)),
     "hellinger": Rule(rules.hellinger, ("hellinger",)),
     "gradient_norm": Rule(rules.gradient_norm, ("gradient_norm",)),
-    "gradient_norm_sampling": Rule(rules.gradient_norm_drawn, ("gradient_norm",), "importance"),
+    "gradient_norm_sampling": Rule(rules.gradient_norm, ("gradient_norm",), "importance"),
     "signal_to_curvature": Rule(rules.signal_to_curvature, ("signal_to_curvature",)),
     "entropy_jsd_sampling": Rule(rules.entropy_jsd, ("entropy_norm", "jsd"), "sample"),
     "teachability": Rule(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -92,9 +93,7 @@ def race(weight: Tensor, generator: torch.Generator | None) -> Tensor:
         >>> race(torch.tensor([1.0, 0.0]), torch.Generator().manual_seed(0)).argmax()
         tensor(0)
     """
-    device = weight.device if generator is None else generator.device
-    arrival = torch.empty(len(weight), dtype=torch.float64, device=device).exponential_(generator=generator)
-    return -arrival.to(weight.device) / weight.double().clamp(min=LEAST)
+    return _arriving(lambda time: time.exponential_(generator=generator), weight, generator)
 
 
 def priority(weight: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -115,9 +114,14 @@ def priority(weight: Tensor, generator: torch.Generator | None) -> Tensor:
         >>> priority(torch.tensor([1.0, 0.0]), torch.Generator().manual_seed(0)).argmax()
         tensor(0)
     """
+    return _arriving(lambda time: 1 - time.uniform_(generator=generator), weight, generator)
+
+
+def _arriving(times: Callable[[Tensor], Tensor], weight: Tensor, generator: torch.Generator | None) -> Tensor:
+    """−t_i / w_i with the times that `times` draws into an empty float64 [N], on the generator's device."""
     device = weight.device if generator is None else generator.device
-    uniform = 1 - torch.rand(len(weight), dtype=torch.float64, device=device, generator=generator)
-    return -uniform.to(weight.device) / weight.double().clamp(min=LEAST)
+    drawn = times(torch.empty(len(weight), dtype=torch.float64, device=device))
+    return -drawn.to(weight.device) / weight.double().clamp(min=LEAST)
 
 
 def inclusion(weight: Tensor, order: Tensor, group: Tensor, counts: Tensor) -> Tensor:

@@ -64,11 +64,6 @@ def gradient_norm(scores: TokenScores) -> Tensor:
     return scores.require("gradient_norm")
 
 
-def gradient_norm_drawn(scores: TokenScores) -> Tensor:
-    """`gradient_norm` as a probability to be drawn with: of all that give an unbiased gradient the least variance."""
-    return gradient_norm(scores).clamp(min=0)
-
-
 def signal_to_curvature(scores: TokenScores) -> Tensor:
     """‖g‖² / gᵀHg with g = P_S − P_T, H = diag(P_S) − P_S P_Sᵀ (paper Eq. 6)."""
     return scores.require("signal_to_curvature")

@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.cli import end_process
 
 
 class Ragged(TIPTrainer):
@@ -28,3 +29,4 @@ if trainer.accelerator.is_main_process:
 # together, and in order: a process that leaves while another still talks to it aborts that one
 trainer.accelerator.wait_for_everyone()
 trainer.end()
+end_process(0)

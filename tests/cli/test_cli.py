@@ -1,13 +1,15 @@
 """Commands, recipes and arguments: what is refused, and how plainly."""
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
 
-from tipdistill.cli import COMMANDS, main
+from tipdistill.cli import COMMANDS, end_process, main
 from tipdistill.cli.arguments import parse
 from tipdistill.cli.recipes import recipe_head, recipe_names, recipe_path
 
@@ -55,6 +57,50 @@ def test_an_error_is_one_line_and_its_traceback_is_there_on_request(capsys, monk
     monkeypatch.setenv("TIPDISTILL_DEBUG", "1")
     assert main(["train", "--config", "no/such.yaml"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+# What gloo's threads do now and then, done for certain: a thread in C++ asks for the GIL of a finalizing interpreter.
+ENDS_LATE = """
+import atexit, threading, time
+from datetime import timedelta
+from torch.distributed import DistStoreError, HashStore
+from tipdistill.cli import end_process
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        print("finalizing", flush=True)
+        sleep(3)
+
+def wait():
+    try:
+        HashStore().wait(["never"], timedelta(seconds=1))
+    except DistStoreError:
+        pass
+
+slow = Slow()
+threading.Thread(target=wait, daemon=True).start()
+threading.Thread(target=lambda: (time.sleep(0.2), print("joined"))).start()
+atexit.register(print, "exit handler")
+end_process(3)
+"""
+
+
+def test_one_process_of_several_ends_with_its_code_whatever_a_thread_still_holds():
+    def run(**environment):
+        command = [sys.executable, "-c", ENDS_LATE]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+    if sys.version_info < (3, 14):  # later ones leave the thread waiting
+        assert run(WORLD_SIZE="1").returncode == -signal.SIGABRT
+    done = run(WORLD_SIZE="2")
+    assert (done.returncode, done.stdout.split("\n")) == (3, ["joined", "exit handler", ""])
+
+
+def test_a_process_alone_ends_as_any_other(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        end_process(3)
+    assert ended.value.code == 3
 
 
 def test_interruption(capsys, monkeypatch):

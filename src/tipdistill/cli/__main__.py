@@ -1,5 +1,5 @@
 """`python -m tipdistill.cli`: what accelerate starts in every process."""
 
-from . import main
+from . import run
 
-raise SystemExit(main())
+run()

@@ -62,7 +62,19 @@ def measured(run: Path, kinds: dict[str, list[int]]) -> dict:
         }
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     accuracy = [value for entry in state for name, value in entry.items() if "/mean_at_" in name]
-    return {"accuracy": accuracy[-1] if accuracy else None, "steps": found}
+    return {"accuracy": accuracy[-1] if accuracy else None, "first_step": first_step(run, state), "steps": found}
+
+
+def first_step(run: Path, log: list[dict]) -> dict:
+    """The norm of the first step's gradient, and the medians of what was kept for it in the recorded rollouts."""
+    table = open_records(run / "records" / "step-0").read(["student_logprob", "reverse_kl", "kept"])
+    logprob, divergence, kept = (table[name].to_numpy() for name in ("student_logprob", "reverse_kl", "kept"))
+    return {
+        "gradient_norm": next(entry["grad_norm"] for entry in log if "grad_norm" in entry and entry["step"] == 1),
+        "kept": int(kept.sum()),
+        "student_probability": float(np.exp(np.median(logprob[kept]))),
+        "reverse_kl": float(np.median(divergence[kept])),
+    }
 
 
 def draw(table: dict[str, dict[str, dict]]) -> Figure:

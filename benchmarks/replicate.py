@@ -23,13 +23,20 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "replication"
 DOCUMENT = ROOT / "docs" / "replication.md"
 PROBE = ROOT / "docs" / "probe-modular.json"
+DRIFT = ROOT / "docs" / "drift.json"
 SCREENING = RESULTS / "screening" / "candidates.json"
+BEFORE = RESULTS / "tokens" / "before.json"
+TEACHER = "teacher"  # folder of the grids that select by the teacher's entropy
+HEAD, STEP = (ROOT / "benchmarks" / "results" / name for name in ("head-cpu.json", "step-tiny.json"))
 NOT_RUN = "not run"
 # grids, in the order of the tables, and what the document calls their tasks
 TASKS = {"planted": "addition", "modular": "modular", "machine": "machine"}
 # Accuracies closer than this are called equal, and at most this far below counts as "nearly".
 TIE, NEARLY, MUCH = 0.02, 0.05, 0.10
 OF_THE_GAIN = 0.95
+# A mean normalised entropy below this is "almost none" (the paper's teachers: 0.031), and a fall of the memory below
+# this is none.
+ALMOST_NONE, A_FALL = 0.05, 0.05
 GUARDED = "q3 guarded"  # begins at its retention and does not stay there
 PAPERS = (
     *("all", "entropy", "entropy_sampling", "soft_or", "q3", "divergence", "complement:soft_or", "random"),
@@ -60,8 +67,10 @@ class Comparison:
     Attributes:
         claim: which of the paper's, and what it says of these two rows.
         first, second: rows.
-        kind: "above": first − second > margin; "matches": first − second ≥ −margin.
+        kind: "above": first − second > margin; "matches": first − second ≥ −margin; "level": |first − second| < margin;
+            "below": first < margin.
         margin: see there.
+        grids: the folder of the grids that have these rows.
     """
 
     claim: str
@@ -69,6 +78,7 @@ class Comparison:
     second: At
     kind: str = "above"
     margin: float = 0.0
+    grids: str = ""
 
 
 CLAIMS = (
@@ -92,6 +102,18 @@ CLAIMS = (
         margin=MUCH,
     ),
     Comparison("5. Q3 at 10 % is better than divergence alone at 10 %", ("q3", 0.1), ("divergence", 0.1)),
+)
+TEACHERS_ENTROPY = tuple(
+    Comparison(
+        f"The {which} {100 * share:.0f} % by the teacher's entropy do as well as random tokens",
+        (f"{which} teacher entropy", share),
+        ("random", share),
+        "level",
+        TIE,
+        TEACHER,
+    )
+    for share in (0.5, 0.1)
+    for which in ("highest", "lowest")
 )
 CONTROLS = (
     Comparison("Soft-OR at 50 % beats random tokens", ("soft_or", 0.5), ("random", 0.5)),
@@ -122,7 +144,8 @@ def collect(source: Path, results: Path) -> list[Path]:
         source: a folder with a folder for each sweep; the screening's is found beside it.
         results: where they are kept.
     """
-    found = {results / path.parent.name: path for path in sorted(source.glob("*/sweep.json"))}
+    paths = [path for pattern in ("*", f"{TEACHER}/*") for path in sorted(source.glob(f"{pattern}/sweep.json"))]
+    found = {results / path.parent.relative_to(source): path for path in paths}
     screened = source.parent / "screening" / "candidates" / "sweep.json"
     if screened.exists():
         found[results / "screening" / "candidates"] = screened
@@ -138,8 +161,12 @@ def collect(source: Path, results: Path) -> list[Path]:
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
-    """Name of a grid → its result, as far as there are any."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    """Name of a grid, after its folder where it has one → its result, as far as there are any."""
+    paths = [path for pattern in ("*.json", f"{TEACHER}/*.json") for path in sorted(results.glob(pattern))]
+    return {
+        path.relative_to(results).with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
+        for path in paths
+    }
 
 
 def rendered(text: str, results: Results) -> str:
@@ -169,8 +196,13 @@ def verdict(low: float, high: float, kind: str, margin: float) -> str:
 
     Returns:
         "holds", "does not hold" or "undecided". A claim of "above" does not hold where the lead is below a tie for
-        certain, although it may not be zero.
+        certain, although it may not be zero. One of "level" does not hold where the interval excludes zero and reaches
+        beyond the margin.
     """
+    if kind == "level":
+        return "holds" if -margin < low and high < margin else "does not hold" if low > 0 or high < 0 else "undecided"
+    if kind == "below":
+        return "holds" if high < margin else "does not hold" if low >= margin else "undecided"
     if kind == "matches":
         return "holds" if low >= -margin else "does not hold" if high < -margin else "undecided"
     assert kind == "above", kind
@@ -216,7 +248,8 @@ def verdicts(results: Results, comparisons: Sequence[Comparison]) -> str:
     for one in comparisons:
         cells, said = [], []
         for name in TASKS:
-            found = difference(results[name], one.first, one.second) if name in results else None
+            grid = f"{one.grids}/{name}".lstrip("/")
+            found = difference(results[grid], one.first, one.second) if grid in results else None
             if found is None:
                 said.append(NOT_RUN)
                 cells.append(NOT_RUN)
@@ -354,6 +387,7 @@ def runs(results: Results) -> str:
             continue
         result = results[name]
         hardware, versions = result["hardware"], result["versions"]
+        made = result.get("runs") or [result]  # older results know of their last run alone
         seconds = [row["seconds"] for row in result["rows"] if row["seconds"]]
         lines.append(
             [
@@ -363,13 +397,17 @@ def runs(results: Results) -> str:
                 ", ".join(f"{rate:g}" for rate in result["learning_rates"]),
                 f"mean@{result['num_samples']} on `{result['test'][0]}`",
                 f"{sum(seconds) / len(seconds):.0f} s",
-                f"{hardware['cpu']}, {result['workers']} × {hardware['threads']} threads",
+                f"{hardware['cpu']}, {_each(made, 'workers')} × {hardware['threads']} threads",
                 f"torch {versions['torch']}, trl {versions['trl']}",
-                f"{result['commit']}, {result['measured']}",
+                f"{_each(made, 'commit')}, {_each(made, 'measured')}",
             ]
         )
     header = ["", "rows", "seeds", "rates", "figure", "steps of a run", "machine", "versions", "commit"]
     return _table(header, lines)
+
+
+def _each(made: Sequence[Mapping[str, Any]], key: str) -> str:
+    return " and ".join(dict.fromkeys(str(run[key]) for run in made))
 
 
 def rates(results: Results) -> str:
@@ -402,6 +440,98 @@ def probe(results: Results) -> str:
     )
 
 
+def teachers_entropy(results: Results) -> str:
+    """Claim 7: how much entropy the teacher has, and whether selecting by it differs from chance."""
+    before = json.loads(BEFORE.read_text(encoding="utf-8"))["tasks"] if BEFORE.exists() else {}
+    cells, said = [], []
+    for name in TASKS:
+        found = before.get(name, {}).get("teacher_entropy_norm")
+        said.append(verdict(*found["interval"], "below", ALMOST_NONE) if found else NOT_RUN)
+        cells.append(f"{said[-1]}: {_interval(found)}" if found else NOT_RUN)
+    amount = f"| Its normalised mean is below {ALMOST_NONE} | {' | '.join(cells)} | {overall(said)} |"
+    header, rule, *lines = verdicts(results, TEACHERS_ENTROPY).splitlines()
+    return "\n".join([header, rule, amount, *lines])
+
+
+def tokens_before(results: Results) -> str:
+    """What the tokens are like before distillation."""
+    if not BEFORE.exists():
+        return NOT_RUN
+    found = json.loads(BEFORE.read_text(encoding="utf-8"))["tasks"]
+    lines = []
+    for name, title in TASKS.items():
+        if name not in found:
+            continue
+        one, rank = found[name], found[name]["rank_correlation_with_reverse_kl"]
+        quadrants = [
+            f"{100 * share['token_share']:.1f} ({100 * share['divergence_share']:.1f})"
+            for share in (one["quadrants"][f"q{number}"] for number in (1, 2, 3, 4))
+        ]
+        figures = [one[key] for key in ("reverse_kl", "student_entropy_norm", "teacher_entropy_norm")]
+        ranks = [f"{rank[key]:.2f}".replace("-", "−") for key in ("student_entropy", "teacher_entropy")]
+        accuracy = one["teacher_accuracy"]
+        solved = f"{accuracy['mean_at_k']:.3f} ± {accuracy['standard_error']:.3f}"
+        lines.append([title, solved, *quadrants, *map(_interval, figures), *ranks])
+    header = [
+        "task",
+        "teacher's accuracy",
+        "Q1",
+        "Q2",
+        "Q3",
+        "Q4",
+        "divergence, nats",
+        "student's entropy",
+        "teacher's entropy",
+    ]
+    return _table([*header, "rank with divergence: student's", "teacher's"], lines)
+
+
+def memory(results: Results) -> str:
+    """Claim 6: peak memory of the engine's benchmarks, as a change against all tokens."""
+    head, step = (json.loads(path.read_text(encoding="utf-8"))["variants"] for path in (HEAD, STEP))
+    lines = []
+    for share in (0.5, 0.2, 0.1):
+        stage, whole_step = f"chunked soft_or {share}", f"tip soft_or {share}"
+        falls = [
+            1 - head[stage]["extra_bytes"] / head["chunked"]["extra_bytes"],
+            1 - step[whole_step]["peak_bytes"] / step["tip all"]["peak_bytes"],
+        ]
+        materialised = [
+            1 - head[stage]["extra_bytes"] / head["plain"]["extra_bytes"],
+            1 - step[whole_step]["peak_bytes"] / step["plain"]["peak_bytes"],
+        ]
+        fall = [one > A_FALL for one in falls]
+        said = "holds" if all(fall) else "undecided" if any(fall) else "does not hold"
+        cells = [_percent(-one) for pair in (falls, materialised) for one in pair]
+        lines.append([f"Soft-OR at {_percent(share)}", *cells, said])
+    header = ["", "the head's stage", "a whole step", "head's stage, against plain", "step, against plain"]
+    return _table([*header, "peak memory falls"], lines)
+
+
+def first_steps(results: Results) -> str:
+    """What the first step of each drift run kept."""
+    found = json.loads(DRIFT.read_text(encoding="utf-8"))
+    lines = []
+    for task, runs_of_task in found.items():
+        for name, run in runs_of_task.items():
+            first = run["first_step"]
+            figures = [
+                f"{first['gradient_norm']:.2f}",
+                f"{first['student_probability']:.4f}",
+                f"{first['reverse_kl']:.3f}",
+                f"{run['accuracy']:.2f}",
+            ]
+            lines.append([TASKS.get(task, "addition"), _drift_name(name), *figures])
+    header = ["task", "rule", "gradient norm", "median p_S of the kept", "median divergence of the kept, nats"]
+    return _table([*header, "accuracy at the end"], lines)
+
+
+def _drift_name(name: str) -> str:
+    rule, _, rest = name.partition("-batch-")
+    share, _, guarded = rest.partition("-guard-")
+    return f"{_name(rule)}, {share} %" + (f", raised to {guarded} % by the drift guard" if guarded else "")
+
+
 def screening(results: Results) -> str:
     """The candidates for small budgets, on validation problems."""
     if not SCREENING.exists():
@@ -428,6 +558,10 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "table8": of_the_paper(("all", 1.0), ("divergence", 0.5), ("divergence", 0.1), ("q3", 0.1), ("random", 0.1)),
     "claims": lambda results: verdicts(results, CLAIMS),
     "controls": lambda results: verdicts(results, CONTROLS),
+    "teachers-entropy": teachers_entropy,
+    "memory": memory,
+    "before": tokens_before,
+    "first-steps": first_steps,
     "small-budgets": small_budgets,
     "of-the-gain": of_the_gain,
     "guard": guard,
@@ -436,6 +570,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "probe": probe,
     "screening": screening,
     **{name: whole(name) for name in TASKS},
+    **{f"{TEACHER}-{name}": whole(f"{TEACHER}/{name}") for name in TASKS},
 }
 
 

@@ -37,6 +37,18 @@ def test_every_grid_can_be_read_and_names_where_it_runs(path, monkeypatch):
         rows = {(row.name, row.retention) for row in grid.rows}
         asked = {at for one in (*replicate.CLAIMS, *replicate.CONTROLS) for at in (one.first, one.second)}
         assert asked <= rows, f"rows that a claim needs are missing: {asked - rows}"
+    if path.parent.name == replicate.TEACHER:
+        assert path.stem in replicate.TASKS
+        assert len(grid.seeds) >= 5
+        asked = {at for one in replicate.TEACHERS_ENTROPY for at in (one.first, one.second)}
+        assert asked == {(row.name, row.retention) for row in grid.rows}
+        beside = read_grid(path.parents[1] / path.name)  # the task as the other rows have it
+        assert (grid.seeds, grid.test, grid.num_samples) == (beside.seeds, beside.test, beside.num_samples)
+        assert (grid.base, grid.overrides, grid.learning_rates) == (
+            beside.base,
+            beside.overrides,
+            beside.learning_rates,
+        )
 
 
 @pytest.mark.parametrize(
@@ -53,6 +65,14 @@ def test_every_grid_can_be_read_and_names_where_it_runs(path, monkeypatch):
         (-0.01, 0.0, "matches", 0.02, "holds"),
         (-0.05, 0.03, "matches", 0.02, "undecided"),
         (-0.05, -0.03, "matches", 0.02, "does not hold"),
+        (-0.01, 0.015, "level", 0.02, "holds"),
+        (0.001, 0.015, "level", 0.02, "holds"),  # a difference, and a small one
+        (-0.03, 0.015, "level", 0.02, "undecided"),
+        (0.001, 0.03, "level", 0.02, "does not hold"),
+        (-0.4, -0.2, "level", 0.02, "does not hold"),
+        (0.01, 0.04, "below", 0.05, "holds"),
+        (0.01, 0.06, "below", 0.05, "undecided"),
+        (0.05, 0.06, "below", 0.05, "does not hold"),
     ],
 )
 def test_a_verdict_is_a_function_of_the_interval(low, high, kind, margin, said):
@@ -125,6 +145,33 @@ def test_blocks_say_what_the_rows_say(results):
     ]
     assert "guard" not in small + "".join(gain)
     assert "a CPU, 2 × 1 threads" in replicate.runs(results)
+
+
+def test_the_teachers_entropy_is_judged_by_its_own_grids(results, tmp_path, monkeypatch):
+    renamed = {"soft_or": "highest teacher entropy", "q3": "lowest teacher entropy"}
+    rows = [{**row, "name": renamed.get(row["name"], row["name"])} for row in results["planted"]["rows"]]
+    found = {f"{replicate.TEACHER}/planted": {**results["planted"], "rows": rows}}
+    monkeypatch.setattr(replicate, "BEFORE", tmp_path / "none.json")
+    table = replicate.teachers_entropy(found).splitlines()
+    assert table[2].startswith("| Its normalised mean is below 0.05 | not run |")
+    highest, _, _, lowest = table[3:]
+    assert highest.startswith(
+        "| The highest 50 % by the teacher's entropy do as well as random tokens | does not hold: +0."
+    )
+    assert lowest.startswith(
+        "| The lowest 10 % by the teacher's entropy do as well as random tokens | does not hold: +0."
+    )
+    before = {"planted": {"teacher_entropy_norm": {"mean": 0.04, "interval": [0.03, 0.06]}}}
+    (tmp_path / "some.json").write_text(json.dumps({"tasks": before}))
+    monkeypatch.setattr(replicate, "BEFORE", tmp_path / "some.json")
+    assert "| undecided: 0.040 [0.030, 0.060] | not run |" in replicate.teachers_entropy(found)
+
+
+def test_a_resumed_sweep_names_every_commit_of_its_cells(results):
+    runs = [{"commit": name, "measured": "2026-11-24", "workers": 1, "cells": 3} for name in ("one", "two")]
+    said = replicate.runs({"planted": {**results["planted"], "runs": runs}})
+    assert "| a CPU, 1 × 1 threads |" in said
+    assert "| one and two, 2026-11-24 |" in said
 
 
 def test_results_are_kept_whole_and_the_document_is_written_from_them(results, tmp_path, monkeypatch, capsys):

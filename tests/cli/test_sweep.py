@@ -169,6 +169,9 @@ def test_killed_resumed_deleted_parallel_and_serial_come_to_the_same(grid, tmp_p
     assert cli.main([*grid(directory="killed", **chosen), "--workers", "1"]) == 0
     assert kept.items() <= written_at(tmp_path / "killed").items()
     assert cells(tmp_path / "killed") == whole
+    runs = json.loads((tmp_path / "killed" / "sweep.json").read_text())["runs"]
+    assert {run["workers"]: run["cells"] for run in runs} == {2: 5, 1: 1}
+    assert all(run["measured"] and "commit" in run for run in runs)
 
     # a finished sweep is only counted again
     capsys.readouterr()

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -305,6 +305,7 @@ class Job:
     tasks: Mapping[str, str]  # as in the grid → as the evaluation calls it
     num_samples: int
     keep_model: bool
+    workers: int
     threads: int
 
 
@@ -356,7 +357,10 @@ def run_cell(job: Job) -> dict[str, Any]:
 
 
 def _figures(job: Job) -> dict[str, Any]:
-    """What a finished run logged and measured."""
+    """What a finished run logged and measured, and where."""
+    from ..bench.measure import environment
+
+    made = environment("cpu", job.threads)
     state = json.loads((job.directory / "trainer_state.json").read_text(encoding="utf-8"))
     steps = [entry for entry in state["log_history"] if "selection/trained_tokens" in entry]
     return {
@@ -366,6 +370,7 @@ def _figures(job: Job) -> dict[str, Any]:
         "seconds": sum(value for entry in steps for name, value in entry.items() if name.startswith("time/")),
         "peak_memory_gib": max(entry["memory/peak_gib"] for entry in steps),
         "threads": job.threads,
+        "run": {"commit": made["commit"], "measured": made["measured"], "workers": job.workers},
     }
 
 
@@ -435,6 +440,7 @@ def _run(plan: Plan, workers: int, threads: int) -> int:
                     {name: plan.tasks[name].name for name in cell.tasks},
                     grid.num_samples,
                     grid.keep_models,
+                    workers,
                     threads,
                 )
                 board.started(cell)
@@ -452,6 +458,12 @@ def _run(plan: Plan, workers: int, threads: int) -> int:
     return _write_result(plan, results, failed, workers, threads)
 
 
+def _runs(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where the cells were run, which a sweep that was resumed cannot say of them all: each once."""
+    alike = Counter(json.dumps(result["run"]) for result in results.values() if "run" in result)
+    return [{**json.loads(run), "cells": cells} for run, cells in alike.items()]
+
+
 def _write_result(plan: Plan, results: Mapping[str, Any], failed: Mapping[str, str], workers: int, threads: int) -> int:
     from ..bench.measure import environment
 
@@ -460,7 +472,7 @@ def _write_result(plan: Plan, results: Mapping[str, Any], failed: Mapping[str, s
 
     machine = environment("cuda" if torch.cuda.is_available() else "cpu", threads)
     settings = {**plan.base, **plan.common, **plan.grid.overrides}
-    found |= {"settings": settings, "workers": workers, "source": _source(), **machine}
+    found |= {"settings": settings, "workers": workers, "source": _source(), **machine, "runs": _runs(results)}
     _write(plan.directory / RESULT, json.dumps(found, indent=1) + "\n")
     text = _write(plan.directory / "sweep.md", markdown(found)).read_text(encoding="utf-8")
     _write(plan.directory / "sweep.csv", csv_text(found))

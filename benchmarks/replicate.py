@@ -67,7 +67,8 @@ class Comparison:
     Attributes:
         claim: which of the paper's, and what it says of these two rows.
         first, second: rows.
-        kind: "above": first − second > margin; "matches": first − second ≥ −margin; "level": |first − second| < margin;
+        kind: "above": first − second > margin; "matches": first − second ≥ −margin;
+            "no better": first − second < margin;
             "below": first < margin.
         margin: see there.
         grids: the folder of the grids that have these rows.
@@ -105,10 +106,10 @@ CLAIMS = (
 )
 TEACHERS_ENTROPY = tuple(
     Comparison(
-        f"The {which} {100 * share:.0f} % by the teacher's entropy do as well as random tokens",
+        f"The {which} {100 * share:.0f} % by the teacher's entropy are no better than random tokens",
         (f"{which} teacher entropy", share),
         ("random", share),
-        "level",
+        "no better",
         TIE,
         TEACHER,
     )
@@ -196,11 +197,10 @@ def verdict(low: float, high: float, kind: str, margin: float) -> str:
 
     Returns:
         "holds", "does not hold" or "undecided". A claim of "above" does not hold where the lead is below a tie for
-        certain, although it may not be zero. One of "level" does not hold where the interval excludes zero and reaches
-        beyond the margin.
+        certain, although it may not be zero; "no better" is its opposite.
     """
-    if kind == "level":
-        return "holds" if -margin < low and high < margin else "does not hold" if low > 0 or high < 0 else "undecided"
+    if kind == "no better":
+        return "does not hold" if low > 0 else "holds" if high < margin else "undecided"
     if kind == "below":
         return "holds" if high < margin else "does not hold" if low >= margin else "undecided"
     if kind == "matches":
@@ -441,7 +441,7 @@ def probe(results: Results) -> str:
 
 
 def teachers_entropy(results: Results) -> str:
-    """Claim 7: how much entropy the teacher has, and whether selecting by it differs from chance."""
+    """Claim 7: how much entropy the teacher has, and whether selecting by it is better than chance."""
     before = json.loads(BEFORE.read_text(encoding="utf-8"))["tasks"] if BEFORE.exists() else {}
     cells, said = [], []
     for name in TASKS:

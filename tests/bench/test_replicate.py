@@ -65,11 +65,11 @@ def test_every_grid_can_be_read_and_names_where_it_runs(path, monkeypatch):
         (-0.01, 0.0, "matches", 0.02, "holds"),
         (-0.05, 0.03, "matches", 0.02, "undecided"),
         (-0.05, -0.03, "matches", 0.02, "does not hold"),
-        (-0.01, 0.015, "level", 0.02, "holds"),
-        (0.001, 0.015, "level", 0.02, "holds"),  # a difference, and a small one
-        (-0.03, 0.015, "level", 0.02, "undecided"),
-        (0.001, 0.03, "level", 0.02, "does not hold"),
-        (-0.4, -0.2, "level", 0.02, "does not hold"),
+        (-0.01, 0.015, "no better", 0.02, "holds"),
+        (-0.4, -0.2, "no better", 0.02, "holds"),
+        (-0.01, 0.03, "no better", 0.02, "undecided"),
+        (0.001, 0.03, "no better", 0.02, "does not hold"),
+        (0.001, 0.015, "no better", 0.02, "does not hold"),
         (0.01, 0.04, "below", 0.05, "holds"),
         (0.01, 0.06, "below", 0.05, "undecided"),
         (0.05, 0.06, "below", 0.05, "does not hold"),
@@ -156,10 +156,10 @@ def test_the_teachers_entropy_is_judged_by_its_own_grids(results, tmp_path, monk
     assert table[2].startswith("| Its normalised mean is below 0.05 | not run |")
     highest, _, _, lowest = table[3:]
     assert highest.startswith(
-        "| The highest 50 % by the teacher's entropy do as well as random tokens | does not hold: +0."
+        "| The highest 50 % by the teacher's entropy are no better than random tokens | does not hold: +0."
     )
     assert lowest.startswith(
-        "| The lowest 10 % by the teacher's entropy do as well as random tokens | does not hold: +0."
+        "| The lowest 10 % by the teacher's entropy are no better than random tokens | does not hold: +0."
     )
     before = {"planted": {"teacher_entropy_norm": {"mean": 0.04, "interval": [0.03, 0.06]}}}
     (tmp_path / "some.json").write_text(json.dumps({"tasks": before}))

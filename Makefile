@@ -14,7 +14,8 @@ demo: $(VENV)/.installed
 # docs/replication.md from nothing; hours on a core, and it goes on where it was stopped.
 replicate: runs/demo/results.json
 	for task in modular machine; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
-	for grid in benchmarks/replication/*.yaml benchmarks/replication/teacher/*.yaml; do PYTHONPATH=benchmarks $(BIN)/tipdistill sweep $$grid || failed=1; done; test -z "$$failed"
+	failed=; for grid in benchmarks/replication/*.yaml benchmarks/replication/teacher/*.yaml benchmarks/replication/rates/*.yaml; do \
+		PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/tipdistill sweep $$grid || failed=1; done; test -z "$$failed"
 	sh benchmarks/tokens_before.sh $(BIN)
 	$(BIN)/python benchmarks/replicate.py --collect runs/replication
 

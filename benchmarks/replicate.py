@@ -27,6 +27,8 @@ DRIFT = ROOT / "docs" / "drift.json"
 SCREENING = RESULTS / "screening" / "candidates.json"
 BEFORE = RESULTS / "tokens" / "before.json"
 TEACHER = "teacher"  # folder of the grids that select by the teacher's entropy
+RATES = "rates"  # folder of the grids that try the rows at a higher rate
+PATTERNS = ("*", f"{TEACHER}/*", f"{RATES}/*")
 HEAD, STEP = (ROOT / "benchmarks" / "results" / name for name in ("head-cpu.json", "step-tiny.json"))
 NOT_RUN = "not run"
 # grids, in the order of the tables, and what the document calls their tasks
@@ -68,7 +70,7 @@ class Comparison:
         claim: which of the paper's, and what it says of these two rows.
         first, second: rows.
         kind: "above": first − second > margin; "matches": first − second ≥ −margin;
-            "no better": first − second < margin;
+            "level": |first − second| < margin;
             "below": first < margin.
         margin: see there.
         grids: the folder of the grids that have these rows.
@@ -106,10 +108,10 @@ CLAIMS = (
 )
 TEACHERS_ENTROPY = tuple(
     Comparison(
-        f"The {which} {100 * share:.0f} % by the teacher's entropy are no better than random tokens",
+        f"The {which} {100 * share:.0f} % by the teacher's entropy do as well as random tokens",
         (f"{which} teacher entropy", share),
         ("random", share),
-        "no better",
+        "level",
         TIE,
         TEACHER,
     )
@@ -145,7 +147,7 @@ def collect(source: Path, results: Path) -> list[Path]:
         source: a folder with a folder for each sweep; the screening's is found beside it.
         results: where they are kept.
     """
-    paths = [path for pattern in ("*", f"{TEACHER}/*") for path in sorted(source.glob(f"{pattern}/sweep.json"))]
+    paths = [path for pattern in PATTERNS for path in sorted(source.glob(f"{pattern}/sweep.json"))]
     found = {results / path.parent.relative_to(source): path for path in paths}
     screened = source.parent / "screening" / "candidates" / "sweep.json"
     if screened.exists():
@@ -163,7 +165,7 @@ def collect(source: Path, results: Path) -> list[Path]:
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
     """Name of a grid, after its folder where it has one → its result, as far as there are any."""
-    paths = [path for pattern in ("*.json", f"{TEACHER}/*.json") for path in sorted(results.glob(pattern))]
+    paths = [path for pattern in PATTERNS for path in sorted(results.glob(f"{pattern}.json"))]
     return {
         path.relative_to(results).with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
         for path in paths
@@ -197,10 +199,11 @@ def verdict(low: float, high: float, kind: str, margin: float) -> str:
 
     Returns:
         "holds", "does not hold" or "undecided". A claim of "above" does not hold where the lead is below a tie for
-        certain, although it may not be zero; "no better" is its opposite.
+        certain, although it may not be zero. One of "level" does not hold where the interval excludes zero and reaches
+        beyond the margin.
     """
-    if kind == "no better":
-        return "does not hold" if low > 0 else "holds" if high < margin else "undecided"
+    if kind == "level":
+        return "holds" if -margin < low and high < margin else "does not hold" if low > 0 or high < 0 else "undecided"
     if kind == "below":
         return "holds" if high < margin else "does not hold" if low >= margin else "undecided"
     if kind == "matches":
@@ -381,7 +384,10 @@ def _small_rows(results: Results, retention: float) -> list[str]:
 def runs(results: Results) -> str:
     """What was run, where, and how long it took."""
     lines = []
-    for name, title in TASKS.items():
+    grids = dict(TASKS)
+    for folder, what in ((TEACHER, "teacher's entropy"), (RATES, "a higher rate")):
+        grids |= {f"{folder}/{name}": f"{title}, {what}" for name, title in TASKS.items()}
+    for name, title in grids.items():
         if name not in results:
             lines.append([title, NOT_RUN, *[""] * 7])
             continue
@@ -407,23 +413,68 @@ def runs(results: Results) -> str:
 
 
 def _each(made: Sequence[Mapping[str, Any]], key: str) -> str:
-    return " and ".join(dict.fromkeys(str(run[key]) for run in made))
+    return " and ".join(dict.fromkeys(str(run.get(key, "unknown")) for run in made))
 
 
 def rates(results: Results) -> str:
-    """The rate that validation chose for each row, and how far the others were behind."""
+    """The rate that validation chose for each row, how far the others were behind, and what a higher one had given."""
     lines = []
     for name, title in TASKS.items():
         if name not in results:
             continue
-        lines += [
-            [title, _name(row["name"]), _percent(row["retention"]), "" if rate is None else f"{rate:g}", found]
-            for row in results[name]["rows"]
-            for rate, found in [
-                (row["learning_rate"], ", ".join(f"{one}: {mean:.3f}" for one, mean in row["validation"].items()))
+        higher = _at_higher_rates(results, name)
+        for row in results[name]["rows"]:
+            rate, tried = row["learning_rate"], {rate: f"{mean:.3f}" for rate, mean in row["validation"].items()}
+            found = higher.get((row["name"], row["retention"]))
+            lines.append(
+                [
+                    *(title, _name(row["name"]), _percent(row["retention"]), "" if rate is None else f"{rate:g}"),
+                    ", ".join(f"{one}: {mean}" for one, mean in tried.items()),
+                    "" if found is None else f"{found:.3f}",
+                ]
+            )
+    header = ["task", "rule", "retention", "rate", "accuracy on validation", f"at {_higher_rate(results)}"]
+    return _table(header, lines) if lines else NOT_RUN
+
+
+def higher_rates(results: Results) -> str:
+    """How many rows would have chosen a higher rate, had it been offered to them."""
+    lines = []
+    for name, title in TASKS.items():
+        higher = _at_higher_rates(results, name)
+        if not higher:
+            lines.append([title, NOT_RUN, *[""] * 4])
+            continue
+        rows = {(row["name"], row["retention"]): row for row in results[name]["rows"]}
+        # a run that failed at that rate is no better there
+        gains = {at: (mean or 0.0) - max(rows[at]["validation"].values()) for at, mean in higher.items()}
+        better = {at: gain for at, gain in gains.items() if gain > 0}
+        ordered = sorted(gains.values())
+        median = (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
+        most = sorted(better.items(), key=lambda found: -found[1])[:3]
+        lines.append(
+            [
+                *(title, f"{len(higher)}", f"{len(better)}", _plus(median), _plus(gains["all", 1.0])),
+                "; ".join(f"{_name(at[0])} {_percent(at[1])} {_plus(gain)}" for at, gain in most),
             ]
-        ]
-    return _table(["task", "rule", "retention", "rate", "accuracy on validation"], lines) if lines else NOT_RUN
+        )
+    header = ["task", "rows", f"better at {_higher_rate(results)}", "median change", "all tokens", "most of all"]
+    return _table(header, lines)
+
+
+def _at_higher_rates(results: Results, name: str) -> dict[At, float | None]:
+    """Row → its accuracy on the validation problems at the rate of the `RATES` grid, None where the run failed."""
+    found = results.get(f"{RATES}/{name}")
+    if found is None or name not in results:
+        return {}
+    return {
+        (row["name"], row["retention"]): row["tasks"].get(found["test"][0], {}).get("mean") for row in found["rows"]
+    }
+
+
+def _higher_rate(results: Results) -> str:
+    found = {rate for name, one in results.items() if name.startswith(RATES) for rate in one["learning_rates"]}
+    return ", ".join(f"{rate:g}" for rate in sorted(found)) or "a higher rate"
 
 
 def probe(results: Results) -> str:
@@ -441,16 +492,23 @@ def probe(results: Results) -> str:
 
 
 def teachers_entropy(results: Results) -> str:
-    """Claim 7: how much entropy the teacher has, and whether selecting by it is better than chance."""
+    """Claim 7: how much entropy the teacher has, how it ranks with the divergence, and what selecting by it does."""
     before = json.loads(BEFORE.read_text(encoding="utf-8"))["tasks"] if BEFORE.exists() else {}
-    cells, said = [], []
+    amounts, said, ranks = [], [], []
     for name in TASKS:
-        found = before.get(name, {}).get("teacher_entropy_norm")
-        said.append(verdict(*found["interval"], "below", ALMOST_NONE) if found else NOT_RUN)
-        cells.append(f"{said[-1]}: {_interval(found)}" if found else NOT_RUN)
-    amount = f"| Its normalised mean is below {ALMOST_NONE} | {' | '.join(cells)} | {overall(said)} |"
+        if name not in before:
+            for cells in (amounts, said, ranks):
+                cells.append(NOT_RUN)
+            continue
+        of_teacher, of_student = (before[name][f"{whose}_entropy_norm"] for whose in ("teacher", "student"))
+        rank = before[name]["rank_correlation_with_reverse_kl"]
+        said.append(verdict(*of_teacher["interval"], "below", ALMOST_NONE))
+        amounts.append(f"{said[-1]}: {_interval(of_teacher)} (student's {of_student['mean']:.3f})")
+        ranks.append(f"{rank['teacher_entropy']:.2f} (student's {rank['student_entropy']:.2f})".replace("-", "−"))
     header, rule, *lines = verdicts(results, TEACHERS_ENTROPY).splitlines()
-    return "\n".join([header, rule, amount, *lines])
+    amount = [f"Its normalised mean is below {ALMOST_NONE}", *amounts, overall(said)]
+    told = ["Its rank correlation with the divergence", *ranks, ""]
+    return "\n".join([header, rule, *_table(amount, [told]).splitlines()[::2], *lines])
 
 
 def tokens_before(results: Results) -> str:
@@ -487,25 +545,30 @@ def tokens_before(results: Results) -> str:
 
 
 def memory(results: Results) -> str:
-    """Claim 6: peak memory of the engine's benchmarks, as a change against all tokens."""
+    """Claim 6: peak memory of the engine's benchmarks, as a change against all tokens; a whole step is end to end."""
     head, step = (json.loads(path.read_text(encoding="utf-8"))["variants"] for path in (HEAD, STEP))
     lines = []
     for share in (0.5, 0.2, 0.1):
-        stage, whole_step = f"chunked soft_or {share}", f"tip soft_or {share}"
+        stage = head[f"chunked soft_or {share}"]["extra_bytes"]
+        end_to_end = step[f"tip soft_or {share}"]["peak_bytes"]
+        fall = 1 - end_to_end / step["tip all"]["peak_bytes"]
         falls = [
-            1 - head[stage]["extra_bytes"] / head["chunked"]["extra_bytes"],
-            1 - step[whole_step]["peak_bytes"] / step["tip all"]["peak_bytes"],
+            fall,
+            1 - stage / head["chunked"]["extra_bytes"],
+            1 - end_to_end / step["plain"]["peak_bytes"],
+            1 - stage / head["plain"]["extra_bytes"],
         ]
-        materialised = [
-            1 - head[stage]["extra_bytes"] / head["plain"]["extra_bytes"],
-            1 - step[whole_step]["peak_bytes"] / step["plain"]["peak_bytes"],
-        ]
-        fall = [one > A_FALL for one in falls]
-        said = "holds" if all(fall) else "undecided" if any(fall) else "does not hold"
-        cells = [_percent(-one) for pair in (falls, materialised) for one in pair]
-        lines.append([f"Soft-OR at {_percent(share)}", *cells, said])
-    header = ["", "the head's stage", "a whole step", "head's stage, against plain", "step, against plain"]
-    return _table([*header, "peak memory falls"], lines)
+        said = "holds" if fall > A_FALL else "does not hold"
+        lines.append([f"Soft-OR at {_percent(share)}", said, *(_percent(-one) for one in falls)])
+    header = [
+        "",
+        "peak memory falls",
+        "a whole step",
+        "the head's stage",
+        "step, against plain",
+        "stage, against plain",
+    ]
+    return _table(header, lines)
 
 
 def first_steps(results: Results) -> str:
@@ -517,12 +580,20 @@ def first_steps(results: Results) -> str:
             first = run["first_step"]
             figures = [
                 f"{first['gradient_norm']:.2f}",
+                f"{first['kept']}",
                 f"{first['student_probability']:.4f}",
                 f"{first['reverse_kl']:.3f}",
                 f"{run['accuracy']:.2f}",
             ]
             lines.append([TASKS.get(task, "addition"), _drift_name(name), *figures])
-    header = ["task", "rule", "gradient norm", "median p_S of the kept", "median divergence of the kept, nats"]
+    header = [
+        "task",
+        "rule",
+        "gradient norm",
+        "kept of the recorded",
+        "their median p_S",
+        "their median divergence, nats",
+    ]
     return _table([*header, "accuracy at the end"], lines)
 
 
@@ -567,6 +638,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "guard": guard,
     "ours": ours,
     "rates": rates,
+    "higher-rates": higher_rates,
     "probe": probe,
     "screening": screening,
     **{name: whole(name) for name in TASKS},
@@ -597,6 +669,10 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 def _signed(found: Mapping[str, Any]) -> str:
     return f"{found['mean']:+.3f} {_brackets(found, '{:+.3f}'.format)}".replace("-", "−")
+
+
+def _plus(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _rounded(value: Any) -> Any:

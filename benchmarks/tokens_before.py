@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from tipdistill.bench.measure import environment, write
 from tipdistill.records import open_records
@@ -94,7 +94,7 @@ def main() -> None:
     }
     if not found:
         raise SystemExit(f"{options.records} holds no folder of records: run tipdistill score as above.")
-    write(RESULT, {"tasks": found, **environment("cpu", int(os.environ.get("OMP_NUM_THREADS") or 1))})
+    write(RESULT, {"tasks": found, **environment("cpu", torch.get_num_threads())})
     print(f"wrote {RESULT}")
 
 

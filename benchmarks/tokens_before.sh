@@ -4,7 +4,8 @@ set -e
 before() { # name in the tables, folder of the models, task, tokens of a completion, samples
     "$bin/tipdistill" score --model "runs/$2/models/student" --teacher "runs/$2/models/teacher" --dataset "runs/$2/prompts.jsonl" \
         --max_prompts 256 --max_new_tokens "$4" --overwrite_output_dir --output_dir "runs/tokens/$1"
-    "$bin/tipdistill" eval --model "runs/$2/models/teacher" --tasks "$3[64:]" --num_samples "$5" --batch_size 256 --resume \
+    rm -rf "runs/teachers/$1" # of models that may have been taught again since
+    "$bin/tipdistill" eval --model "runs/$2/models/teacher" --tasks "$3[64:]" --num_samples "$5" --batch_size 256 \
         --output_dir "runs/teachers/$1"
 }
 bin=${1:-.venv/bin}

@@ -25,6 +25,20 @@ def test_the_document_is_what_the_results_give():
     assert {name for _, name, _ in replicate._BLOCK.findall(text)} == set(replicate.BLOCKS)
 
 
+def assert_tables(text: str) -> None:
+    """Every table has its rule under its header, and rows as wide as that."""
+    lines = [line if line.startswith("|") else "" for line in ["", *text.splitlines()]]
+    for number, line in enumerate(lines):
+        if line and not lines[number - 1]:
+            assert set(lines[number + 1]) == set("| -"), lines[number + 1]
+        elif line:
+            assert line.count(" | ") == lines[number - 1].count(" | "), line
+
+
+def test_every_table_of_the_document_is_one():
+    assert_tables(replicate.DOCUMENT.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: str(path.relative_to(GRIDS[0].parent)))
 def test_every_grid_can_be_read_and_names_where_it_runs(path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # of the candidates
@@ -37,6 +51,12 @@ def test_every_grid_can_be_read_and_names_where_it_runs(path, monkeypatch):
         rows = {(row.name, row.retention) for row in grid.rows}
         asked = {at for one in (*replicate.CLAIMS, *replicate.CONTROLS) for at in (one.first, one.second)}
         assert asked <= rows, f"rows that a claim needs are missing: {asked - rows}"
+    if path.parent.name == replicate.RATES:
+        beside = read_grid(path.parents[1] / path.name)
+        assert {row.key for row in grid.rows} == {row.key for row in beside.rows if row.name != replicate.GUARDED}
+        assert (grid.test, grid.seeds) == ((beside.validation_task,), beside.validation_seeds)
+        assert (grid.base, grid.overrides, grid.num_samples) == (beside.base, beside.overrides, beside.num_samples)
+        assert min(grid.learning_rates) > max(beside.learning_rates)
     if path.parent.name == replicate.TEACHER:
         assert path.stem in replicate.TASKS
         assert len(grid.seeds) >= 5
@@ -65,11 +85,11 @@ def test_every_grid_can_be_read_and_names_where_it_runs(path, monkeypatch):
         (-0.01, 0.0, "matches", 0.02, "holds"),
         (-0.05, 0.03, "matches", 0.02, "undecided"),
         (-0.05, -0.03, "matches", 0.02, "does not hold"),
-        (-0.01, 0.015, "no better", 0.02, "holds"),
-        (-0.4, -0.2, "no better", 0.02, "holds"),
-        (-0.01, 0.03, "no better", 0.02, "undecided"),
-        (0.001, 0.03, "no better", 0.02, "does not hold"),
-        (0.001, 0.015, "no better", 0.02, "does not hold"),
+        (-0.01, 0.015, "level", 0.02, "holds"),
+        (0.001, 0.015, "level", 0.02, "holds"),  # a difference, and a small one
+        (-0.03, 0.015, "level", 0.02, "undecided"),
+        (0.001, 0.03, "level", 0.02, "does not hold"),
+        (-0.4, -0.2, "level", 0.02, "does not hold"),
         (0.01, 0.04, "below", 0.05, "holds"),
         (0.01, 0.06, "below", 0.05, "undecided"),
         (0.05, 0.06, "below", 0.05, "does not hold"),
@@ -154,17 +174,58 @@ def test_the_teachers_entropy_is_judged_by_its_own_grids(results, tmp_path, monk
     monkeypatch.setattr(replicate, "BEFORE", tmp_path / "none.json")
     table = replicate.teachers_entropy(found).splitlines()
     assert table[2].startswith("| Its normalised mean is below 0.05 | not run |")
-    highest, _, _, lowest = table[3:]
+    assert table[3].startswith("| Its rank correlation with the divergence | not run |")
+    highest, _, _, lowest = table[4:]
     assert highest.startswith(
-        "| The highest 50 % by the teacher's entropy are no better than random tokens | does not hold: +0."
+        "| The highest 50 % by the teacher's entropy do as well as random tokens | does not hold: +0."
     )
     assert lowest.startswith(
-        "| The lowest 10 % by the teacher's entropy are no better than random tokens | does not hold: +0."
+        "| The lowest 10 % by the teacher's entropy do as well as random tokens | does not hold: +0."
     )
-    before = {"planted": {"teacher_entropy_norm": {"mean": 0.04, "interval": [0.03, 0.06]}}}
+    entropies = {
+        "teacher_entropy_norm": {"mean": 0.04, "interval": [0.03, 0.06]},
+        "student_entropy_norm": {"mean": 0.5},
+    }
+    ranks = {"rank_correlation_with_reverse_kl": {"teacher_entropy": -0.4, "student_entropy": 0.8}}
+    before = {"planted": {**entropies, **ranks}}
     (tmp_path / "some.json").write_text(json.dumps({"tasks": before}))
     monkeypatch.setattr(replicate, "BEFORE", tmp_path / "some.json")
-    assert "| undecided: 0.040 [0.030, 0.060] | not run |" in replicate.teachers_entropy(found)
+    said = replicate.teachers_entropy(found)
+    assert "| undecided: 0.040 [0.030, 0.060] (student's 0.500) | not run | not run | undecided: 1 |" in said
+    assert "| −0.40 (student's 0.80) | not run | not run |  |" in said
+    assert_tables(said)
+
+
+def test_memory_falls_where_a_whole_step_needs_less(tmp_path, monkeypatch):
+    head = {"plain": 1000, "chunked": 200, "chunked soft_or 0.5": 100, "chunked soft_or 0.2": 100}
+    step = {"plain": 500, "tip all": 200, "tip soft_or 0.5": 196, "tip soft_or 0.2": 150}
+    head["chunked soft_or 0.1"], step["tip soft_or 0.1"] = 190, 210
+    for name, variants, key in (("HEAD", head, "extra_bytes"), ("STEP", step, "peak_bytes")):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"variants": {one: {key: count} for one, count in variants.items()}}))
+        monkeypatch.setattr(replicate, name, path)
+    assert replicate.memory({}).splitlines()[2:] == [
+        "| Soft-OR at 50 % | does not hold | −2 % | −50 % | −61 % | −90 % |",
+        "| Soft-OR at 20 % | holds | −25 % | −50 % | −70 % | −90 % |",
+        "| Soft-OR at 10 % | does not hold | 5 % | −5 % | −58 % | −81 % |",
+    ]
+
+
+def test_a_higher_rate_is_compared_with_the_best_that_was_offered(results):
+    def row(retention, mean):
+        tasks = {"arithmetic[:64]": {"mean": mean}}
+        return {"name": "all" if retention == 1.0 else "soft_or", "retention": retention, "tasks": tasks}
+
+    rows = [{**one, "validation": {"0.001": 0.5, "0.0003": 0.4}} for one in results["planted"]["rows"]]
+    higher = {"rows": [row(1.0, 0.3), row(0.5, 0.75), row(0.2, 0.4)], "test": ["arithmetic[:64]"]}
+    higher |= {"learning_rates": [0.003]}
+    table = replicate.higher_rates({"planted": {**results["planted"], "rows": rows}, "rates/planted": higher})
+    assert table.splitlines()[0] == "| task | rows | better at 0.003 | median change | all tokens | most of all |"
+    assert table.splitlines()[2] == "| addition | 3 | 1 | −0.100 | −0.200 | Soft-OR 50 % +0.250 |"
+    assert table.splitlines()[3].startswith(f"| modular | {replicate.NOT_RUN} |")
+    assert_tables(table)
+    listed = replicate.rates({"planted": {**results["planted"], "rows": rows}, "rates/planted": higher})
+    assert "| addition | Soft-OR | 50 % | 0.001 | 0.001: 0.500, 0.0003: 0.400 | 0.750 |" in listed
 
 
 def test_a_resumed_sweep_names_every_commit_of_its_cells(results):

@@ -69,11 +69,11 @@ from tipdistill.cli import end_process
 class Slow:
     def __del__(self, sleep=time.sleep):
         print("finalizing", flush=True)
-        sleep(3)
+        sleep(6)
 
 def wait():
     try:
-        HashStore().wait(["never"], timedelta(seconds=1))
+        HashStore().wait(["never"], timedelta(seconds=3))
     except DistStoreError:
         pass
 
@@ -90,7 +90,7 @@ def test_one_process_of_several_ends_with_its_code_whatever_a_thread_still_holds
         command = [sys.executable, "-c", ENDS_LATE]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
 
-    if sys.version_info < (3, 14):  # later ones leave the thread waiting
+    if sys.platform == "linux" and sys.version_info < (3, 14):  # others end the thread otherwise, or leave it waiting
         assert run(WORLD_SIZE="1").returncode == -signal.SIGABRT
     done = run(WORLD_SIZE="2")
     assert (done.returncode, done.stdout.split("\n")) == (3, ["joined", "exit handler", ""])

@@ -170,7 +170,8 @@ def test_killed_resumed_deleted_parallel_and_serial_come_to_the_same(grid, tmp_p
     assert kept.items() <= written_at(tmp_path / "killed").items()
     assert cells(tmp_path / "killed") == whole
     runs = json.loads((tmp_path / "killed" / "sweep.json").read_text())["runs"]
-    assert {run["workers"]: run["cells"] for run in runs} == {2: 5, 1: 1}
+    assert sum(run["cells"] for run in runs if run["workers"] == 1) == 1
+    assert sum(run["cells"] for run in runs) == 6
     assert all(run["measured"] and "commit" in run for run in runs)
 
     # a finished sweep is only counted again

@@ -9,6 +9,7 @@ import select
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -81,8 +82,9 @@ def end_process(code: int) -> NoReturn:
 
     A thread of gloo lets go of a collective's tensors some time after that collective is done, also after
     `destroy_process_group`, and needs the GIL for it. If the interpreter is finalizing by then, the process aborts and
-    the launcher reports a finished run as failed. What Python promises at exit is kept: threads are joined, exit
-    handlers called, output is flushed. For the end of a script of one's own under torchrun or `accelerate launch`.
+    the launcher reports a finished run as failed. Threads are joined, exit handlers called, and standard output is
+    flushed, as at any exit; what is left out is what is left to chance there: finalizers of objects that are still
+    referred to, and files that were not closed. For the end of a script of one's own under torchrun or accelerate too.
 
     Args:
         code: 0 for success.
@@ -96,11 +98,14 @@ def end_process(code: int) -> NoReturn:
         SystemExit: 0
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does, before its exit handlers
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does, before its exit handlers
+            atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):  # its reader left, or there is none
+                    stream.flush()
+        finally:
+            os._exit(code)
     raise SystemExit(code)
 
 

@@ -305,8 +305,8 @@ class Job:
     tasks: Mapping[str, str]  # as in the grid → as the evaluation calls it
     num_samples: int
     keep_model: bool
-    workers: int
     threads: int
+    run: Mapping[str, Any]  # of the sweep that runs it: commit, day, workers
 
 
 def run_cell(job: Job) -> dict[str, Any]:
@@ -357,10 +357,7 @@ def run_cell(job: Job) -> dict[str, Any]:
 
 
 def _figures(job: Job) -> dict[str, Any]:
-    """What a finished run logged and measured, and where."""
-    from ..bench.measure import environment
-
-    made = environment("cpu", job.threads)
+    """What a finished run logged and measured."""
     state = json.loads((job.directory / "trainer_state.json").read_text(encoding="utf-8"))
     steps = [entry for entry in state["log_history"] if "selection/trained_tokens" in entry]
     return {
@@ -370,7 +367,7 @@ def _figures(job: Job) -> dict[str, Any]:
         "seconds": sum(value for entry in steps for name, value in entry.items() if name.startswith("time/")),
         "peak_memory_gib": max(entry["memory/peak_gib"] for entry in steps),
         "threads": job.threads,
-        "run": {"commit": made["commit"], "measured": made["measured"], "workers": job.workers},
+        "run": dict(job.run),
     }
 
 
@@ -398,7 +395,11 @@ def _measured(job: Job, step: int) -> dict[str, Any]:
 
 
 def _run(plan: Plan, workers: int, threads: int) -> int:
+    from ..bench.measure import environment
+
     grid = plan.grid
+    here = environment("cpu", threads)
+    run = {"commit": here["commit"], "measured": here["measured"], "workers": workers}
     results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     waiting = {row.key: [cell.key for cell in grid.first_cells(row)] for row in grid.rows}
@@ -440,8 +441,8 @@ def _run(plan: Plan, workers: int, threads: int) -> int:
                     {name: plan.tasks[name].name for name in cell.tasks},
                     grid.num_samples,
                     grid.keep_models,
-                    workers,
                     threads,
+                    run,
                 )
                 board.started(cell)
                 pool.start(cell, run_cell, job)

@@ -430,10 +430,10 @@ def rates(results: Results) -> str:
                 [
                     *(title, _name(row["name"]), _percent(row["retention"]), "" if rate is None else f"{rate:g}"),
                     ", ".join(f"{one}: {mean}" for one, mean in tried.items()),
-                    "" if found is None else f"{found:.3f}",
+                    "" if found is None else f"{_higher_rate(results, name)}: {found:.3f}",
                 ]
             )
-    header = ["task", "rule", "retention", "rate", "accuracy on validation", f"at {_higher_rate(results)}"]
+    header = ["task", "rule", "retention", "rate", "accuracy on validation", "at a higher rate"]
     return _table(header, lines) if lines else NOT_RUN
 
 
@@ -443,7 +443,7 @@ def higher_rates(results: Results) -> str:
     for name, title in TASKS.items():
         higher = _at_higher_rates(results, name)
         if not higher:
-            lines.append([title, NOT_RUN, *[""] * 4])
+            lines.append([title, NOT_RUN, *[""] * 5])
             continue
         rows = {(row["name"], row["retention"]): row for row in results[name]["rows"]}
         # a run that failed at that rate is no better there
@@ -454,11 +454,12 @@ def higher_rates(results: Results) -> str:
         most = sorted(better.items(), key=lambda found: -found[1])[:3]
         lines.append(
             [
-                *(title, f"{len(higher)}", f"{len(better)}", _plus(median), _plus(gains["all", 1.0])),
+                *(title, _higher_rate(results, name), f"{len(higher)}", f"{len(better)}"),
+                *(_plus(median), _plus(gains["all", 1.0])),
                 "; ".join(f"{_name(at[0])} {_percent(at[1])} {_plus(gain)}" for at, gain in most),
             ]
         )
-    header = ["task", "rows", f"better at {_higher_rate(results)}", "median change", "all tokens", "most of all"]
+    header = ["task", "tried at", "rows", "better there", "median change", "all tokens", "most of all"]
     return _table(header, lines)
 
 
@@ -472,9 +473,8 @@ def _at_higher_rates(results: Results, name: str) -> dict[At, float | None]:
     }
 
 
-def _higher_rate(results: Results) -> str:
-    found = {rate for name, one in results.items() if name.startswith(RATES) for rate in one["learning_rates"]}
-    return ", ".join(f"{rate:g}" for rate in sorted(found)) or "a higher rate"
+def _higher_rate(results: Results, name: str) -> str:
+    return ", ".join(f"{rate:g}" for rate in results[f"{RATES}/{name}"]["learning_rates"])
 
 
 def probe(results: Results) -> str:

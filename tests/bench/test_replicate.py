@@ -220,12 +220,14 @@ def test_a_higher_rate_is_compared_with_the_best_that_was_offered(results):
     higher = {"rows": [row(1.0, 0.3), row(0.5, 0.75), row(0.2, 0.4)], "test": ["arithmetic[:64]"]}
     higher |= {"learning_rates": [0.003]}
     table = replicate.higher_rates({"planted": {**results["planted"], "rows": rows}, "rates/planted": higher})
-    assert table.splitlines()[0] == "| task | rows | better at 0.003 | median change | all tokens | most of all |"
-    assert table.splitlines()[2] == "| addition | 3 | 1 | −0.100 | −0.200 | Soft-OR 50 % +0.250 |"
+    assert (
+        table.splitlines()[0] == "| task | tried at | rows | better there | median change | all tokens | most of all |"
+    )
+    assert table.splitlines()[2] == "| addition | 0.003 | 3 | 1 | −0.100 | −0.200 | Soft-OR 50 % +0.250 |"
     assert table.splitlines()[3].startswith(f"| modular | {replicate.NOT_RUN} |")
     assert_tables(table)
     listed = replicate.rates({"planted": {**results["planted"], "rows": rows}, "rates/planted": higher})
-    assert "| addition | Soft-OR | 50 % | 0.001 | 0.001: 0.500, 0.0003: 0.400 | 0.750 |" in listed
+    assert "| addition | Soft-OR | 50 % | 0.001 | 0.001: 0.500, 0.0003: 0.400 | 0.003: 0.750 |" in listed
 
 
 def test_a_resumed_sweep_names_every_commit_of_its_cells(results):

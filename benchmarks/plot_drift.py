@@ -1,7 +1,7 @@
 """Draw what drifts at small budgets: the divergence of each kind of token over the steps, and how many of it are kept.
 
     tipdistill train --config laptop --selection_rule q3 --retention 0.02 --selection_scope batch \\
-        --record_rollouts 16 --score_logging_steps 5 --output_dir runs/drift/arithmetic/q3-batch-2
+        --learning_rate 1e-3 --record_rollouts 16 --score_logging_steps 5 --output_dir runs/drift/arithmetic/q3-batch-2
     python benchmarks/plot_drift.py runs/drift docs/drift.png
 
 The folder holds one folder per task, with a run of `tipdistill train` in each of theirs; the table goes beside the

@@ -413,7 +413,7 @@ def runs(results: Results) -> str:
 
 
 def _each(made: Sequence[Mapping[str, Any]], key: str) -> str:
-    return " and ".join(dict.fromkeys(str(run.get(key, "unknown")) for run in made))
+    return " and ".join(dict.fromkeys(str(run.get(key) or "unknown") for run in made))
 
 
 def rates(results: Results) -> str:

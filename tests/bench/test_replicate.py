@@ -230,11 +230,23 @@ def test_a_higher_rate_is_compared_with_the_best_that_was_offered(results):
     assert "| addition | Soft-OR | 50 % | 0.001 | 0.001: 0.500, 0.0003: 0.400 | 0.003: 0.750 |" in listed
 
 
+@pytest.mark.parametrize("name", replicate.TASKS)
+def test_random_rows_that_were_run_twice_are_the_same(name):
+    """As docs/replication.md says of the grids that select by the teacher's entropy."""
+    results = replicate.load(replicate.RESULTS)
+    for retention in (0.5, 0.1):
+        first, again = (replicate.figure_of(results[grid], ("random", retention)) for grid in (name, f"teacher/{name}"))
+        assert len(first["correct"]) == 5
+        assert first["correct"] == again["correct"]
+
+
 def test_a_resumed_sweep_names_every_commit_of_its_cells(results):
     runs = [{"commit": name, "measured": "2026-11-24", "workers": 1, "cells": 3} for name in ("one", "two")]
     said = replicate.runs({"planted": {**results["planted"], "runs": runs}})
     assert "| a CPU, 1 × 1 threads |" in said
     assert "| one and two, 2026-11-24 |" in said
+    said = replicate.runs({"planted": {**results["planted"], "runs": [*runs, {"cells": 2}]}})
+    assert "| one and two and unknown, 2026-11-24 and unknown |" in said
 
 
 def test_results_are_kept_whole_and_the_document_is_written_from_them(results, tmp_path, monkeypatch, capsys):
@@ -244,8 +256,12 @@ def test_results_are_kept_whole_and_the_document_is_written_from_them(results, t
     document.write_text("a\n<!-- sweep:table3 -->\nold\n<!-- /sweep -->\nb\n")
     for name, value in (("ROOT", tmp_path), ("RESULTS", tmp_path / "kept"), ("DOCUMENT", document)):
         monkeypatch.setattr(replicate, name, value)
+    (tmp_path / "runs" / "teacher" / "modular").mkdir(parents=True)
+    (tmp_path / "runs" / "teacher" / "modular" / "sweep.json").write_text(json.dumps(results["planted"]))
     assert replicate.main(["--collect", str(tmp_path / "runs")]) == 0
-    assert capsys.readouterr().out.split() == ["kept", "kept/planted.json", "kept", "kept/planted.csv"]
+    kept = ["kept/planted.json", "kept/planted.csv", "kept/teacher/modular.json", "kept/teacher/modular.csv"]
+    assert [line.removeprefix("kept ") for line in capsys.readouterr().out.splitlines()] == kept
+    assert set(replicate.load(tmp_path / "kept")) == {"planted", "teacher/modular"}
     kept = json.loads((tmp_path / "kept" / "planted.json").read_text())
     one, two = (found["rows"][3]["tasks"]["arithmetic[64:]"] for found in (kept, results["planted"]))
     assert one["correct"] == two["correct"]

@@ -1,16 +1,26 @@
-"""The figures of the tokens before distillation: intervals over rollouts, and rank correlations."""
+"""What docs/replication.md has from token records: the tokens before distillation, the first step of a drift run."""
 
 import importlib.util
+import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-spec = importlib.util.spec_from_file_location(
-    "tokens_before", Path(__file__).parents[2] / "benchmarks" / "tokens_before.py"
-)
-tokens_before = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tokens_before)
+from tipdistill.records import tokens_schema
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tokens_before, plot_drift = load("tokens_before"), load("plot_drift")
 
 
 def test_an_interval_is_over_rollouts_and_not_over_tokens():
@@ -36,3 +46,48 @@ def test_ranks_are_shared_by_ties():
     assert tokens_before.rank_correlation(one, -one) == pytest.approx(-1)
     # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4
     assert tokens_before.rank_correlation(one, np.arange(4.0)) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+
+
+def write_records(directory, columns, **sidecar):
+    directory.mkdir(parents=True)
+    count = len(columns["rollout"])
+    given = [
+        pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(count, field.type)
+        for field in tokens_schema()
+    ]
+    pq.write_table(pa.table(given, tokens_schema().names), directory / "tokens.parquet")
+    rollouts, lengths = np.unique(columns["rollout"], return_counts=True)
+    pq.write_table(pa.table({"rollout": rollouts, "tokens": lengths}), directory / "rollouts.parquet")
+    held = {"schema_version": 1, "complete": True, "tokens": count, "rollouts": len(rollouts), **sidecar}
+    (directory / "records.json").write_text(json.dumps(held))
+
+
+def test_entropies_are_shares_of_the_largest_and_the_teacher_is_the_teachers(tmp_path):
+    columns = {
+        "rollout": [4, 4, 7],
+        "entropy": [math.log(16), 0.0, math.log(4)],
+        "teacher_entropy": [0.0, math.log(2), math.log(16)],
+        "reverse_kl": [3.0, 1.0, 2.0],
+    }
+    write_records(tmp_path / "records", columns, vocabulary=16, quadrants={"q1": {}})
+    metrics = {"tasks": {"modular[64:]": {"mean_at_k": 0.75, "standard_error": 0.1, "num_samples": 4, "problems": 9}}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    found = tokens_before.measured(tmp_path / "records", tmp_path / "metrics.json")
+    assert (found["rollouts"], found["tokens"], found["quadrants"]) == (2, 3, {"q1": {}})
+    assert found["student_entropy_norm"]["mean"] == pytest.approx(1.5 / 3)
+    assert found["teacher_entropy_norm"]["mean"] == pytest.approx(1.25 / 3)
+    assert found["reverse_kl"]["mean"] == pytest.approx(2)
+    assert found["rank_correlation_with_reverse_kl"] == pytest.approx({"student_entropy": 1, "teacher_entropy": -0.5})
+    assert found["teacher_accuracy"]["mean_at_k"] == 0.75
+
+
+def test_the_first_step_of_a_drift_run_is_that_of_its_kept_tokens(tmp_path):
+    columns = {
+        "rollout": [0, 0, 1, 1],
+        "student_logprob": [math.log(0.5), math.log(0.9), math.log(0.7), math.log(0.1)],
+        "reverse_kl": [4.0, 2.0, 3.0, 9.0],
+        "kept": [True, True, True, False],
+    }
+    write_records(tmp_path / "records" / "step-0", columns)
+    found = plot_drift.first_step(tmp_path, [{"step": 0, "eval": 1}, {"step": 1, "grad_norm": 0.25}])
+    assert found == pytest.approx({"gradient_norm": 0.25, "kept": 3, "student_probability": 0.7, "reverse_kl": 3.0})

@@ -99,11 +99,14 @@ def end_process(code: int) -> NoReturn:
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         try:
-            threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does, before its exit handlers
+            # what the interpreter itself calls first; no public name does it, so the type checker knows of none
+            threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError, ValueError, AttributeError):  # its reader left, or there is none
                     stream.flush()
+        except BaseException:  # told and passed over, as the interpreter does with what fails at its end
+            traceback.print_exc()
         finally:
             os._exit(code)
     raise SystemExit(code)

@@ -395,10 +395,12 @@ def _measured(job: Job, step: int) -> dict[str, Any]:
 
 
 def _run(plan: Plan, workers: int, threads: int) -> int:
+    import torch
+
     from ..bench.measure import environment
 
     grid = plan.grid
-    here = environment("cpu", threads)
+    here = environment("cuda" if torch.cuda.is_available() else "cpu", threads)
     run = {"commit": here["commit"], "measured": here["measured"], "workers": workers}
     results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
@@ -456,22 +458,19 @@ def _run(plan: Plan, workers: int, threads: int) -> int:
                     board.failed(cell, failed[cell.key])
                 done(cell)
             board.refresh()
-    return _write_result(plan, results, failed, workers, threads)
+    return _write_result(plan, results, failed, workers, here)
 
 
 def _runs(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where the cells were run, which a sweep that was resumed cannot say of them all: each once."""
-    alike = Counter(json.dumps(result["run"]) for result in results.values() if "run" in result)
+    """The sweeps that ran the cells, several where one was resumed; cells of an older version do not say which."""
+    alike = Counter(json.dumps(result.get("run", {})) for result in results.values())
     return [{**json.loads(run), "cells": cells} for run, cells in alike.items()]
 
 
-def _write_result(plan: Plan, results: Mapping[str, Any], failed: Mapping[str, str], workers: int, threads: int) -> int:
-    from ..bench.measure import environment
-
+def _write_result(
+    plan: Plan, results: Mapping[str, Any], failed: Mapping[str, str], workers: int, machine: Mapping[str, Any]
+) -> int:
     found = summarise(plan.grid, results, failed)
-    import torch
-
-    machine = environment("cuda" if torch.cuda.is_available() else "cpu", threads)
     settings = {**plan.base, **plan.common, **plan.grid.overrides}
     found |= {"settings": settings, "workers": workers, "source": _source(), **machine, "runs": _runs(results)}
     _write(plan.directory / RESULT, json.dumps(found, indent=1) + "\n")

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 from tipdistill import RULES, TokenScores, select
-from tipdistill.report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD
 from tipdistill.report.tip_map import FAINT, FLOOR, INK
 from tipdistill.select import rule_fields
 from tipdistill.select.normalize import clipped_entropy
+from tipdistill.select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD
 from tipdistill.tasks import arithmetic
 
 ROOT = Path(__file__).parents[1]

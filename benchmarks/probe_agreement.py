@@ -50,7 +50,8 @@ def ask(seeds, directory, prompts):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tipdistill.probe import Settings, probe
-    from tipdistill.rollout import generate, score_rollouts
+    from tipdistill.rollout import generate
+    from tipdistill.score.models import score_rollouts
     from tipdistill.tasks import arithmetic
 
     torch.set_num_threads(1)
@@ -140,7 +141,8 @@ def main():
     if options.what == "train":
         train(options.seeds, options.workers, options.directory)
         return
-    from tipdistill.bench.measure import environment, write
+    from tipdistill.bench.measure import write
+    from tipdistill.provenance import environment
 
     outcomes = json.loads(OUTCOMES.read_text())
     result = {

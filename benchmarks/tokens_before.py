@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tipdistill.bench.measure import environment, write
+from tipdistill.bench.measure import write
+from tipdistill.provenance import environment
 from tipdistill.records import open_records
 
 RESULT = Path(__file__).parent / "results" / "replication" / "tokens" / "before.json"

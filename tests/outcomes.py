@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from tipdistill.divergence import reference
+from tipdistill.score import reference
 from tipdistill.types import Head
 
 

@@ -86,9 +86,9 @@ def run(job):
     from transformers import TrainerCallback
     from trl import DistillationTrainer
 
-    import tipdistill.divergence.chunked as chunked
+    import tipdistill.score.chunked as chunked
     from tipdistill import TIPConfig, TIPTrainer
-    from tipdistill.teacher_server import TeacherUnavailableError
+    from tipdistill.teachers.served import TeacherUnavailableError
 
     torch.set_num_threads(1)
     on_cpu(job["engine"])

@@ -10,7 +10,7 @@ from measure import matmul_flops, peak_bytes
 
 import tipdistill as tip
 from tipdistill import Head, Selection, TokenScores
-from tipdistill.divergence import NonFiniteLogitsError, chunked
+from tipdistill.score import NonFiniteLogitsError, chunked
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 

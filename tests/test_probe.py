@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from tipdistill import probe as module
 from tipdistill import quadrants, select
 from tipdistill.probe import Settings, probe
-from tipdistill.rollout import generate, score_rollouts
+from tipdistill.rollout import generate
+from tipdistill.score.models import score_rollouts
 from tipdistill.types import TokenScores
 
 TOLERANCE = 1e-6

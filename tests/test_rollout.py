@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tipdistill.divergence import reference
-from tipdistill.rollout import generate, head_of, hidden_states, micro_batches, score_rollouts
+from tipdistill.rollout import generate
+from tipdistill.score import reference
+from tipdistill.score.models import head_of, hidden_states, micro_batches, score_rollouts
 from tipdistill.types import Head, Rollout
 
 PROMPTS = ["Ada has 12 apples", "Kurt", "A box holds 31 stamps. How many"]

@@ -15,10 +15,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from .divergence import token_scores
 from .loss import fused_divergence_loss, selected_loss
-from .report.taxonomy import quadrants
-from .select import RULES, select
+from .score import token_scores
+from .select import RULES, quadrants, select
 from .types import Head, Selection, TokenScores
 
 if TYPE_CHECKING:

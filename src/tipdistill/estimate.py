@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .loss import fused_divergence_loss
 from .plan.memory import fused_workspace
-from .rollout import head_of, hidden_states
+from .score.models import head_of, hidden_states
 from .types import Rollout
 
 _ROUNDS = 3

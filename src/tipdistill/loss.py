@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .divergence import fused_rows
+from .score import fused_rows
 from .types import Head, Selection, TokenScores
 
 

@@ -17,10 +17,10 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from .loss import fused_divergence_loss
-from .report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
-from .rollout import head_of, hidden_states, micro_batches
+from .score.models import head_of, hidden_states, micro_batches
 from .select import resolve_rule, rule_fields, select
 from .select.normalize import min_max
+from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .types import Rollout, TokenScores
 
 SCHEMA_VERSION = 1

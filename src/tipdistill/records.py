@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from .report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .select import SCOPES, kept_counts, resolve_rule, rule_fields, select
+from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .types import Rollout, Scored, TokenScores, TopTokens
 from .vocabulary import token_bytes
 

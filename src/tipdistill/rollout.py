@@ -1,23 +1,17 @@
-"""Rollouts of a plain model, without a trainer: sampled by transformers or vLLM, then scored beside a teacher."""
+"""Rollout: a model writes completions, sampled by transformers or vLLM. While training, TRL writes them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
-from torch import Tensor
 from transformers import GenerationConfig
 
 from .data import encode_prompts
-from .divergence import NonFiniteLogitsError, token_scores, top_tokens
-from .integrations import _trl
-from .types import Head, Rollout, Scored, TokenScores, TopTokens
-
-TOP_TOKENS = 5
+from .types import Rollout
 
 
 def generate(
@@ -101,170 +95,6 @@ def generate(
             Rollout(row, texts[row], tuple(encoded[row]), tuple(completion), finished)
             for row, (completion, finished) in zip(batch, completions, strict=True)
         ]
-
-
-def hidden_states(model: Any, rollouts: Sequence[Rollout]) -> Tensor:
-    """Last hidden states at the positions that predict the completion tokens, in one forward of the backbone.
-
-    Args:
-        model: a transformers model; its lm_head is not applied. Gradients flow where they are enabled.
-        rollouts: R of them, N completion tokens together.
-
-    Returns:
-        [N, H], in the order of the rollouts' tokens.
-    """
-    sequences = [(*rollout.prompt_ids, *rollout.completion_ids) for rollout in rollouts]
-    longest = max(map(len, sequences))
-    device = model.get_input_embeddings().weight.device
-    # padded on the right, where causal attention and position ids need no correction
-    tokens = torch.tensor([(*sequence, *(0,) * (longest - len(sequence))) for sequence in sequences], device=device)
-    mask = torch.tensor(
-        [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences], device=device
-    )
-    backbone = (model.base_model.model if is_peft_model(model) else model).base_model
-    hidden = backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-    return torch.cat(
-        [hidden[row, len(rollout.prompt_ids) - 1 : len(sequences[row]) - 1] for row, rollout in enumerate(rollouts)]
-    )
-
-
-def head_of(model: Any, hidden: Tensor) -> Head:
-    """The model's lm_head with the hidden states [N, H] that it projects.
-
-    Args:
-        model: a transformers model.
-        hidden: from `hidden_states`.
-    """
-    return _trl.head(model, model.get_output_embeddings(), hidden)
-
-
-def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[int]]:
-    """Places of the rollouts in forwards of at most `tokens` tokens, padding included (one rollout at least).
-
-    Args:
-        rollouts: in any order; those of like length go together.
-        tokens: prompt, completion and padding.
-
-    Example:
-        >>> rollouts = [Rollout(0, "", (1,) * prompt, (1,), True) for prompt in (1, 7, 2, 6)]
-        >>> micro_batches(rollouts, tokens=16)
-        [[1, 3], [2, 0]]
-    """
-    lengths = [len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts]
-    batches: list[list[int]] = []
-    for place in sorted(range(len(rollouts)), key=lambda place: -lengths[place]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
-            batches[-1].append(place)
-        else:
-            batches.append([place])
-    return batches
-
-
-@torch.no_grad()
-def score_rollouts(
-    student: Any,
-    teacher: Any,
-    rollouts: Sequence[Rollout],
-    fields: Sequence[str],
-    *,
-    temperature: float = 1.0,
-    tokens_per_forward: int = 16384,
-    top: int = TOP_TOKENS,
-) -> Scored:
-    """Statistics of every completion token and the likeliest tokens of both models, without an [N, V] tensor.
-
-    Args:
-        student, teacher: transformers models with one tokenizer, on one device.
-        rollouts: R of them, N completion tokens together.
-        fields: names of statistics, see `TokenScores`.
-        temperature: of the sampling.
-        tokens_per_forward: tokens of a forward, padding included.
-        top: k, how many of the likeliest tokens.
-
-    Returns:
-        Scored, on the CPU.
-
-    Raises:
-        NonFiniteLogitsError: a ValueError that names the rollout and the token.
-    """
-    was_training = student.training, teacher.training
-    student.eval(), teacher.eval()  # no dropout: the scores are the student's that generated
-    try:
-        batches = micro_batches(rollouts, tokens_per_forward)
-        pieces = [
-            _score([rollouts[place] for place in places], places, student, teacher, fields, temperature, top)
-            for places in batches
-        ]
-    finally:
-        student.train(was_training[0]), teacher.train(was_training[1])
-    # rows as the micro-batches have them → rows as the rollouts have them
-    spans = torch.arange(sum(map(_length, rollouts))).split(list(map(_length, rollouts)))
-    order = torch.cat([spans[place] for places in batches for place in places]).argsort()
-    return joined(pieces).map(lambda value: value[order])
-
-
-def _score(
-    rollouts: Sequence[Rollout],
-    numbers: Sequence[int],
-    student: Any,
-    teacher: Any,
-    fields: Sequence[str],
-    temperature: float,
-    top: int,
-) -> Scored:
-    """One micro-batch; `numbers` is how an error calls its rollouts."""
-    heads = [head_of(model, hidden_states(model, rollouts)) for model in (student, teacher)]
-    sampled = torch.tensor([index for rollout in rollouts for index in rollout.completion_ids])
-    try:
-        return score_heads(heads[0], heads[1], sampled, fields, temperature, top)
-    except NonFiniteLogitsError as error:
-        token = error.token
-        for number, rollout in zip(numbers, rollouts, strict=True):
-            if token < _length(rollout):
-                raise NonFiniteLogitsError(token, f"rollout {number}, token {token}", error.cause) from None
-            token -= _length(rollout)
-        raise
-
-
-@torch.no_grad()
-def score_heads(
-    student: Head, teacher: Head, sampled: Tensor, fields: Sequence[str], temperature: float, top: int = TOP_TOKENS
-) -> Scored:
-    """Statistics of N tokens and the likeliest tokens of both models, on the CPU.
-
-    Args:
-        student, teacher: heads of the N tokens.
-        sampled: int64 [N], the tokens themselves.
-        fields: names of statistics, see `TokenScores`.
-        temperature: divides both models' logits.
-        top: how many of the likeliest tokens.
-    """
-    vocabulary = min(len(student.weight), len(teacher.weight))
-    scores = token_scores(
-        student, teacher, temperature=temperature, token_ids=sampled.to(student.hidden.device), fields=fields
-    )
-    tops = [top_tokens(head, min(top, vocabulary), temperature, vocabulary) for head in (student, teacher)]
-    return Scored(scores.detach(), tops[0], tops[1]).map(Tensor.cpu)
-
-
-def joined(pieces: Sequence[Scored]) -> Scored:
-    """The rows of several pieces, one after the other."""
-
-    def top(of: Callable[[Scored], TopTokens]) -> TopTokens:
-        return TopTokens(
-            torch.cat([of(piece).token_ids for piece in pieces]), torch.cat([of(piece).probability for piece in pieces])
-        )
-
-    names = [name for name, _ in pieces[0].scores.present()]
-    return Scored(
-        TokenScores(**{name: torch.cat([piece.scores.require(name) for piece in pieces]) for name in names}),
-        top(lambda piece: piece.student_top),
-        top(lambda piece: piece.teacher_top),
-    )
-
-
-def _length(rollout: Rollout) -> int:
-    return len(rollout.completion_ids)
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -31,21 +31,22 @@ from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
 from trl import DistillationTrainer
 
 from .config import TIPConfig
-from .divergence import NonFiniteLogitsError, token_scores
-from .divergence.served import DEFAULT_FIELDS, served_divergence_loss, served_scores
 from .evaluate.task import Task
-from .evaluate.training import TaskEvaluation, evaluate_tasks
 from .integrations import _accelerate, _trl
 from .integrations.weight_sync import WeightSyncCheck, WeightSyncError, engine_completion, tolerance_of
 from .loss import fused_divergence_loss
-from .monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
 from .records import About, Choice, RecordsWriter
-from .report.taxonomy import quadrants
-from .rollout import Scored, joined, score_heads
+from .score import NonFiniteLogitsError, token_scores
+from .score.models import head as head_with
+from .score.models import joined, score_heads
+from .score.served import DEFAULT_FIELDS, served_divergence_loss, served_scores
 from .select import kept_counts, needs_teacher, resolve_rule, rule_fields, select
+from .select.quadrants import quadrants
 from .tasks import load_task
-from .teacher_server import Question, TeacherUnavailableError, Traffic, open_teacher
-from .types import Head, Rollout, Selection, TeacherLogprobs, TokenScores
+from .teachers.served import Question, TeacherUnavailableError, Traffic, open_teacher
+from .training.evaluation import TaskEvaluation, evaluate_tasks
+from .training.monitor import TALLIED, TrainingMonitor, metrics, peak_memory_gib, tally
+from .types import Head, Rollout, Scored, Selection, TeacherLogprobs, TokenScores
 from .vocabulary import check_same_tokenizer, shared_vocabulary
 
 logger = get_logger(__name__)
@@ -833,7 +834,7 @@ class TIPTrainer(DistillationTrainer):
         if self.teacher_model is None:  # it is on a server
             layer = student.get_output_embeddings()
             with _trl.maybe_gather_lm_head_ctx(layer.weight, layer.bias):
-                yield _trl.head(student, layer, student_hidden), None
+                yield head_with(student, layer, student_hidden), None
             return
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         layers = [student.get_output_embeddings(), teacher.get_output_embeddings()]
@@ -842,7 +843,7 @@ class TIPTrainer(DistillationTrainer):
             _trl.maybe_gather_lm_head_ctx(layers[1].weight, layers[1].bias),
         ):
             heads: list[Head | None] = [
-                None if hidden is None else _trl.head(model, layer, hidden)
+                None if hidden is None else head_with(model, layer, hidden)
                 for model, layer, hidden in zip(
                     (student, teacher), layers, (student_hidden, teacher_hidden), strict=True
                 )

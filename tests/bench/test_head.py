@@ -5,7 +5,7 @@ import torch
 
 from tipdistill.bench import head
 from tipdistill.bench.head import HeadSettings, HeadWork, Variant, run_head, run_scaling, variants_of
-from tipdistill.divergence import chunked
+from tipdistill.score import chunked
 
 SMALL = {"tokens": 24, "vocabulary": 67, "student_width": 8, "teacher_width": 12, "rollout_length": 7}
 

@@ -75,7 +75,7 @@ def test_every_field_of_the_server_arrives(arguments, served, tmp_path, where, m
     def server(*values):
         raise Recorded(*values)
 
-    monkeypatch.setattr("tipdistill.teacher_server.TeacherServer", server)
+    monkeypatch.setattr("tipdistill.teachers.served.TeacherServer", server)
     monkeypatch.setenv("TEACHER_KEY", "secret")
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     if where == "recipe":

@@ -9,7 +9,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
 from tipdistill.integrations import _trl, weight_sync
-from tipdistill.integrations._trl import EpochSampler, logit_transform
+from tipdistill.integrations._trl import EpochSampler
+from tipdistill.score.models import logit_transform
 
 NAMES = {**_trl.OVERRIDDEN, **_trl.CALLED}
 

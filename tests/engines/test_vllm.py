@@ -21,7 +21,7 @@ from tipdistill.evaluate.engines import Local, Sampling
 from tipdistill.integrations.weight_sync import TOLERANCE, WeightSyncCheck, WeightSyncError, engine_completion
 from tipdistill.rollout import generate
 from tipdistill.tasks.arithmetic import build_tokenizer
-from tipdistill.teacher_server import Question, TeacherServer
+from tipdistill.teachers.served import Question, TeacherServer
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm builds an environment with it")
 PROMPTS = ["12+34=", "5+6=", "77+1="]

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 import tipdistill as tip
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.cli import main
-from tipdistill.divergence.bounds import tail_reverse_kl, top_k_scores
 from tipdistill.records import open_records
+from tipdistill.score.bounds import tail_reverse_kl, top_k_scores
 
 HERE = Path(__file__).parent
 # figures of the clock and of the machine, and not of the run

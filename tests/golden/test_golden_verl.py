@@ -1,4 +1,4 @@
-"""verl's actor on our loss: metrics and gradients that were written down, and must come out again (`make test-verl`)."""
+"""verl's actor on our loss: metrics and gradients that must come out again as written down (`make test-verl`)."""
 
 import pytest
 

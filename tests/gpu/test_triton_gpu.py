@@ -1,6 +1,6 @@
 """The Triton engine on a GPU: larger heads, host synchronisation, memory, and the lines that it must reach.
 
-    pytest tests/gpu tests/divergence/test_triton.py
+    pytest tests/gpu tests/score/test_triton.py
 
 The second file holds the awkward cases; with a GPU it runs the compiled kernels instead of the interpreter.
 """
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # several tiles of tokens and of an odd vocabulary, neither of which fills its last one
 ROWS, VOCABULARY = 2500, 20_011
 # How far ours may be from float64 of the same inputs: times the naive error; the reasons are those of
-# tests/divergence/test_triton.py.
+# tests/score/test_triton.py.
 TIMES = {torch.float32: 3.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
@@ -101,7 +101,7 @@ def test_gradients(dtype, kind, way):
 
 
 def test_auto_takes_triton_where_it_can_be_had():
-    from tipdistill.divergence import triton
+    from tipdistill.score import triton
 
     heads = pair(torch.bfloat16, 8, 300)
     assert divergence._engine("auto", *heads) is triton
@@ -212,7 +212,7 @@ def test_a_frozen_lm_head_costs_no_weight_gradient():
 
 
 def test_the_search_is_made_once_and_not_under_deterministic_algorithms(monkeypatch):
-    from tipdistill.divergence import triton
+    from tipdistill.score import triton
 
     searched = []
     search = triton._search

@@ -8,15 +8,18 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "tipdistill"
 # A module may import from its own row and from the rows above it.
 ORDER = [
-    {"types", "vocabulary"},
-    {"divergence", "select"},
-    {"loss"},
-    {"report", "records", "data"},
-    {"integrations", "monitor", "config", "teacher_server"},
+    {"types", "vocabulary", "data", "files", "text", "provenance"},
     {"rollout"},
+    {"score", "divergence"},
+    {"select"},
+    {"loss"},
+    {"records"},
+    {"config", "integrations", "teachers"},
     {"evaluate"},
     {"tasks"},
+    {"training"},
     {"trainer"},
+    {"report"},
     {"plan"},
     {"probe", "estimate"},
     {"bench"},

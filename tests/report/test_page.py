@@ -18,7 +18,7 @@ from tipdistill.report.dataset import load_dataset
 from tipdistill.report.pack import Pack
 from tipdistill.report.page import write_report
 from tipdistill.report.payload import dataset_payload
-from tipdistill.report.taxonomy import quadrant_shares
+from tipdistill.select.quadrants import quadrant_shares
 
 
 def data_of(path):

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tipdistill import Selection, TokenScores, quadrants, select, tip_map
-from tipdistill.report.taxonomy import NAMES, quadrant_shares
+from tipdistill.select.quadrants import NAMES, quadrant_shares
 
 
 def skewed_scores(tokens=4000, seed=0):

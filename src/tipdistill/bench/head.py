@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergence import IMPLEMENTATIONS, token_scores
 from ..loss import fused_divergence_loss, selected_loss
+from ..provenance import environment
+from ..score import IMPLEMENTATIONS, token_scores
 from ..select import RULES, kept_counts, needs_teacher, rule_fields, select
 from ..types import Head
-from .measure import Worker, environment, growth, matmul_rate, named, peak_bytes, spread, time_split, timed
+from .measure import Worker, growth, matmul_rate, named, peak_bytes, spread, time_split, timed
 
 PEERS = ("plain", "trl", "liger")
 RETENTIONS = (0.5, 0.2, 0.1)

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import TIPConfig
 from ..plan import Setup, memory, peak, setup_of
+from ..provenance import environment
 from ..tasks.arithmetic import build_tokenizer
 from ..trainer import TIPTrainer
-from .measure import environment, named, peak_bytes
+from .measure import named, peak_bytes
 
 # What the plan is held to.
 TOLERANCE = 0.15

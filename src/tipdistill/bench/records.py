@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from ..provenance import environment
 from ..records import PART_TOKENS, About, RecordsWriter, open_records
 from ..types import Rollout, Scored, TokenScores, TopTokens
-from .measure import environment
 
 SIZES = (128_000, 2_048_000)
 ROLLOUT_LENGTH = 1000

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ..provenance import environment
 from ..select import RULES, select
 from ..types import TokenScores
-from .measure import environment, growth, named, spread, timed
+from .measure import growth, named, spread, timed
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 ROLLOUT_LENGTH = 1000

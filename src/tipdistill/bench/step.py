@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from ..config import TIPConfig
+from ..provenance import environment
 from ..tasks.arithmetic import build_tokenizer
 from ..trainer import TIPTrainer
-from .measure import Worker, environment, named, spread
+from .measure import Worker, named, spread
 
 # hidden size, layers, heads, intermediate size, tied embeddings: those of the models' config.json
 ARCHITECTURES: dict[str, tuple[int, int, int, int, bool]] = {

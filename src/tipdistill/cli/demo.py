@@ -290,9 +290,9 @@ def _measure_before(settings: Settings, output_dir: Path) -> dict[str, Any]:
     if known is not None and (output_dir / "tip_map.png").exists():
         return known
 
-    from ..report.taxonomy import quadrant_shares, quadrants
     from ..report.tip_map import tip_map
     from ..select import select
+    from ..select.quadrants import quadrant_shares, quadrants
     from ..tasks import arithmetic
 
     student, teacher = _models(output_dir)

@@ -94,7 +94,8 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _run(options: argparse.Namespace, pair: Pair, settings: Settings, directory: Path) -> dict[str, Any]:
     from ..estimate import step_estimate
     from ..probe import probe
-    from ..rollout import generate, score_rollouts
+    from ..rollout import generate
+    from ..score.models import score_rollouts
 
     def say(line: str) -> None:
         print(f"# {line}", flush=True)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from ..records import SIDECAR_FILE, TOKENS_FILE, About, Records, RecordsWriter, open_records
-from ..report.taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
+from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
 from .pair import Pair, load_engine, load_models, pair_parser, read_pair
 
 
@@ -90,7 +90,8 @@ def about_of(options: argparse.Namespace, rules: Any, vocabulary: int) -> About:
 
 def write_scored(options: argparse.Namespace, pair: Pair, writer: RecordsWriter) -> None:
     """Load the models, sample and score batch by batch, from where the writer stands."""
-    from ..rollout import generate, score_rollouts
+    from ..rollout import generate
+    from ..score.models import score_rollouts
 
     student, teacher = load_models(options)
     engine = load_engine(options, student)

@@ -318,8 +318,8 @@ def run_cell(job: Job) -> dict[str, Any]:
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    from ..monitor import reset_peak_memory
     from ..trainer import last_complete_checkpoint
+    from ..training.monitor import reset_peak_memory
     from . import train
 
     started = job.directory / "made_with.json"
@@ -397,7 +397,7 @@ def _measured(job: Job, step: int) -> dict[str, Any]:
 def _run(plan: Plan, workers: int, threads: int) -> int:
     import torch
 
-    from ..bench.measure import environment
+    from ..provenance import environment
 
     grid = plan.grid
     here = environment("cuda" if torch.cuda.is_available() else "cpu", threads)

@@ -7,10 +7,6 @@ compares them with the installed TRL and says what moved.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import (
     RepeatSampler,
@@ -18,8 +14,6 @@ from trl.trainer.utils import (
     disable_dropout_in_model,
     maybe_gather_lm_head_ctx,
 )
-
-from ..types import Head
 
 __all__ = [
     "ATTRIBUTES",
@@ -31,11 +25,8 @@ __all__ = [
     "EpochSampler",
     "create_model_from_path",
     "disable_dropout_in_model",
-    "head",
-    "logit_transform",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",
-    "whole",
 ]
 
 OVERRIDDEN = {
@@ -113,34 +104,3 @@ class EpochSampler(RepeatSampler):
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + self.epoch)
         return super().__iter__()
-
-
-def logit_transform(config: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap) that a model's own forward applies after its lm_head, read as TRL reads it."""
-    config = config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
-        if scaling is None:
-            scale = 1.0
-        else:
-            scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-    return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def head(model: Any, layer: Any, hidden: Tensor) -> Head:
-    """Hidden states [N, H] with the lm_head `layer` that projects them, and what the model does to the logits."""
-    logit_scale, softcap = logit_transform(model.config)
-    weight = whole(layer.weight, hidden.dtype)
-    assert weight is not None
-    return Head(hidden.to(weight.device), weight, whole(layer.bias, hidden.dtype), logit_scale, softcap)
-
-
-def whole(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The full tensor of a parameter that FSDP2 may have sharded, gathered once; others pass unchanged."""
-    if isinstance(parameter, torch.distributed.tensor.DTensor):
-        return parameter.full_tensor().to(dtype)
-    return parameter

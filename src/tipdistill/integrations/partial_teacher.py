@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..divergence.bounds import LEAST_TOP, OF_TOP_K
+from ..score.bounds import LEAST_TOP, OF_TOP_K
 from ..select import RULES, SCOPES, Rule, resolve_rule, select
 from ..types import Selection, TokenScores
 

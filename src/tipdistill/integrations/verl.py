@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..divergence.bounds import TAIL_FLOOR, tail_reverse_kl, top_k_scores
+from ..score.bounds import TAIL_FLOOR, tail_reverse_kl, top_k_scores
 from ..select import DRAWN, resolve_rule, rule_fields
 from ..types import Selection, TokenScores
 from .partial_teacher import check_rule, check_scope, loss_weights, nearest, seed_of, select_rollouts

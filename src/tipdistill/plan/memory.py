@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..divergence import chunked
+from ..score import chunked
 from ..select import kept_counts, needs_teacher
 from . import replay
 from .models import Sizes

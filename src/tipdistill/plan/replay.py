@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 
-from ..divergence.chunked import Gradients
+from ..score.chunked import Gradients
 from .models import build, config_of, on_paper
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..records import STATISTICS, TOKENS_FILE, Records
 from ..select import COMPLEMENT, DRAWN, RULES, resolve_rule
+from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrants
 from ..types import Selection, TokenScores
 from .budgets import BOTTOM, BUDGETED, RETENTIONS, computable_rules, keep_levels, ranking
-from .taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrants
 from .texts import joined_texts, shown_bytes
 
 _DRAWN = {name for name, rule in RULES.items() if rule.budget in DRAWN}

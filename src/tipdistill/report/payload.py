@@ -14,11 +14,11 @@ import torch
 from ..records import STATISTICS, TOKENS_FILE, Records
 from ..select import DRAWN, RULES
 from ..select.normalize import clipped_entropy
+from ..select.quadrants import NAMES
 from .confusions import CONTEXTS, confusions
 from .dataset import Dataset
 from .density import Hexagons, hexagons
 from .pack import Pack, short_floats
-from .taxonomy import NAMES
 from .texts import joined_texts
 
 TOP = 5

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..select.normalize import clipped_entropy
+from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES, quadrant_shares, quadrants
 from ..types import Selection, TokenScores
-from .taxonomy import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES, quadrant_shares, quadrants
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

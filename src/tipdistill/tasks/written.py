@@ -23,8 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..divergence import token_scores
 from ..evaluate import mean_at_k
+from ..score import token_scores
 from ..types import Head, TokenScores
 
 HELD_OUT_SHARE = 1 / 8

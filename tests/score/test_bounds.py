@@ -7,8 +7,8 @@ import torch
 from outcomes import oracle, outcomes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tipdistill.divergence import bounds, reference
-from tipdistill.divergence.bounds import OF_TOP_K, tail_reverse_kl, top_k_scores
+from tipdistill.score import bounds, reference
+from tipdistill.score.bounds import OF_TOP_K, tail_reverse_kl, top_k_scores
 from tipdistill.types import Head
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "hellinger", "teacher_entropy")

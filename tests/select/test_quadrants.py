@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tipdistill import TokenScores, quadrants
-from tipdistill.report.taxonomy import quadrant_shares
+from tipdistill.select.quadrants import quadrant_shares
 
 
 def scores_of(entropy, divergence):

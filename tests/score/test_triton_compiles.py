@@ -54,7 +54,7 @@ def compile_all():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tipdistill.divergence import triton as engine
+    from tipdistill.score import triton as engine
 
     found = []
     for name, types, constants in kernels():

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tipdistill.divergence import NonFiniteLogitsError, reference, served
-from tipdistill.divergence.bounds import TAIL_FLOOR
-from tipdistill.divergence.served import BOUNDS, served_divergence_loss, served_scores, unavailable
+from tipdistill.score import NonFiniteLogitsError, reference, served
+from tipdistill.score.bounds import TAIL_FLOOR
+from tipdistill.score.served import BOUNDS, served_divergence_loss, served_scores, unavailable
 from tipdistill.types import Head, TeacherLogprobs
 
 N, V, H = 23, 61, 7

@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .divergence.served import unavailable
-from .select import rule_fields
-from .types import TeacherLogprobs
-from .vocabulary import check_served_tokenizer
+from ..score.served import unavailable
+from ..select import rule_fields
+from ..types import TeacherLogprobs
+from ..vocabulary import check_served_tokenizer
 
 logger = logging.getLogger(__name__)
 

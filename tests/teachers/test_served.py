@@ -11,7 +11,7 @@ from serving import serving
 from transformers import AutoModelForCausalLM
 
 from tipdistill import TIPConfig, TIPTrainer
-from tipdistill.teacher_server import Question, TeacherServer, TeacherUnavailableError
+from tipdistill.teachers.served import Question, TeacherServer, TeacherUnavailableError
 from tipdistill.trainer import last_complete_checkpoint
 
 IDS = [5, 9, 30, 41, 7, 12, 80, 3]
@@ -40,6 +40,10 @@ def log_probabilities(teacher, ids):
         return torch.log_softmax(teacher(torch.tensor([ids])).logits[0], -1)
 
 
+# the server runs the sequence as far as it is asked about, so its sums over float32 run in another order
+ROUNDING = {"rtol": 1e-6, "atol": 1e-5}
+
+
 @pytest.mark.parametrize("top_k", [None, 0])
 def test_the_whole_vocabulary_where_the_server_gives_it(served, teacher, tiny_tokenizer, top_k, caplog):
     served.max_logprobs = -1
@@ -50,8 +54,8 @@ def test_the_whole_vocabulary_where_the_server_gives_it(served, teacher, tiny_to
     (found,) = server.ask([Question(IDS[:3], IDS[3:], [0, 2, 4])])
     wanted = log_probabilities(teacher, IDS)[[2, 4, 6]]
     assert found.token_ids is None
-    torch.testing.assert_close(found.logprob, wanted, rtol=0, atol=2e-6)
-    torch.testing.assert_close(found.sampled, wanted[range(3), [IDS[3], IDS[5], IDS[7]]], rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.logprob, wanted, **ROUNDING)
+    torch.testing.assert_close(found.sampled, wanted[range(3), [IDS[3], IDS[5], IDS[7]]], **ROUNDING)
 
 
 def test_likeliest_tokens_and_the_sampled_one_where_it_does_not(served, teacher, tiny_tokenizer, caplog):
@@ -60,7 +64,7 @@ def test_likeliest_tokens_and_the_sampled_one_where_it_does_not(served, teacher,
     assert "lower bounds" in caplog.text
     (found,) = server.ask([Question(IDS[:3], IDS[3:], [1, 3])])
     wanted = log_probabilities(teacher, IDS)[[3, 5]]
-    torch.testing.assert_close(found.logprob[:, :20], wanted.topk(20).values, rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.logprob[:, :20], wanted.topk(20).values, **ROUNDING)
     assert torch.equal(found.token_ids[:, :20], wanted.topk(20).indices)
     for row, token in enumerate((IDS[4], IDS[6])):
         inside = token in found.token_ids[row, :20].tolist()
@@ -104,7 +108,7 @@ def test_many_questions_survive_many_faults(served, teacher, tiny_tokenizer):
     found = server.ask([Question(ids[:3], ids[3:], range(6)) for ids in sequences])
     for ids, rows in zip(sequences, found, strict=True):
         wanted = log_probabilities(teacher, ids)[2:8]
-        torch.testing.assert_close(rows.logprob[:, :4], wanted.topk(4).values, rtol=0, atol=2e-6)
+        torch.testing.assert_close(rows.logprob[:, :4], wanted.topk(4).values, **ROUNDING)
 
 
 def test_a_server_that_stays_away_ends_it_at_the_time_limit(served, tiny_tokenizer):

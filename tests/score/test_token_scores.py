@@ -12,7 +12,7 @@ from measure import matmul_flops, peak_bytes
 
 import tipdistill as tip
 from tipdistill import Head
-from tipdistill.divergence import NonFiniteLogitsError
+from tipdistill.score import NonFiniteLogitsError
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 # rows, vocabulary: one token, tiles that do not fill, several tiles of rows and of columns, a prime vocabulary

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .report.taxonomy import quadrants
-from .types import Selection, TokenScores
+from ..select.quadrants import quadrants
+from ..types import Selection, TokenScores
 
 TALLIED = ("tokens", "kept", "entropy", "reverse_kl", "kept_reverse_kl", "forward_kl", "q1", "q2", "q3", "q4")
 BASELINE_STEPS = 5

@@ -7,7 +7,7 @@ import torch
 from heads import make_head, to
 from measure import peak_bytes
 
-from tipdistill.divergence import chunked, reference, top_tokens
+from tipdistill.score import chunked, reference, top_tokens
 
 
 @pytest.mark.parametrize("vocabulary", [5, 7, 2047, 2049, 4100])

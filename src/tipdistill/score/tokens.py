@@ -16,9 +16,9 @@ from torch import Tensor
 from ..types import DIVERGENCES, Head, TokenScores
 from . import chunked, reference
 from .top import STATISTICS as _OF_LIKELIEST
-from .top import top_statistics, top_tokens
+from .top import top_statistics
 
-__all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores", "top_tokens"]
+__all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores"]
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 _FIELDS = tuple(field.name for field in dataclass_fields(TokenScores))

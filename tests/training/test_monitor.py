@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerState
 
 from tipdistill import Selection, TokenScores, quadrants
-from tipdistill.monitor import (
+from tipdistill.training.monitor import (
     BASELINE_STEPS,
     TALLIED,
     TrainingMonitor,

@@ -12,9 +12,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from ..data import encode_prompts
-from .engines import Completion, Sampling, as_fed
-from .run import run, write_metrics
-from .task import Task
+from ..evaluate.engines import Completion, Sampling, as_fed
+from ..evaluate.run import run, write_metrics
+from ..evaluate.task import Task
 
 _LOGGED = ("standard_error", "maj_at_k", "mean_tokens", "truncated")
 

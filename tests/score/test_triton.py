@@ -15,12 +15,12 @@ from heads import FIELDS, HEADS, error, gradients, incoming_of, leaves, make_hea
 from measure import matmul_flops
 
 import tipdistill as tip
-from tipdistill import Head, divergence
-from tipdistill.divergence import NonFiniteLogitsError
+from tipdistill import Head
+from tipdistill.score import NonFiniteLogitsError, tokens
 
 pytest.importorskip("triton", reason="triton is built for Linux")
 
-from tipdistill.divergence import triton as engine
+from tipdistill.score import triton as engine
 
 # the interpreter is numpy, which warns where a GPU does not: of lanes that are masked, of rows that are NaN
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -503,7 +503,7 @@ def test_float32_weights_under_half_precision_hidden_states():
 
 def test_auto_is_chunked_without_cuda():
     student, teacher = make_pair(2, 9, torch.float32)
-    assert divergence._engine("auto", student, teacher) is divergence.chunked
+    assert tokens._engine("auto", student, teacher) is tokens.chunked
 
 
 def stub_head(dtype=torch.bfloat16):
@@ -514,12 +514,12 @@ def stub_head(dtype=torch.bfloat16):
 
 def test_auto_is_triton_on_cuda_where_the_inputs_qualify(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert divergence._engine("auto", stub_head(), stub_head()) is engine
-    assert divergence._engine("auto", stub_head(torch.float64), None) is divergence.chunked
-    assert divergence._engine("auto", stub_head(), stub_head(torch.float64)) is divergence.chunked
-    assert divergence._engine("chunked", stub_head(), None) is divergence.chunked
+    assert tokens._engine("auto", stub_head(), stub_head()) is engine
+    assert tokens._engine("auto", stub_head(torch.float64), None) is tokens.chunked
+    assert tokens._engine("auto", stub_head(), stub_head(torch.float64)) is tokens.chunked
+    assert tokens._engine("chunked", stub_head(), None) is tokens.chunked
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert divergence._engine("auto", stub_head(), stub_head()) is divergence.chunked
+    assert tokens._engine("auto", stub_head(), stub_head()) is tokens.chunked
 
 
 @pytest.mark.parametrize(
@@ -533,12 +533,12 @@ def test_auto_is_triton_on_cuda_where_the_inputs_qualify(monkeypatch):
 )
 def test_what_triton_cannot_take_is_refused_with_a_remedy(monkeypatch, change, dtype, message):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: change.get("capability", (9, 0)))
-    monkeypatch.setattr(divergence, "_MIXED_MATMUL", change.get("mixed", True))
+    monkeypatch.setattr(tokens, "_MIXED_MATMUL", change.get("mixed", True))
     if "find_spec" in change:
-        monkeypatch.setattr(divergence.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(tokens.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        divergence._engine("triton", stub_head(dtype), None)
-    assert divergence._engine("auto", stub_head(dtype), None) is divergence.chunked
+        tokens._engine("triton", stub_head(dtype), None)
+    assert tokens._engine("auto", stub_head(dtype), None) is tokens.chunked
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
@@ -567,9 +567,9 @@ def test_token_ids_outside_the_vocabulary_are_refused():
 def test_one_look_finds_whatever_is_wrong(change, message):
     """What is refused ahead on a CPU is looked at together with the results on a GPU, where each look waits."""
     rows = {"normaliser": [0.0] * 3, "token_ids": [0, 1, 8], "divergence": [0.0] * 3, "factor": [0.0, 1.0, 2.0]}
-    divergence._check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in rows.items()})
+    tokens._check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in rows.items()})
     with pytest.raises(ValueError, match=message):
-        divergence._check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in (rows | change).items()})
+        tokens._check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in (rows | change).items()})
 
 
 # The search for a tile shape.

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..types import Head, TeacherLogprobs, TokenScores
-from . import NonFiniteLogitsError, reference
+from . import reference
 from .bounds import log_tail
 from .chunked import NEGATIVE
+from .tokens import NonFiniteLogitsError
 
 # what the teacher's likeliest tokens tell: each statistic and how
 EXACT = {"entropy", "entropy_norm", "student_logprob", "teacher_logprob"}

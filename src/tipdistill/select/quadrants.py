@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..select.normalize import clipped_entropy
 from ..types import TokenScores
+from .normalize import clipped_entropy
 
 ENTROPY_THRESHOLD = 0.2
 DIVERGENCE_THRESHOLD = 0.1

@@ -1,0 +1,79 @@
+"""Text for people: the nearest known name, Markdown tables, and blocks of a document that a command writes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """A hint to append to an error about an unknown name; empty where none is near.
+
+    Args:
+        name: what was given.
+        known: what is allowed.
+
+    Example:
+        >>> nearest("promt", ["prompt", "answer"])
+        " Did you mean 'prompt'?"
+    """
+    near = difflib.get_close_matches(str(name), list(known), n=2)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def check_known(kind: str, name: Any, known: Iterable[str]) -> None:
+    """Refuse a name that is not known.
+
+    Args:
+        kind: what it names, as the error calls it.
+        name: what was given.
+        known: what is allowed.
+
+    Raises:
+        ValueError: it is none of them; the nearest is named.
+
+    Example:
+        >>> check_known("divergence", "reverse_k", ["reverse_kl", "jsd"])
+        Traceback (most recent call last):
+        ValueError: divergence must be one of reverse_kl, jsd, got 'reverse_k'. Did you mean 'reverse_kl'?
+    """
+    allowed = list(known)
+    if name not in allowed:
+        raise ValueError(f"{kind} must be one of {', '.join(allowed)}, got {name!r}.{nearest(name, allowed)}")
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table.
+
+    Example:
+        >>> print(markdown_table(["rule", "kept"], [["soft_or", "50 %"]]))
+        | rule | kept |
+        | --- | --- |
+        | soft_or | 50 % |
+    """
+    lines = [list(headings), ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def replace_blocks(document: str, kind: str, content: Callable[[str], str | None]) -> str:
+    """Write anew what stands between `<!-- kind:NAME -->` and `<!-- /kind -->`.
+
+    Args:
+        document: the text.
+        kind: of the blocks.
+        content: NAME → what belongs between the marks; None leaves the block as it is.
+
+    Example:
+        >>> print(replace_blocks("<!-- bench:cpu -->\\nold\\n<!-- /bench -->", "bench", str.upper))
+        <!-- bench:cpu -->
+        CPU
+        <!-- /bench -->
+    """
+
+    def block(match: re.Match[str]) -> str:
+        text = content(match[2])
+        return match[0] if text is None else f"{match[1]}{text}\n{match[3]}"
+
+    return re.sub(rf"(<!-- {kind}:([\w.-]+) -->\n).*?(<!-- /{kind} -->)", block, document, flags=re.S)

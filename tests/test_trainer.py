@@ -21,7 +21,9 @@ from trl import DistillationConfig, DistillationTrainer
 import tipdistill.trainer
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.records import open_records
-from tipdistill.trainer import last_complete_checkpoint
+from tipdistill.teachers import local
+from tipdistill.training.checkpoints import last_complete_checkpoint
+from tipdistill.training.scoring import scoring_pieces, trimmed
 
 PLAIN = {
     "use_cpu": True,
@@ -291,7 +293,7 @@ def test_every_step_logs_what_happened_to_its_tokens(make, normalization):
 
 def test_entropy_rules_project_the_teacher_for_the_kept_rows_only(make, monkeypatch):
     projected = {"score": [], "loss": []}
-    score, loss = tipdistill.trainer.token_scores, tipdistill.trainer.fused_divergence_loss
+    score, loss = local.token_scores, local.fused_divergence_loss
 
     def scoring(student, teacher=None, **options):
         projected["score"].append(0 if teacher is None else len(teacher.hidden))
@@ -302,7 +304,8 @@ def test_entropy_rules_project_the_teacher_for_the_kept_rows_only(make, monkeypa
         return loss(student, teacher, *args, **options)
 
     monkeypatch.setattr(tipdistill.trainer, "token_scores", scoring)
-    monkeypatch.setattr(tipdistill.trainer, "fused_divergence_loss", losing)
+    monkeypatch.setattr(local, "token_scores", scoring)
+    monkeypatch.setattr(local, "fused_divergence_loss", losing)
     trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=2, max_steps=4)
     trainer.train()
     per_step = len(projected["score"]) // 4
@@ -386,7 +389,7 @@ def test_a_micro_batch_of_tool_results_alone_is_passed_over(make, monkeypatch):
 
 @pytest.mark.parametrize("pad_to_multiple_of", [None, 8])
 def test_no_forward_of_the_scoring_pass_is_larger_than_scoring_tokens(make, pad_to_multiple_of):
-    trainer = make(scoring_tokens=100, pad_to_multiple_of=pad_to_multiple_of)
+    accelerator = make().accelerator
     draw = torch.Generator().manual_seed(0)
     for _ in range(20):
         lengths = torch.randint(1, 31, (12, 2), generator=draw)
@@ -395,22 +398,21 @@ def test_no_forward_of_the_scoring_pass_is_larger_than_scoring_tokens(make, pad_
             "prompt_mask": (torch.arange(96).flip(0) < lengths[:, :1]).long(),
             "completion_mask": (torch.arange(32) < lengths[:, 1:]).long(),
         }
-        pieces = list(trainer._scoring_rows(batch))
+        pieces = scoring_pieces(batch, accelerator, 8, 100, fixed_width=pad_to_multiple_of is not None)
         assert sorted(torch.cat(pieces).tolist()) == list(range(12))
         for rows in pieces:
-            trimmed, _ = trainer._trimmed(
-                {name: mask[rows] for name, mask in batch.items()}, batch["completion_mask"][rows].bool()
-            )
-            assert len(rows) == 1 or sum(mask.numel() for mask in trimmed.values()) <= 100
+            part = {name: mask[rows] for name, mask in batch.items()}
+            if pad_to_multiple_of is None:
+                part, _ = trimmed(part, batch["completion_mask"][rows].bool())
+            assert len(rows) == 1 or sum(mask.numel() for mask in part.values()) <= 100
         if pad_to_multiple_of is None:
             assert len(pieces) < 12
 
 
-def test_ranks_with_fewer_pieces_score_in_as_many_forwards(make, monkeypatch):
-    trainer = make(scoring_tokens=1000)
-    monkeypatch.setattr(trainer.accelerator, "gather", lambda pieces: torch.tensor([*pieces.tolist(), 5]))
+def test_ranks_with_fewer_pieces_score_in_as_many_forwards():
+    accelerator = SimpleNamespace(gather=lambda pieces: torch.tensor([*pieces.tolist(), 5]))
     batch = {name: torch.ones(6, 4, dtype=torch.int64) for name in ("prompt_mask", "completion_mask")}
-    pieces = list(trainer._scoring_rows(batch))
+    pieces = scoring_pieces(batch, accelerator, 8, 1000)
     assert len(pieces) == 5
     assert sorted(torch.cat(pieces).tolist()) == list(range(6))
     assert all(len(rows) for rows in pieces)
@@ -500,14 +502,14 @@ def test_nan_logits_name_the_rollout_and_token(make):
 def test_a_teacher_that_fails_on_kept_rows_names_their_rollout(make, normalization):
     """An entropy rule projects the teacher after selection alone, for rows that are no longer numbered in sequence."""
     trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=0, normalization=normalization)
-    inner = trainer._teacher_hidden
+    inner = trainer.teacher.answer
 
-    def poisoned(batch, multimodal=None):
-        hidden = inner(batch, multimodal).clone()
-        hidden[3] = math.nan
-        return hidden
+    def poisoned(*arguments):
+        answers = inner(*arguments)
+        answers[3] = answers[3].map(lambda hidden: hidden * math.nan)
+        return answers
 
-    trainer._teacher_hidden = poisoned
+    trainer.teacher.answer = poisoned
     with pytest.raises(ValueError, match="rollout 3 of the batch"):
         trainer.train()
 
@@ -551,8 +553,8 @@ def test_rows_that_the_teacher_lacks_are_kept_from_vllm_beside_what_was_biased(m
     trainer = make(*(str(tiny_model_dir("qwen2", who, vocab_rows=rows + 4)) for who in ("student", "teacher")))
     trainer.use_vllm = True
     trainer.vllm_generation = SimpleNamespace(generation_kwargs={"logit_bias": {3: -1.0}, "seed": 1})
-    smaller = AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen2", "teacher", vocab_rows=rows + 2))
-    trainer._share_vocabulary(smaller)
+    trainer.teacher.vocabulary = rows + 2
+    trainer._share_vocabulary()
     assert trainer.vllm_generation.generation_kwargs == {
         "logit_bias": {3: -1.0, rows + 2: -100.0, rows + 3: -100.0},
         "seed": 1,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.teachers.served import Question, TeacherServer, TeacherUnavailableError
-from tipdistill.trainer import last_complete_checkpoint
+from tipdistill.training.checkpoints import last_complete_checkpoint
 
 IDS = [5, 9, 30, 41, 7, 12, 80, 3]
 

@@ -20,18 +20,21 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import TrainerCallback
 
-from ..score.served import unavailable
+from ..score.served import DEFAULT_FIELDS, served_divergence_loss, served_scores, unavailable
 from ..select import rule_fields
-from ..types import TeacherLogprobs
+from ..types import Head, TeacherLogprobs, TokenScores
 from ..vocabulary import check_served_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,13 @@ LONGEST_PAUSE = 60.0  # seconds
 # P sums to 1; a server that rounds to a few decimals, or runs in half precision, is this far off at most
 SUM_TOLERANCE = 0.02
 _LARGE_ANSWER = 2**20  # bytes for one token
+# what a step logs → where `Traffic` has it
+TRAFFIC = {
+    "teacher/bytes_sent": "sent",
+    "teacher/bytes_received": "received",
+    "teacher/bytes_saved": "saved",
+    "teacher/tokens_asked": "asked",
+}
 
 
 class TeacherUnavailableError(OSError):
@@ -327,6 +337,113 @@ class TeacherServer:
             if self._out:
                 self._out = False
                 logger.warning(f"The teacher at {self.url} answers again.")
+
+
+@dataclass(frozen=True)
+class LogprobComparison:
+    """A teacher's log-probabilities of N tokens: exact of a whole vocabulary, bounds of its likeliest tokens."""
+
+    logprobs: TeacherLogprobs
+
+    def take(self, kept: Tensor) -> LogprobComparison:
+        return LogprobComparison(self.logprobs.map(lambda value: value[kept]))
+
+    def scores(self, student: Head, fields: Sequence[str], temperature: float, token_ids: Tensor | None) -> TokenScores:
+        return served_scores(
+            student, self.logprobs, fields or DEFAULT_FIELDS, temperature=temperature, token_ids=token_ids
+        )
+
+    def loss(
+        self,
+        student: Head,
+        weight: Tensor | None,
+        *,
+        divergence: str,
+        beta: float,
+        temperature: float,
+        denominator: Tensor | float | None,
+        fields: Sequence[str] = (),
+    ) -> tuple[Tensor, TokenScores]:
+        if weight is None:
+            weight = torch.ones(len(self.logprobs), device=student.hidden.device)
+        return served_divergence_loss(
+            student,
+            self.logprobs,
+            weight,
+            divergence,
+            beta=beta,
+            temperature=temperature,
+            denominator=weight.sum().clamp(min=1) if denominator is None else denominator,
+            fields=fields,
+        )
+
+
+class ServedTeacher:
+    """A teacher behind a server; see `tipdistill.teachers.Teacher` for its members.
+
+    Args:
+        server: connected.
+        accelerator: of the run, whose processes ask together.
+    """
+
+    answers_in_loss = False
+    gives_hidden_states = False
+    model = None
+    callbacks: Sequence[TrainerCallback] = ()
+
+    def __init__(self, server: TeacherServer, accelerator: Any) -> None:
+        self.server, self.accelerator = server, accelerator
+        self.name = str(server.model)
+        # a server that gives its likeliest tokens does not tell how many rows of padding its teacher has
+        self.vocabulary = server.vocabulary
+
+    def answer(
+        self, batch: dict[str, Any], asked: Tensor, pieces: Sequence[Tensor] | None = None
+    ) -> list[TeacherLogprobs | None]:
+        columns = (batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], asked)
+        questions = [
+            Question(
+                prompt[prompt_mask.bool()].tolist(), completion[mask.bool()].tolist(), row.nonzero()[:, 0].tolist()
+            )
+            for prompt, prompt_mask, completion, mask, row in zip(*(value.cpu() for value in columns), strict=True)
+        ]
+        answers: list[TeacherLogprobs | None] = []
+        error: TeacherUnavailableError | ValueError | None = None
+        try:
+            answers = self.server.ask(questions)
+        except (TeacherUnavailableError, ValueError) as caught:
+            error = caught
+        # together: a process that stopped alone would leave the others waiting, and saving a checkpoint takes all
+        flags = torch.tensor([[error is not None, isinstance(error, ValueError)]], device=asked.device).long()
+        failed, refused = self.accelerator.gather(flags).any(0).tolist()
+        if refused:
+            raise error if isinstance(error, ValueError) else ValueError("another process was refused by the teacher.")
+        if failed:
+            raise error or TeacherUnavailableError("another process had no answer from the teacher")
+        return answers
+
+    @contextmanager
+    def compare(self, answers: Sequence[TeacherLogprobs | None]) -> Iterator[LogprobComparison]:
+        yield LogprobComparison(_joined(answers).map(lambda value: value.to(self.accelerator.device)))
+
+    def metrics(self) -> dict[str, float]:
+        """What asking took: tokens, and bytes as transferred."""
+        traffic, self.server.traffic = self.server.traffic, Traffic()
+        counts = torch.tensor(
+            [[float(getattr(traffic, name)) for name in TRAFFIC.values()]], device=self.accelerator.device
+        )
+        return dict(zip(TRAFFIC, self.accelerator.gather(counts).sum(0).tolist(), strict=True))
+
+
+def _joined(answers: Sequence[TeacherLogprobs | None]) -> TeacherLogprobs:
+    """Of several rollouts, one after the other."""
+    some = [answer for answer in answers if answer is not None]
+    if not some:
+        return TeacherLogprobs(torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0))
+    ids = None if some[0].token_ids is None else torch.cat([answer.token_ids for answer in some])  # type: ignore[misc]
+    return TeacherLogprobs(
+        torch.cat([answer.logprob for answer in some]), ids, torch.cat([answer.sampled for answer in some])
+    )
 
 
 def open_teacher(config: Any, tokenizer: Any, time_limit: float | None = None) -> TeacherServer:

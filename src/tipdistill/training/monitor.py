@@ -1,4 +1,8 @@
-"""What a training step did with its tokens: sums that add up over micro-batches and ranks, and the drift guard."""
+"""What a training step did, in figures: every metric that is logged here is named here; and the drift guard.
+
+A step's figures come from sums over tokens (`tally`), which add up over micro-batches and ranks. docs/metrics.md says
+what each means.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,10 @@ import gc
 import math
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,10 @@ from ..select.quadrants import quadrants
 from ..types import Selection, TokenScores
 
 TALLIED = ("tokens", "kept", "entropy", "reverse_kl", "kept_reverse_kl", "forward_kl", "q1", "q2", "q3", "q4")
+# the statistics behind them, where they cost no projection of their own
+LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
+# parts of a step before its loss, which times them
+PREPARATION = ("rollout", "score", "select", "record", "teacher")
 BASELINE_STEPS = 5
 
 
@@ -88,6 +99,57 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "forward_kl": total["forward_kl"] / tokens,
     } | {f"quadrants/q{number}": total[f"q{number}"] / tokens for number in (1, 2, 3, 4)}
     return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+
+class StepClock:
+    """Seconds of each part of a step: those of `PREPARATION`, then loss and optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`; what a block of "loss" prepares meanwhile is not part of the loss."""
+        started, prepared = time.perf_counter(), self._prepared()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+            if name == "loss":
+                self.seconds[name] -= self._prepared() - prepared
+
+    def _prepared(self) -> float:
+        return sum(self.seconds[name] for name in PREPARATION)
+
+    def take(self, tokens: float) -> dict[str, float]:
+        """The logged times of a step of `tokens` completion tokens (seconds), and start the next."""
+        figures = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        figures["tokens_per_second"] = tokens / max(sum(self.seconds.values()), 1e-9)
+        self.seconds.clear()
+        return figures
+
+
+class StepEnd(TrainerCallback):
+    """Times the optimiser and calls back when the whole step is done, before Trainer logs it.
+
+    Args:
+        clock: of the run.
+        on_step_done: what to call.
+    """
+
+    def __init__(self, clock: StepClock, on_step_done: Callable[[], None]) -> None:
+        self.clock = clock
+        self.on_step_done = on_step_done
+        self.started = 0.0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.clock.seconds["optimizer"] += time.perf_counter() - self.started
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.on_step_done()
 
 
 def peak_memory_gib() -> float:

@@ -1,0 +1,190 @@
+"""A teacher in this process: its backbone gives hidden states, its lm_head projects those that are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
+
+from ..integrations import _accelerate, _trl
+from ..loss import fused_divergence_loss
+from ..score import token_scores
+from ..score.models import head
+from ..types import Head, TokenScores
+from ..vocabulary import check_same_tokenizer
+from . import Surroundings
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """A teacher's answer: last hidden states [n, H] at the positions that predict n tokens."""
+
+    hidden: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> HiddenStates:
+        """Apply `function` to the hidden states (index, copy, move)."""
+        return HiddenStates(function(self.hidden))
+
+
+@dataclass(frozen=True)
+class HeadComparison:
+    """Hidden states and lm_head of a teacher, which give every statistic and every divergence exactly."""
+
+    head: Head
+
+    def take(self, kept: Tensor) -> HeadComparison:
+        return HeadComparison(replace(self.head, hidden=self.head.hidden[kept]))
+
+    def scores(self, student: Head, fields: Sequence[str], temperature: float, token_ids: Tensor | None) -> TokenScores:
+        # a score is no loss: rules read the symmetric Jensen-Shannon divergence (β = ½) whatever is trained on
+        return token_scores(
+            student, self.head, beta=0.5, temperature=temperature, token_ids=token_ids, fields=fields or None
+        ).detach()
+
+    def loss(
+        self,
+        student: Head,
+        weight: Tensor | None,
+        *,
+        divergence: str,
+        beta: float,
+        temperature: float,
+        denominator: Tensor | float | None,
+        fields: Sequence[str] = (),
+    ) -> tuple[Tensor, TokenScores]:
+        options: dict[str, Any] = {"beta": beta, "temperature": temperature, "denominator": denominator}
+        if fields:
+            return fused_divergence_loss(student, self.head, weight, divergence, fields=fields, **options)
+        return fused_divergence_loss(student, self.head, weight, divergence, **options), TokenScores()
+
+
+class LocalTeacher:
+    """A frozen model beside the student, sharded like it; see `Teacher` for its members.
+
+    Args:
+        model: a transformers model.
+        trainer: what it teaches in.
+        offload: keep its backbone on the CPU but while it answers; then it is asked before the loss, once per
+            generation batch. Its lm_head stays, since the loss projects the kept rows with it.
+    """
+
+    gives_hidden_states = True
+    callbacks: Sequence[TrainerCallback] = ()
+
+    def __init__(self, model: PreTrainedModel, trainer: Surroundings, offload: bool) -> None:
+        model.requires_grad_(False).eval()
+        self.name = name_of(model)
+        # before it is sharded; ZeRO-3 holds partitions from the start, and the configuration still knows
+        rows = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary: int | None = rows or model.config.get_text_config().vocab_size
+        self.model = _accelerate.prepare_teacher(model, trainer.accelerator)
+        self.offload, self.answers_in_loss = offload, not offload
+        self._trainer = trainer
+
+    @property
+    def _plain(self) -> Any:
+        return self._trainer.accelerator.unwrap_model(self.model)
+
+    @torch.no_grad()
+    def answer(
+        self, batch: dict[str, Any], asked: Tensor, pieces: Sequence[Tensor] | None = None
+    ) -> list[HiddenStates]:
+        if self.offload:
+            self.model.to(self._trainer.accelerator.device)
+        answers: list[Any] = [None] * len(asked)
+        everything = torch.arange(len(asked), device=asked.device)
+        for rows in [everything] if pieces is None else pieces:
+            part = batch if pieces is None else {key: value[rows] for key, value in batch.items()}
+            # through its own wrapper, so that FSDP and DeepSpeed materialise the sharded weights
+            plain = self._plain
+            hidden = self._trainer.redirected(self.model, plain, self._trainer.hidden_rows, plain, part, asked[rows])
+            for row, states in zip(rows.tolist(), hidden.split(asked[rows].sum(1).tolist()), strict=True):
+                # a copy, so that dropping the unselected rows later frees the whole piece
+                answers[row] = HiddenStates(states if pieces is None else states.clone())
+        if self.offload:
+            self.model.to("cpu")
+            self._plain.get_output_embeddings().to(self._trainer.accelerator.device)
+        return answers
+
+    @contextmanager
+    def compare(self, answers: Sequence[HiddenStates | None]) -> Iterator[HeadComparison]:
+        plain = self._plain
+        layer = plain.get_output_embeddings()
+        hidden = torch.cat([answer.hidden for answer in answers if answer is not None])
+        with _trl.maybe_gather_lm_head_ctx(layer.weight, layer.bias):
+            yield HeadComparison(head(plain, layer, hidden))
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def check(teacher_model: Any, args: Any, processing_class: Any, teacher_processing_class: Any) -> None:
+    """Refuse a teacher that cannot be, before its weights are loaded; see `tipdistill.teachers.choose_teacher`."""
+    if not isinstance(teacher_model, str) and args.teacher_model_init_kwargs is not None:
+        raise ValueError(
+            "teacher_model_init_kwargs load a teacher, and teacher_model is loaded already: give its path, or leave "
+            "them out."
+        )
+    teacher_processing_class = teacher_processing_class or load_tokenizer(teacher_model, args, teacher=True)
+    if processing_class is not None and teacher_processing_class is not None:
+        check_same_tokenizer(processing_class, teacher_processing_class)
+    if args.teacher_offload and (args.deepspeed_plugin is not None or args.fsdp_plugin_args is not None):
+        raise ValueError(
+            "teacher_offload moves a whole teacher; FSDP and DeepSpeed shard it already. Use their own CPU offload "
+            "(fsdp_offload_params, offload_param) and leave teacher_offload off."
+        )
+
+
+def load(teacher_model: Any, args: Any) -> PreTrainedModel:
+    """The model itself, loaded as the configuration says where it is a name."""
+    if not isinstance(teacher_model, str):
+        return teacher_model
+    kwargs: dict[str, Any] = dict(args.teacher_model_init_kwargs or {})
+    dtype = kwargs.get("dtype")
+    kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if args.teacher_model_revision is not None:
+        kwargs.setdefault("revision", args.teacher_model_revision)
+    if args.distributed_state.distributed_type != DistributedType.NO:
+        kwargs["device_map"] = None  # "auto" would spread the teacher of every process over all GPUs
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return _trl.create_model_from_path(teacher_model, **kwargs)
+
+
+def load_tokenizer(model: Any, args: Any, teacher: bool = False) -> Any | None:
+    """The processing class saved with a model; None for an instantiated one that came from nowhere it can be read."""
+    name = name_of(model)
+    if not name:
+        return None
+    kwargs = (args.teacher_model_init_kwargs if teacher else args.model_init_kwargs) or {}
+    revision = (args.teacher_model_revision if teacher else None) or dict(kwargs).get("revision")
+    try:
+        return AutoProcessor.from_pretrained(
+            name,
+            revision=revision,
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError):
+        if isinstance(model, str):
+            raise
+        argument = "teacher_processing_class" if teacher else "processing_class"
+        logger.warning(f"There is no tokenizer at {name}, so the two are not compared: pass {argument}.")
+        return None
+
+
+def name_of(model: Any) -> str:
+    """The name or directory that a model came from, empty where it has none."""
+    return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", ""))

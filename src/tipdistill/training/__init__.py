@@ -1,0 +1,1 @@
+"""What a training run needs beside its steps: the scoring pass, checks, checkpoints, metrics, records, evaluation."""

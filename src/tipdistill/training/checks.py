@@ -1,0 +1,65 @@
+"""What is refused before any weights are loaded: datasets that cannot fill a batch, and settings that contradict."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from ..config import TIPConfig
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse datasets without a row or without a `prompt` column.
+
+    Args:
+        train_dataset: a dataset or None.
+        eval_dataset: a dataset, several by name, or None.
+
+    Raises:
+        ValueError: which dataset, and what to rename where a column is near.
+    """
+    for name, dataset in (("train_dataset", train_dataset), *_by_name(eval_dataset)):
+        if dataset is None:
+            continue
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"{name} is empty: at least one row with a 'prompt' is needed.")
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None and "prompt" not in columns:
+            near = difflib.get_close_matches("prompt", columns, n=1, cutoff=0.4)
+            hint = f" Rename '{near[0]}': dataset.rename_column('{near[0]}', 'prompt')." if near else ""
+            raise ValueError(f"{name} has no 'prompt' column, its columns are {', '.join(columns)}.{hint}")
+
+
+def _by_name(eval_dataset: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(eval_dataset, dict):
+        yield from ((f"eval_dataset[{name!r}]", part) for name, part in eval_dataset.items())
+    else:
+        yield "eval_dataset", eval_dataset
+
+
+def check_fills_a_batch(train_dataset: Any, args: TIPConfig) -> None:
+    """Refuse a dataset that holds fewer prompts than one step takes, or a stream that would have to repeat them.
+
+    Args:
+        train_dataset: a dataset, a stream or None.
+        args: of the run.
+
+    Raises:
+        ValueError: how many prompts there are, and how many one step takes.
+    """
+    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    prompts = rollouts // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one generation batch "
+            f"({rollouts} rollouts / {args.num_generations} per prompt), so no step would be taken: lower "
+            "per_device_train_batch_size or gradient_accumulation_steps, or add prompts."
+        )
+    if isinstance(train_dataset, IterableDataset) and args.num_generations > 1:
+        raise ValueError(
+            f"num_generations = {args.num_generations} repeats prompts, which a stream does not: give a Dataset or "
+            "num_generations = 1."
+        )

@@ -1,0 +1,123 @@
+"""What a few rollouts of a training step looked like, on disk as token records."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+
+from ..integrations._trl import MULTIMODAL_KEYS
+from ..records import About, Choice, RecordsWriter
+from ..score.models import joined, score_heads
+from ..teachers.local import name_of
+from ..types import Rollout, Scored
+from .scoring import KEYS, evaluating, loss_mask
+
+logger = get_logger(__name__)
+
+
+def sampled_rows(count: int, rollouts: int, device: Any) -> Tensor:
+    """Rows of `count` rollouts, evenly over the batch: neighbours share a prompt.
+
+    Example:
+        >>> sampled_rows(3, 8, "cpu")
+        tensor([0, 2, 5])
+    """
+    count = min(count, rollouts)
+    return (torch.arange(count, device=device) * rollouts) // count
+
+
+def choice_of_rows(choice: Choice, mask: Tensor, rows: Tensor) -> Choice:
+    """What a step chose of some of this process's rollouts, which come first in the choice over all processes.
+
+    Args:
+        choice: of all tokens, this process's first.
+        mask: bool [B, T], this process's tokens.
+        rows: int64, ascending.
+    """
+    inside = torch.zeros_like(mask)
+    inside[rows] = mask[rows]
+    inside = inside[mask]
+    return Choice(*(value[: len(inside)][inside] for value in (choice.quadrant, choice.kept, choice.score)))
+
+
+def rollout_of_row(batch: dict[str, Any], mask: Tensor, row: int, tokenizer: Any, num_generations: int) -> Rollout:
+    """A rollout of the batch, as tokens and text.
+
+    Args:
+        batch: prompt_ids, prompt_mask, completion_ids.
+        mask: bool [B, T], the tokens that the student wrote.
+        row: which.
+        tokenizer: decodes the prompt.
+        num_generations: rollouts per prompt.
+    """
+    prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+    completion_ids = batch["completion_ids"][row][mask[row]].tolist()
+    return Rollout(
+        prompt_id=row // num_generations,
+        prompt=tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        prompt_ids=tuple(prompt_ids),
+        completion_ids=tuple(completion_ids),
+        finished=completion_ids[-1:] == [tokenizer.eos_token_id],
+    )
+
+
+@torch.no_grad()
+def record_step(trainer: Any, batch: dict[str, Any], choice: Choice | None) -> None:
+    """Write records/step-<n> with the tokens of `record_rollouts` rollouts. Changes nothing of the training.
+
+    Every process takes part, since sharded engines need all of them for a forward; the main one writes. A directory
+    that cannot be written costs a warning, not the run.
+
+    Args:
+        trainer: a `TIPTrainer` in a step, whose teacher gives hidden states.
+        batch: its generation batch.
+        choice: what the step kept of the tokens of all processes; None: the records choose as the step would.
+    """
+    if any(key in batch for key in MULTIMODAL_KEYS):
+        return
+    args, student, mask = trainer.args, trainer.plain_student(), loss_mask(batch)
+    sample = sampled_rows(args.record_rollouts, len(mask), mask.device)
+    about = About(
+        student=name_of(student),
+        teacher=trainer.teacher.name,
+        vocabulary=trainer.vocabulary,
+        rules=(args.selection_rule,),
+        retention=trainer.retention,
+        scope=args.selection_scope,
+        seed=args.seed,
+        temperature=trainer.temperature,
+        step=trainer.state.global_step,
+        settings={"normalization": args.normalization, "num_generations": args.num_generations},
+    )
+
+    def score(part: dict[str, Tensor], inside: Tensor) -> Scored:
+        hidden, answers = trainer.hidden_rows(student, part, inside), trainer.teacher.answer(part, inside)
+        with trainer.student_head(student, hidden) as of_student, trainer.teacher.compare(answers) as teacher:
+            tokens = part["completion_ids"][inside]
+            return score_heads(of_student, teacher.head, tokens, about.fields(), trainer.temperature)
+
+    with evaluating(trainer.model):
+        scored = [
+            trainer.redirected(
+                trainer.model_wrapped, student, score, {key: batch[key][rows] for key in KEYS}, mask[rows]
+            )
+            for rows in sample.split(args.per_device_train_batch_size)
+        ]
+    if not trainer.accelerator.is_main_process:
+        return
+    tokenizer, directory = trainer._tokenizer, Path(args.output_dir) / "records" / f"step-{about.step}"
+    try:
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that was resumed from before this step
+        with RecordsWriter(directory, tokenizer, about) as writer:
+            writer.write(
+                [rollout_of_row(batch, mask, row, tokenizer, args.num_generations) for row in sample.tolist()],
+                joined(scored),
+                choice and choice_of_rows(choice, mask, sample),
+            )
+    except (OSError, ValueError) as error:
+        logger.warning(f"Step {about.step}: no token records were written to {directory}: {error}")

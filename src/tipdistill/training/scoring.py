@@ -1,0 +1,132 @@
+"""The scoring pass over a generation batch: which rollouts go through a forward together, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..score import NonFiniteLogitsError
+from ..types import TokenScores
+
+KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+def loss_mask(batch: dict[str, Any]) -> Tensor:
+    """bool [B, T]: the completion tokens that the student itself wrote (no padding, no tool results).
+
+    Args:
+        batch: with completion_mask [B, T], and tool_mask [B, T] where tools were called.
+    """
+    mask = batch["completion_mask"].bool()
+    return mask if batch.get("tool_mask") is None else mask & batch["tool_mask"].bool()
+
+
+def trimmed(batch: dict[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Rollouts without the columns that are padding in all of them.
+
+    Args:
+        batch: `KEYS`, [B, ...] each; prompts are padded on the left, completions on the right.
+        mask: [B, T], of completion tokens; cut like them.
+    """
+    start = int(batch["prompt_mask"].any(0).int().argmax())
+    stop = int(batch["completion_mask"].sum(1).max())
+    return {
+        name: value[:, start:] if name.startswith("prompt") else value[:, :stop] for name, value in batch.items()
+    }, mask[:, :stop]
+
+
+def scoring_pieces(
+    batch: dict[str, Tensor],
+    accelerator: Any,
+    rollouts_per_forward: int,
+    tokens_per_forward: int = 0,
+    fixed_width: bool = False,
+) -> list[Tensor]:
+    """Rows of each forward of the scoring pass: rollouts of like length together, as many forwards on every process.
+
+    Sharded engines run a forward together, so a process with fewer pieces than another splits its largest ones.
+
+    Args:
+        batch: prompt_mask and completion_mask, [B, ...] each.
+        accelerator: of the run, to agree on the number of forwards.
+        rollouts_per_forward: where no number of tokens is given.
+        tokens_per_forward: at most so many tokens, padding included (one rollout at least); 0: no such limit.
+        fixed_width: nothing is trimmed, so a rollout is as wide as the batch.
+
+    Returns:
+        int64 row numbers, ascending in each piece: the order in which a mask over [B, T] reads.
+    """
+    widths = list(zip(*(batch[f"{part}_mask"].sum(1).tolist() for part in ("prompt", "completion")), strict=True))
+    order = sorted(range(len(widths)), key=lambda row: -sum(widths[row]))
+    if tokens_per_forward:
+        if fixed_width:
+            widths = [(batch["prompt_mask"].shape[1], batch["completion_mask"].shape[1])] * len(widths)
+        pieces: list[list[int]] = [[]]
+        for row in order:
+            # side by side, prompts are as wide as the widest of them, and so are completions
+            prompt, completion = (max(parts) for parts in zip(*(widths[i] for i in [*pieces[-1], row]), strict=True))
+            if pieces[-1] and (len(pieces[-1]) + 1) * (prompt + completion) > tokens_per_forward:
+                pieces.append([])
+            pieces[-1].append(row)
+    else:
+        pieces = [order[first : first + rollouts_per_forward] for first in range(0, len(order), rollouts_per_forward)]
+    device = batch["prompt_mask"].device
+    count = int(accelerator.gather(torch.tensor([len(pieces)], device=device)).max())
+    while len(pieces) < count:
+        largest = pieces.pop(max(range(len(pieces)), key=lambda index: len(pieces[index])))
+        pieces += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return [torch.tensor(sorted(piece), device=device) for piece in pieces]
+
+
+def scores_by_position(
+    mask: Tensor, pieces: Sequence[Tensor], score: Callable[[Tensor], TokenScores]
+) -> dict[str, Tensor]:
+    """Statistics of every token in `mask`, scored piece by piece and put where the tokens stand.
+
+    Args:
+        mask: bool [B, T].
+        pieces: rows of each forward, see `scoring_pieces`.
+        score: rows → statistics of their tokens in `mask`, [n] each.
+
+    Returns:
+        Statistic → [B, T], 0 where `mask` is false.
+    """
+    table: dict[str, Tensor] = {}
+    for rows in pieces:
+        inside = torch.zeros_like(mask)
+        inside[rows] = mask[rows]
+        for name, value in score(rows).present():
+            table.setdefault(name, torch.zeros(mask.shape, device=mask.device)).masked_scatter_(inside, value)
+    return table
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode meanwhile: no dropout, so that scores are those of the student that wrote."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def naming_rollouts(mask: Tensor, rollouts: Tensor | None = None) -> Iterator[None]:
+    """Let an error about non-finite logits say which rollout and token it was.
+
+    Args:
+        mask: bool [R, T]; its true entries are the rows that are computed, in order.
+        rollouts: int64 [R], how the rollouts are called; None: 0 to R − 1.
+    """
+    try:
+        yield
+    except NonFiniteLogitsError as error:
+        row, position = mask.nonzero()[error.token].tolist()
+        number = row if rollouts is None else int(rollouts[row])
+        where = f"rollout {number} of the batch, token {position}"
+        raise NonFiniteLogitsError(error.token, where, error.cause) from None

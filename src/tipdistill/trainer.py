@@ -38,7 +38,7 @@ from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
 from .teachers.served import TeacherUnavailableError
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
-from .training.checks import check_datasets, check_fills_a_batch
+from .training.checks import check_datasets, check_fills_a_batch, check_one_teacher
 from .training.engine_check import EngineCheck
 from .training.evaluation import TaskEvaluation, evaluate_tasks
 from .training.monitor import (
@@ -130,6 +130,7 @@ class TIPTrainer(DistillationTrainer):
             args = TIPConfig(f"{name_of(model).split('/')[-1]}-TIP")
         if not isinstance(args, TIPConfig):
             raise TypeError(f"args must be a TIPConfig, got {type(args).__name__}.")
+        check_one_teacher(teacher_model, args)
         check_datasets(train_dataset, eval_dataset)
         check_fills_a_batch(train_dataset, args)
         tasks = [load_task(name) for name in args.task_names()]

@@ -69,7 +69,9 @@ def test_likeliest_tokens_and_the_sampled_one_where_it_does_not(served, teacher,
     for row, token in enumerate((IDS[4], IDS[6])):
         inside = token in found.token_ids[row, :20].tolist()
         assert found.token_ids[row, 20] == (-1 if inside else token)
-        assert found.sampled[row] == pytest.approx(float(wanted[row, token]), abs=2e-6)
+        assert found.sampled[row] == pytest.approx(
+            float(wanted[row, token]), rel=ROUNDING["rtol"], abs=ROUNDING["atol"]
+        )
 
 
 def test_only_what_is_needed_is_sent(served, tiny_tokenizer):

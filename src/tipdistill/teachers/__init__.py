@@ -137,20 +137,14 @@ def choose_teacher(
         What makes the teacher, given the trainer.
 
     Raises:
-        ValueError: no teacher, two, tokenizers that differ, a server that does not serve it.
+        ValueError: tokenizers that differ, a server that does not serve it.
         TeacherUnavailableError: a server that does not answer.
     """
-    if args.teacher_url is not None and teacher_model is not None:
-        raise ValueError(f"teacher_url = {args.teacher_url} and teacher_model name two teachers: give one of them.")
     if args.teacher_url is not None:
         from . import served
 
         server = served.open_teacher(args, processing_class)
         return lambda trainer: served.ServedTeacher(server, trainer.accelerator)
-    if teacher_model is None:
-        raise ValueError(
-            "a teacher is needed: pass teacher_model, a model, a directory or a hub id, or set teacher_url."
-        )
     from . import local
 
     local.check(teacher_model, args, processing_class, teacher_processing_class)

@@ -40,6 +40,24 @@ def _by_name(eval_dataset: Any) -> Iterator[tuple[str, Any]]:
         yield "eval_dataset", eval_dataset
 
 
+def check_one_teacher(teacher_model: Any, args: TIPConfig) -> None:
+    """Refuse a run with no teacher, or with two.
+
+    Args:
+        teacher_model: a model, a directory or a hub id, or None.
+        args: whose `teacher_url` names one on a server.
+
+    Raises:
+        ValueError: what to give, or to leave out.
+    """
+    if args.teacher_url is not None and teacher_model is not None:
+        raise ValueError(f"teacher_url = {args.teacher_url} and teacher_model name two teachers: give one of them.")
+    if teacher_model is None and args.teacher_url is None:
+        raise ValueError(
+            "a teacher is needed: pass teacher_model, a model, a directory or a hub id, or set teacher_url."
+        )
+
+
 def check_fills_a_batch(train_dataset: Any, args: TIPConfig) -> None:
     """Refuse a dataset that holds fewer prompts than one step takes, or a stream that would have to repeat them.
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..types import Head, TopTokens
-from .chunked import INFINITE, NEGATIVE, Projection, _operand, _spans, _tile_shape, accumulation_dtype
+from .chunked import _tile_shape
+from .sums import INFINITE
+from .tiles import NEGATIVE, Projection, _operand, _spans, accumulation_dtype
 
 LIKELIEST, LIKELIEST_OF_TEACHER = 16, 5
 STATISTICS = ("top16_forward_kl", "top16_teacher_mass", "top16_overlap", "argmax_in_top5")

@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from ..text import nearest
-from ..types import TokenScores
+from ..types import OF_STUDENT, TokenScores
 from . import rules
 from .contrib import CONTRIB
 from .rule import Rule
 
 COMPLEMENT = "complement:"
-_OF_STUDENT = {"entropy", "entropy_norm", "student_logprob"}
 
 # A line: the name, the score (a function of rules.py), the statistics that it reads, what is done with it. A rule of
 # your own is a function in rules.py and a line here; `Rule` says what else the tests ask for.
@@ -88,7 +87,7 @@ def needs_teacher(rule: str | Callable[[TokenScores], Tensor] | Rule) -> bool:
         (True, False)
     """
     fields = rule_fields(rule)
-    return fields is None or not _OF_STUDENT.issuperset(fields)
+    return fields is None or not OF_STUDENT.issuperset(fields)
 
 
 def _imported(path: str) -> Rule:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
 
 from torch import Tensor
 
 from ..text import check_known
-from ..types import TokenScores
+from ..types import STATISTICS
 
 SCOPES = ("rollout", "batch")
 BUDGETS = ("top", "sample", "importance", "all", "weight")
 DRAWN = ("sample", "importance")
-_STATISTICS = tuple(field.name for field in dataclass_fields(TokenScores))
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Rule:
 
     Example:
         >>> import torch
-        >>> from tipdistill import select
+        >>> from tipdistill import TokenScores, select
         >>> wrong = Rule(lambda scores: scores.require("forward_kl"), ("forward_kl",), budget="sample")
         >>> select(TokenScores(forward_kl=torch.tensor([0.0, 2.0, 0.0])), wrong, retention=0.4).mask.tolist()
         [False, True, False]
@@ -64,7 +62,7 @@ class Rule:
         check_known("a rule's budget", self.budget, BUDGETS)
         check_known("a rule's scope", self.scope, SCOPES)
         for name in self.fields or ():
-            check_known("a statistic that a rule reads", name, _STATISTICS)
+            check_known("a statistic that a rule reads", name, STATISTICS)
         if self.budget == "importance" and (self.complement or self.every_rollout):
             raise ValueError(
                 "a rule with the budget 'importance' has no complement and keeps no token for certain: take 'sample'."

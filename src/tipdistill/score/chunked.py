@@ -2,6 +2,19 @@
 
 Logits exist one tile of [tokens, vocabulary] at a time, in float32 (float64 for float64 inputs). Each statistic is a
 sum over the vocabulary relative to a running maximum, as in online softmax. No tensor of [N, V] is ever held.
+
+What happens to one tile of R tokens and C columns of the vocabulary, in order:
+
+1. C rows of either lm_head meet the R hidden states: logits s of the student and t of the teacher, [R, C] (tiles.py).
+2. The logits of sampled tokens that lie in these columns are noted.
+3. The running maxima rise to those of the tile, and the sums so far move to the new reference (sums.py).
+4. The tile is added to the sums. The tile itself is overwritten on the way, and gone.
+5. After the last column the sums become normalisers and statistics of the R tokens. Statistics that are differences of
+   nearly equal sums take a second pass over the same columns.
+
+A backward makes the tiles again, now with the normalisers known: a tile becomes the gradient at its logits, and two
+products carry it to the hidden states and to the lm_head. `TokenDivergence` does so for the rows that have a gradient;
+`FusedLoss` is given rows that all have one, and differentiates them before their logits are gone.
 """
 
 from __future__ import annotations
@@ -36,43 +49,43 @@ def _tile_shape(hidden: Tensor, vocabulary: int) -> tuple[int, int]:
 
 
 def _gradient_tile(
-    kind: str, beta: float, s: Tensor, t: Tensor, found: dict[str, Tensor], weight: Tensor, student: Projection
+    kind: str, beta: float, s: Tensor, t: Tensor, of_rows: dict[str, Tensor], weight: Tensor, student: Projection
 ) -> Tensor:
     """weight · ∂D/∂(hidden @ weight.T) of one tile of logits [R, C], in place: overwrites s and t.
 
     reverse_kl: p (log p/q − KL) · forward_kl: p − q · jsd: (1 − β) p (log p/m − KL(p‖m))
     """
     slope = student.slope(s)
-    log_s = s.sub_(found["s_max"][:, None]).sub_(found["s_log"][:, None])
-    log_t = t.sub_(found["t_max"][:, None]).sub_(found["t_log"][:, None])
+    log_s = s.sub_(of_rows["s_max"][:, None]).sub_(of_rows["s_log"][:, None])
+    log_t = t.sub_(of_rows["t_max"][:, None]).sub_(of_rows["t_log"][:, None])
     if kind == "forward_kl":
         gradient = log_s.exp_().sub_(log_t.exp_())
     else:
         if kind == "reverse_kl":
-            target, mean = log_t, found["reverse_kl"]
+            target, mean = log_t, of_rows["reverse_kl"]
         else:
             target = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta), out=log_t)
-            mean, weight = found["s_to_mixture"], weight * (1 - beta)
+            mean, weight = of_rows["s_to_mixture"], weight * (1 - beta)
         ratio = torch.sub(log_s, target, out=t).sub_(mean[:, None])
         gradient = log_s.exp_().mul_(ratio)
     gradient.mul_((weight * student.scale)[:, None])
     return gradient if slope is None else gradient.mul_(slope)
 
 
-def _held_gradient_tile(
+def _gradient_of_ratios(
     p: Tensor,
     d: Tensor,
     s_max: Tensor,
     t_max: Tensor,
-    found: dict[str, Tensor],
+    of_rows: dict[str, Tensor],
     weight: Tensor,
     student: Projection,
     out: Tensor,
 ) -> Tensor:
     """The reverse_kl of `_gradient_tile` from what `Online.update` left, relative to the maxima it then had."""
-    log_p = s_max - found["s_max"] - found["s_log"]
-    log_q = t_max - found["t_max"] - found["t_log"]
-    mean = found["reverse_kl"] - (log_p - log_q)
+    log_p = s_max - of_rows["s_max"] - of_rows["s_log"]
+    log_q = t_max - of_rows["t_max"] - of_rows["t_log"]
+    mean = of_rows["reverse_kl"] - (log_p - log_q)
     return torch.sub(d, mean[:, None], out=out).mul_(p).mul_((weight * student.scale * log_p.exp())[:, None])
 
 
@@ -112,15 +125,15 @@ def statistics(
                 online.take_tokens(s, t, token_ids[row:end], start, stop)
             online.update(s, t, s, s if t is None else t, _like(s, scratch))
             del s, t  # their memory is the next tile's
-        found = online.finish()
+        of_rows = online.finish()
         if second:
-            further = SecondPass(found, second, beta)
+            further = SecondPass(of_rows, second, beta)
             for start, stop in _spans(vocabulary, columns):
                 s, t = logits(start, stop)
                 assert t is not None, "the second pass compares with a teacher"
                 further.update(s, t)
-            found |= further.finish()
-        pieces.append(found)
+            of_rows |= further.finish()
+        pieces.append(of_rows)
     if not pieces:
         return dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=device))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -140,11 +153,11 @@ class TokenDivergence(torch.autograd.Function):
         s_head: Projection,
         t_head: Projection,
         teacher_hidden: Tensor,
-        found: dict[str, Tensor],
+        of_rows: dict[str, Tensor],
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
-        ctx.kind, ctx.beta, ctx.heads, ctx.found = kind, beta, (s_head, t_head), found
-        return found[kind].clone()  # a tensor of its own: the statistic of the same name carries no gradient
+        ctx.kind, ctx.beta, ctx.heads, ctx.of_rows = kind, beta, (s_head, t_head), of_rows
+        return of_rows[kind].clone()  # a tensor of its own: the statistic of the same name carries no gradient
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,41 +167,41 @@ class TokenDivergence(torch.autograd.Function):
         dtype = accumulation_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             index = grad.nonzero()[:, 0]
-            kept = Gradients.zeros(hidden[index], weight, bias, ctx.needs_input_grad[:3])
-            found = {
-                name: ctx.found[name][index].to(dtype)
+            gradients = Gradients.zeros(hidden[index], weight, bias, ctx.needs_input_grad[:3])
+            of_rows = {
+                name: ctx.of_rows[name][index].to(dtype)
                 for name in ("s_max", "s_log", "t_max", "t_log", "reverse_kl", "s_to_mixture")
-                if name in ctx.found
+                if name in ctx.of_rows
             }
             vocabulary = len(s_head.weight)
             tokens, columns = _tile_shape(index, vocabulary)
             for row, end in _spans(len(index), tokens):
                 s_hidden = _operand(hidden[index[row:end]], hidden)
                 t_hidden = _operand(teacher_hidden[index[row:end]], teacher_hidden).to(s_hidden)
-                piece = {name: value[row:end] for name, value in found.items()}
+                piece = {name: value[row:end] for name, value in of_rows.items()}
                 factor = grad[index[row:end]].to(dtype)
                 for start, stop in _spans(vocabulary, columns):
                     s_rows = s_head.rows(start, stop, s_hidden)
                     s = s_head.logits(s_hidden, s_rows, start)
                     t = t_head.logits(t_hidden, t_head.rows(start, stop, t_hidden), start)
                     gradient = _gradient_tile(ctx.kind, ctx.beta, s, t, piece, factor, s_head)
-                    kept.add(gradient, s_hidden, s_rows, row, start)
+                    gradients.add(gradient, s_hidden, s_rows, row, start)
                     del s, t, gradient  # their memory is the next tile's
             grad_hidden = None
-            if kept.hidden is not None:
+            if gradients.hidden is not None:
                 grad_hidden = torch.zeros_like(hidden)
-                grad_hidden[index] = kept.hidden.to(hidden.dtype)
+                grad_hidden[index] = gradients.hidden.to(hidden.dtype)
         return (
             grad_hidden,
-            None if kept.weight is None else kept.weight.to(weight.dtype),
-            None if kept.bias is None else kept.bias.to(bias.dtype),
+            None if gradients.weight is None else gradients.weight.to(weight.dtype),
+            None if gradients.bias is None else gradients.bias.to(bias.dtype),
             *(None,) * 6,
         )
 
 
 @dataclass
 class _Rows:
-    """Rows of the fused loss whose logits are held."""
+    """Rows of the fused loss between their projection and their gradient."""
 
     first: int
     s_hidden: Tensor
@@ -208,13 +221,13 @@ class _Rows:
 
 
 def _fused_spans(hidden: Tensor, vocabulary: int, lender: Tensor | None) -> tuple[list[tuple[int, int]], int, int]:
-    """Rows that are held at a time, how many of them in the memory of the lm_head's gradient, and a tile's columns.
+    """Rows in flight at a time, how many of them in the memory of the lm_head's gradient, and a tile's columns.
 
-    That gradient, [V, H], is nothing until the first rows are differentiated, and what is held of R rows takes 2·R·V.
+    That gradient, [V, H], is nothing until the first rows are differentiated, and the tiles of R rows take 2·R·V.
     """
     cuda = hidden.is_cuda
-    held = 2 * vocabulary * accumulation_dtype(hidden).itemsize
-    most = max(1, (GPU_WORKSPACE if cuda else CPU_WORKSPACE) // held)
+    bytes_of_row = 2 * vocabulary * accumulation_dtype(hidden).itemsize
+    most = max(1, (GPU_WORKSPACE if cuda else CPU_WORKSPACE) // bytes_of_row)
     lent = 0 if lender is None else min(len(hidden), lender.shape[1] // 2, (GPU_TILE if cuda else CPU_TILE)[0])
     if lent < min(most, len(hidden)):
         lent = 0
@@ -243,79 +256,95 @@ class FusedLoss(torch.autograd.Function):
         fields: Sequence[str],
         token_ids: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        # Rows come in groups ("spans") whose logits fit the workspace. Of a group, all tiles stay in `tiles` until its
+        # normalisers are known, which is after the last column; then each tile becomes a gradient and is gone.
+        #
+        #   sweep 0    project group 0
+        #   sweep 1    differentiate group 0, project group 1
+        #   sweep 2    differentiate group 1, project group 2
+        #   ...        and a last sweep that only differentiates
+        #
+        # In a sweep each tile of columns is first differentiated, for the group `scored` before, and then projected,
+        # for the group `rows`, in the place of the tile that just went. So a tile of the lm_head is fetched once for
+        # both, and the memory is that of one group. The first group borrows the memory of the lm_head's gradient,
+        # which holds nothing yet: columns [start, stop) of its tiles lie where the gradient of these columns will be,
+        # and are zeroed when they have been read.
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         dtype = accumulation_dtype(hidden)
         vocabulary = len(s_head.weight)
-        kept = Gradients.zeros(hidden, weight, bias, needs)
+        gradients = Gradients.zeros(hidden, weight, bias, needs)
         wanted = {kind, "reverse_kl", *fields}  # whose gradient needs its value; the sum is nearly free
         second = [name for name in SECOND_PASS if name in wanted]
         # The probabilities and ratios that the sums are taken over give this gradient in three passes more; the other
         # divergences, the second pass and a softcap's slope need the logits themselves.
         in_place = kind == "reverse_kl" and not second and s_head.softcap is None
-        spans, lent, columns = _fused_spans(hidden, vocabulary, kept.weight if in_place else None)
+        spans, lent, columns = _fused_spans(hidden, vocabulary, gradients.weight if in_place else None)
         most = max((stop - start for start, stop in spans), default=0)
-        held: dict[int, tuple[Tensor, Tensor]] = {}
+        # by the tile's first column: (p, log p/q) where in_place, relative to the maxima beside them, else (s, t)
+        tiles: dict[int, tuple[Tensor, Tensor]] = {}
         maxima: dict[int, tuple[Tensor, Tensor]] = {}
         scratch = [torch.empty(most * columns, dtype=dtype, device=hidden.device) for _ in range(1 if in_place else 3)]
         pieces: list[dict[str, Tensor]] = []
         scored: _Rows | None = None
         with torch.autocast(hidden.device.type, enabled=False):
-            # One sweep over the vocabulary forms the gradients of the rows scored before and, in the place of their
-            # logits, projects the next: a tile of the lm_head is fetched once for both.
             sweeps: list[tuple[int, int] | None] = [*spans]
             for span in (*sweeps, None) if any(needs) else sweeps:
                 rows = None if span is None else _Rows.of(span, hidden, teacher_hidden, factor, tuple(wanted))
                 for start, stop in _spans(vocabulary, columns):
                     s_rows = s_head.rows(start, stop, hidden)
+                    # differentiate the tile of the group before
                     if scored is not None and any(needs):
-                        a, b = held.pop(start)
+                        a, b = tiles.pop(start)
                         if in_place:
                             gradient = _like(a, scratch[0])
-                            _held_gradient_tile(
+                            _gradient_of_ratios(
                                 a, b, *maxima.pop(start), pieces[-1], scored.factor, s_head, out=gradient
                             )
-                            if scored.first < lent and kept.weight is not None:
-                                kept.weight[start:stop] = 0
+                            if scored.first < lent and gradients.weight is not None:
+                                gradients.weight[start:stop] = 0  # the tile lay there; now it is a gradient again
                         else:
                             gradient = _gradient_tile(kind, beta, a, b, pieces[-1], scored.factor, s_head)
-                        kept.add(gradient, scored.s_hidden, s_rows, scored.first, start)
+                        gradients.add(gradient, scored.s_hidden, s_rows, scored.first, start)
                         del a, b, gradient  # their memory is the next tile's
+                    # project the same columns for the next group, and add them to its sums
                     if rows is not None:
                         s = s_head.logits(rows.s_hidden, s_rows, start)
                         t = t_head.logits(rows.t_hidden, t_head.rows(start, stop, rows.t_hidden), start)
                         if token_ids is not None:
                             rows.online.take_tokens(s, t, token_ids[rows.first :][: len(s)], start, stop)
                         free, *memory = scratch
-                        if rows.first < lent and kept.weight is not None:
-                            memory = list(kept.weight[start:stop].view(-1).chunk(2))
+                        if rows.first < lent and gradients.weight is not None:
+                            memory = list(gradients.weight[start:stop].view(-1).chunk(2))
+                        # what `update` leaves in a and b is p and log p/q: in memory of their own where s and t stay
                         a, b = (_like(s, part) for part in memory) if memory else (s, t)
                         rows.online.update(s, t, a, b, _like(s, free))
-                        held[start] = (a, b) if in_place else (s, t)
+                        tiles[start] = (a, b) if in_place else (s, t)
                         if in_place:
                             maxima[start] = rows.online.s_max, rows.online.t_max
+                # all columns were seen: the sums of the group become its normalisers and statistics
                 if rows is not None:
-                    found = rows.online.finish()
+                    of_rows = rows.online.finish()
                     if second:
-                        further = SecondPass(found, second, beta)
-                        for s, t in held.values():
+                        further = SecondPass(of_rows, second, beta)
+                        for s, t in tiles.values():
                             further.update(s, t)
-                        found |= further.finish()
-                    pieces.append(found)
+                        of_rows |= further.finish()
+                    pieces.append(of_rows)
                 scored = rows
         if pieces:
-            found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            of_rows = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         else:  # a rank without a kept token: a loss of 0 that still reaches the graph
-            found = dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=hidden.device))
+            of_rows = dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=hidden.device))
         # the hidden states' is rounded only when handed out: for want of range, float16 is scaled in the backward
         ctx.gradients = [
             None if value is None or like is None else value.to(like.dtype)
-            for value, like in ((kept.weight, weight), (kept.bias, bias))
+            for value, like in ((gradients.weight, weight), (gradients.bias, bias))
         ]
-        ctx.gradients.insert(0, kept.hidden)
+        ctx.gradients.insert(0, gradients.hidden)
         ctx.dtype = hidden.dtype
-        normaliser = found["s_log"] + found["t_log"]
-        divergence = found[kind]
-        statistics = [found[name] for name in fields]
+        normaliser = of_rows["s_log"] + of_rows["t_log"]
+        divergence = of_rows[kind]
+        statistics = [of_rows[name] for name in fields]
         ctx.mark_non_differentiable(divergence, normaliser, *statistics)
         return ((divergence * factor).sum(), divergence, normaliser, *statistics)
 

@@ -127,16 +127,16 @@ class Online:
         """Log-normalisers (as maximum and log-sum, apart so that large logits lose nothing) and the statistics."""
         # A row whose logits are all −∞ is no distribution.
         s_log = self.p.log().masked_fill(self.s_max <= NEGATIVE, math.nan)
-        found = {"s_max": self.s_max, "s_log": s_log}
-        found["entropy"] = s_log - self.pa / self.p
-        found["student_logprob"] = _minus_infinite_below(self.s_token - self.s_max - s_log)
+        statistics = {"s_max": self.s_max, "s_log": s_log}
+        statistics["entropy"] = s_log - self.pa / self.p
+        statistics["student_logprob"] = _minus_infinite_below(self.s_token - self.s_max - s_log)
         if self.teacher:
             t_log = self.q.log().masked_fill(self.t_max <= NEGATIVE, math.nan)
             mean_d = self.pd / self.p
             reverse_kl = -_minus_infinite_below(s_log - t_log - mean_d).clamp(max=0)
             square = self.ppdd - 2 * mean_d * self.ppd + mean_d.square() * self.pp
             gradient_norm = square.clamp(min=0).sqrt() / self.p
-            found |= {
+            statistics |= {
                 "t_max": self.t_max,
                 "t_log": t_log,
                 "reverse_kl": reverse_kl,
@@ -146,30 +146,30 @@ class Online:
                 "teacher_logprob": _minus_infinite_below(self.t_token - self.t_max - t_log),
             }
         # a sum that was not asked for was never taken
-        return {name: value for name, value in found.items() if name in self.fields or name not in ONLINE}
+        return {name: value for name, value in statistics.items() if name in self.fields or name not in ONLINE}
 
 
 def _minus_infinite_below(value: Tensor) -> Tensor:
     return torch.where(value < -INFINITE, -math.inf, value)
 
 
-def _log_probabilities(s: Tensor, t: Tensor, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    log_s = (s - found["s_max"][:, None]).sub_(found["s_log"][:, None])
-    log_t = (t - found["t_max"][:, None]).sub_(found["t_log"][:, None])
+def _log_probabilities(s: Tensor, t: Tensor, normalisers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    log_s = (s - normalisers["s_max"][:, None]).sub_(normalisers["s_log"][:, None])
+    log_t = (t - normalisers["t_max"][:, None]).sub_(normalisers["t_log"][:, None])
     return log_s, log_t
 
 
 class SecondPass:
     """Sums that need the normalisers first: they are differences of nearly equal numbers otherwise."""
 
-    def __init__(self, found: dict[str, Tensor], fields: Sequence[str], beta: float) -> None:
-        self.found, self.fields, self.beta = found, frozenset(fields), beta
-        zeros = torch.zeros_like(found["s_log"])
+    def __init__(self, normalisers: dict[str, Tensor], fields: Sequence[str], beta: float) -> None:
+        self.normalisers, self.fields, self.beta = normalisers, frozenset(fields), beta
+        zeros = torch.zeros_like(normalisers["s_log"])
         self.s_to_mixture, self.t_to_mixture, self.root = zeros.clone(), zeros.clone(), zeros.clone()
         self.gg, self.sgg, self.sg = zeros.clone(), zeros.clone(), zeros.clone()
 
     def update(self, s: Tensor, t: Tensor) -> None:
-        log_s, log_t = _log_probabilities(s, t, self.found)
+        log_s, log_t = _log_probabilities(s, t, self.normalisers)
         if "jsd" in self.fields:
             log_m = torch.logaddexp(log_s + math.log(1 - self.beta), log_t + math.log(self.beta))
             self.s_to_mixture += torch.linalg.vecdot(log_s.exp(), log_s - log_m)
@@ -184,14 +184,14 @@ class SecondPass:
             self.sgg += torch.linalg.vecdot(p.mul_(g), g)
 
     def finish(self) -> dict[str, Tensor]:
-        found = {}
+        statistics = {}
         if "jsd" in self.fields:
-            found["s_to_mixture"] = self.s_to_mixture
-            found["jsd"] = (1 - self.beta) * self.s_to_mixture + self.beta * self.t_to_mixture
-            found["jsd"].clamp_(min=0)
+            statistics["s_to_mixture"] = self.s_to_mixture
+            statistics["jsd"] = (1 - self.beta) * self.s_to_mixture + self.beta * self.t_to_mixture
+            statistics["jsd"].clamp_(min=0)
         if "hellinger" in self.fields:
-            found["hellinger"] = (self.root / 2).sqrt()
+            statistics["hellinger"] = (self.root / 2).sqrt()
         if "signal_to_curvature" in self.fields:
             curvature = self.sgg - self.sg.square()
-            found["signal_to_curvature"] = torch.where(curvature > 0, self.gg / curvature, 0.0)
-        return found
+            statistics["signal_to_curvature"] = torch.where(curvature > 0, self.gg / curvature, 0.0)
+        return statistics

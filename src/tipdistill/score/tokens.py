@@ -80,7 +80,7 @@ def token_scores(
         TokenScores, each statistic float32 [N] (float64 where the hidden states are float64).
 
     Raises:
-        ValueError: shapes, devices, names or ranges that do not fit.
+        ValueError: shapes, devices, names or ranges that do not fit; statistics that lack a teacher or token_ids.
         NonFiniteLogitsError: a ValueError that names the first token with NaN or infinite logits.
 
     Example:

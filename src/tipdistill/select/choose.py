@@ -37,7 +37,7 @@ def select(
     retention, and give it their score as its weight in the loss.
 
     Args:
-        scores: statistics of N tokens, float [N]; those that the rule reads must have been computed.
+        scores: statistics of N tokens, float [N]. `token_scores(..., rule=rule)` computes those that the rule reads.
         rule: a name in `RULES`; "complement:<name>", which at retention ρ keeps what the rule at 1 − ρ would not keep
             (one token where that is nothing, at ρ = 1 everything; drawn from the same state of the generator);
             a function TokenScores → float [N]; or the dotted path of one. A function may say what it reads in an

@@ -1,4 +1,9 @@
-"""Score: the last hidden states and lm_heads of both models → TokenScores, never an [N, V] tensor."""
+"""Score: the last hidden states and lm_heads of both models → TokenScores, never an [N, V] tensor.
+
+Here it is decided what is computed and by whom. reference.py reads like the equations; chunked.py computes the same in
+tiles (tiles.py makes one, sums.py adds it up), triton.py with kernels, top.py for the likeliest tokens. What is refused
+is in checks.py.
+"""
 
 from __future__ import annotations
 
@@ -104,6 +109,7 @@ def token_scores(
                 normaliser = reference.logits(head, vocabulary, temperature).detach().logsumexp(-1)
                 check_rows(normaliser, vocabulary, token_ids)
         return reference.token_scores(student, teacher, divergence, beta, temperature, token_ids, wanted)
+    # the engine sums what is over the whole vocabulary; what is of the likeliest tokens comes from a pass of its own
     likeliest = tuple(name for name in wanted if name in OF_LIKELIEST)
     computed = tuple(divergence if name == "divergence" else name for name in wanted if name not in likeliest)
     if "entropy_norm" in wanted:
@@ -119,6 +125,7 @@ def token_scores(
         assert teacher is not None
         values |= top_statistics(student, teacher, likeliest, temperature, vocabulary)
     if "divergence" in wanted:
+        # its value was computed above; what is added is a backward, which starts from the normalisers
         assert teacher is not None
         values["divergence"] = engine.TokenDivergence.apply(
             student.hidden,

@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import tipdistill as tip
 
 VOCABULARY, PROMPTS, PROMPT_TOKENS, NEW_TOKENS, STEPS = 64, 16, 4, 24, 40
+RULE = "soft_or"
 
 
 def build(width, layers, seed):
@@ -45,12 +46,12 @@ for step in range(STEPS + 1):
     tokens = student.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS
     )
-    # score: both models read what it wrote
+    # score: both models read what it wrote, and of that the rule's statistics and the loss are computed
     with torch.no_grad():
         teacher_head = head(teacher, tokens)
-    scores = tip.token_scores(head(student, tokens), teacher_head, divergence="reverse_kl")
+    scores = tip.token_scores(head(student, tokens), teacher_head, rule=RULE)
     # select: the uncertain and the wrong half of each rollout
-    picked = tip.select(scores, rule="soft_or", retention=0.5, rollout=rollout_ids)
+    picked = tip.select(scores, rule=RULE, retention=0.5, rollout=rollout_ids)
     # loss: only the selected rows are projected again and differentiated
     loss = tip.selected_loss(scores, picked)
     optimizer.zero_grad()

@@ -117,10 +117,10 @@ def test_fused_is_the_reference_in_float64(size, divergence, head):
     student, teacher = make_pair(*size, **head)
     weight = torch.rand(size[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
     options = {"divergence": divergence, "beta": 0.3, "temperature": 0.7, "denominator": 11.0}
-    loss, found = fused(student, teacher, weight, **options)
+    loss, gradients = fused(student, teacher, weight, **options)
     expected_loss, expected = oracle(student, teacher, weight, **options)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-14)
-    for value, truth in zip(found, expected, strict=True):
+    for value, truth in zip(gradients, expected, strict=True):
         assert (value is None) == (truth is None)
         if value is not None:
             torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-13)
@@ -142,15 +142,15 @@ def test_blocks_held_where_the_weight_gradient_will_be(rows, width, trained):
     student = replace(student, hidden=student.hidden[:, :width], weight=student.weight[:, :width])
     student.bias[5] = teacher.bias[5] = -math.inf
     weight = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
-    found = []
+    results = []
     for loss in (tip.fused_divergence_loss, oracle_loss):
         tensors, head = leaves(student)
         for tensor, need in zip(tensors, trained, strict=True):
             tensor.requires_grad_(need)
         value = loss(head, teacher, weight, temperature=0.7)
         value.backward()
-        found.append([value.detach(), *(tensor.grad for tensor in tensors)])
-    for value, truth in zip(*found, strict=True):
+        results.append([value.detach(), *(tensor.grad for tensor in tensors)])
+    for value, truth in zip(*results, strict=True):
         assert (value is None) == (truth is None)
         if value is not None:
             torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-13)
@@ -159,10 +159,10 @@ def test_blocks_held_where_the_weight_gradient_will_be(rows, width, trained):
 def test_the_first_block_takes_no_memory_of_its_own(monkeypatch):
     monkeypatch.setattr(chunked, "CPU_TILE", (512, 2**14))
     student, teacher = make_pair(12, 50_000, torch.float32)
-    held = 2 * 12 * 50_000 * 4
+    logits = 2 * 12 * 50_000 * 4
     for head, least, most in (
-        (leaves(student)[1], student.weight.nbytes, student.weight.nbytes + held // 4),
-        (replace(student, hidden=student.hidden.clone().requires_grad_()), held, held + held // 4),
+        (leaves(student)[1], student.weight.nbytes, student.weight.nbytes + logits // 4),
+        (replace(student, hidden=student.hidden.clone().requires_grad_()), logits, logits + logits // 4),
     ):
         peak = peak_bytes(lambda head=head: tip.fused_divergence_loss(head, teacher).backward())
         assert least <= peak <= most
@@ -175,8 +175,8 @@ def test_fused_is_no_less_exact_than_the_naive_computation(dtype, divergence):
     weight = torch.ones(67)
     _, exact = oracle(to(student, torch.float64), to(teacher, torch.float64), weight.double(), divergence=divergence)
     _, rounded = oracle(student, teacher, weight.to(dtype), divergence=divergence)
-    _, found = fused(student, teacher, weight, divergence=divergence)
-    for value, truth, naive in zip(found, exact, rounded, strict=True):
+    _, gradients = fused(student, teacher, weight, divergence=divergence)
+    for value, truth, naive in zip(gradients, exact, rounded, strict=True):
         scale = truth.abs().max()
         # twice: float32 on both sides, in another order; half an epsilon: the rounding of the result itself
         times = 2 if dtype == torch.float32 else 1
@@ -196,15 +196,16 @@ def test_fused_follows_the_gradient_that_comes_in():
 
 def test_a_float16_gradient_survives_the_scale_of_a_grad_scaler():
     """It starts at 2¹⁶, which float16 cannot hold, and the unscaled gradient of one of 10⁶ tokens vanishes in it."""
-    found = []
+    gradients = []
     for dtype in (torch.float32, torch.float16):
         draw = torch.Generator().manual_seed(0)
         hidden, weight, teacher = (torch.randn(size, 16, generator=draw) for size in (9, 37, 9))
         hidden = hidden.half().to(dtype).requires_grad_()
         loss = tip.fused_divergence_loss(Head(hidden, weight), Head(teacher, weight), denominator=1e6)
         (loss * 2.0**16).backward()
-        found.append(hidden.grad.float())
-    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=1e-6)  # a rounding to float16, subnormal ones too
+        gradients.append(hidden.grad.float())
+    # a rounding to float16, subnormal ones too
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-3, atol=1e-6)
 
 
 def test_fused_projects_each_row_once():
@@ -238,10 +239,10 @@ def test_fused_gives_statistics_of_the_same_pass():
     tokens = torch.arange(7)
     fields = [name for name, _ in tip.token_scores(student, teacher, token_ids=tokens).present()]
     fields += ["jsd", "hellinger", "gradient_norm", "signal_to_curvature"]
-    _, found = tip.fused_divergence_loss(student, teacher, fields=fields, token_ids=tokens)
+    _, scores = tip.fused_divergence_loss(student, teacher, fields=fields, token_ids=tokens)
     expected = tip.token_scores(student, teacher, fields=fields, token_ids=tokens)
-    assert [name for name, _ in found.present()] == [name for name, _ in expected.present()]
-    for name, value in found.present():
+    assert [name for name, _ in scores.present()] == [name for name, _ in expected.present()]
+    for name, value in scores.present():
         torch.testing.assert_close(value, getattr(expected, name).detach(), rtol=1e-4, atol=1e-6)
         assert not value.requires_grad
 

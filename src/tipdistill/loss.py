@@ -19,7 +19,7 @@ def selected_loss(scores: TokenScores, selection: Selection, denominator: Tensor
     that are inverse probabilities are divided by the number of kept tokens instead, see `Selection.total`.
 
     Args:
-        scores: statistics with `divergence`, [N] and differentiable.
+        scores: statistics with `divergence`, [N] and differentiable, as `token_scores(..., rule=...)` gives them.
         selection: the kept tokens and their weights, [N].
         denominator: divides the sum instead of `selection.total`, for instance the kept tokens of all micro-batches
             and ranks.

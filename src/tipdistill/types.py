@@ -151,8 +151,9 @@ class TokenScores:
             have = ", ".join(present for present, _ in self.present()) or "none"
             raise ValueError(
                 f"statistic '{name}' was not computed (computed: {have}). "
-                f"Ask for it: token_scores(..., fields=[..., '{name}']); a rule of your own names what it reads in its "
-                "attribute `fields`."
+                "Ask for it: token_scores(..., rule=...) computes what a rule and the loss read, "
+                f"token_scores(..., fields=[..., '{name}']) what you name. A rule of your own names what it reads in "
+                "its attribute `fields`."
             )
         return value
 
@@ -167,6 +168,11 @@ class TokenScores:
         for _, value in self.present():
             return value.shape[0]
         return 0
+
+
+STATISTICS = tuple(field.name for field in fields(TokenScores))
+# what is known without a teacher
+OF_STUDENT = frozenset({"entropy", "entropy_norm", "student_logprob"})
 
 
 @dataclass(frozen=True)
@@ -185,15 +191,18 @@ class Scored:
     def map(self, function: Callable[[Tensor], Tensor]) -> Scored:
         """Apply `function` to every tensor (index, move)."""
         tops = [
-            TopTokens(function(one.token_ids), function(one.probability))
-            for one in (self.student_top, self.teacher_top)
+            TopTokens(function(top.token_ids), function(top.probability))
+            for top in (self.student_top, self.teacher_top)
         ]
         return Scored(self.scores.map(function), tops[0], tops[1])
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens are trained on, and with what weight.
+    """Which tokens are trained on, and with what weight: what `select` makes of TokenScores by a rule.
+
+    A rule of your own is a function TokenScores → float [N], and `select(scores, rule=it)` takes it as it is. To give
+    it a name: the function in select/rules.py and a line of `RULES` in select/registry.py, see `Rule`.
 
     Attributes:
         mask: bool [N], True for the kept tokens.

@@ -52,7 +52,7 @@ def test_a_rule_can_be_had_where_the_teacher_tells_what_it_reads(given):
         ("selectkd", "top_k", 4, "5 likeliest tokens: topk=4"),
         ("prefix_compatibility", "top_k", 8, "16 likeliest tokens: topk=8"),
         ("q3", "sampled", None, "'forward_kl', which the teacher's sampled token does not give"),
-        ("tipdistill.select.rules:hellinger", "top_k", 32, "does not say what it reads"),
+        ("tipdistill.select.contrib:hellinger", "top_k", 32, "does not say what it reads"),
     ],
 )
 def test_refused_rules_say_why(rule, given, k, message):

@@ -13,6 +13,7 @@ from measure import matmul_flops, peak_bytes
 import tipdistill as tip
 from tipdistill import Head
 from tipdistill.score import NonFiniteLogitsError
+from tipdistill.select import Rule, rule_fields
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 # rows, vocabulary: one token, tiles that do not fill, several tiles of rows and of columns, a prime vocabulary
@@ -27,13 +28,13 @@ SIZES = [(1, 37), (3, 2), (5, 2048), (257, 37), (259, 2111), (513, 4099)]
 def test_values_in_float64(size, kind):
     student, teacher = make_pair(*size, **HEADS[kind])
     options = {"token_ids": tokens_of(student), "temperature": 0.7, "beta": 0.3}
-    found, expected = (
+    ours, expected = (
         tip.token_scores(student, teacher, fields=FIELDS, **options),
         reference(student, teacher, **options),
     )
-    assert {name for name, _ in found.present()} == set(FIELDS)
+    assert {name for name, _ in ours.present()} == set(FIELDS)
     for name in FIELDS:
-        value, truth = getattr(found, name), getattr(expected, name)
+        value, truth = getattr(ours, name), getattr(expected, name)
         assert value.shape == (size[0],)
         assert value.dtype == torch.float64
         # relative where values are large, absolute where they are differences of numbers near 1
@@ -49,9 +50,9 @@ def test_gradients_in_float64(size, kind, divergence):
     student, teacher = make_pair(*size, **HEADS[kind])
     incoming = incoming_of(size[0]).index_fill(0, torch.tensor([0]), 1.5)
     options = {"divergence": divergence, "temperature": 1.4, "beta": 0.7}
-    found = gradients(student, teacher, incoming, **options)
+    ours = gradients(student, teacher, incoming, **options)
     expected = gradients(student, teacher, incoming, impl="reference", **options)
-    for value, truth in zip(found, expected, strict=True):
+    for value, truth in zip(ours, expected, strict=True):
         assert (value is None) == (truth is None)
         if value is not None:
             assert value.shape == truth.shape
@@ -75,9 +76,9 @@ def test_gradients_agree_with_finite_differences(divergence):
 def test_padded_vocabularies_compare_the_rows_they_share(student_rows, teacher_rows):
     student, teacher = make_pair(7, student_rows, teacher_vocabulary=teacher_rows, bias=True)
     cut = [replace(head, weight=head.weight[:53], bias=head.bias[:53]) for head in (student, teacher)]
-    found, expected = tip.token_scores(student, teacher), reference(*cut, fields=("entropy_norm", "reverse_kl"))
-    torch.testing.assert_close(found.reverse_kl, expected.reverse_kl)
-    torch.testing.assert_close(found.entropy_norm, expected.entropy_norm)
+    ours, expected = tip.token_scores(student, teacher), reference(*cut, fields=("entropy_norm", "reverse_kl"))
+    torch.testing.assert_close(ours.reverse_kl, expected.reverse_kl)
+    torch.testing.assert_close(ours.entropy_norm, expected.entropy_norm)
     weight, bias = gradients(student, teacher, torch.ones(7, dtype=torch.float64))[1:]
     assert weight.shape == student.weight.shape
     assert not weight[53:].any()
@@ -117,12 +118,12 @@ def test_values_in_low_precision(dtype, kind):
     student, teacher = (to(head, dtype) for head in make_pair(67, 1021, **HEADS[kind]))
     truth = reference(to(student, torch.float64), to(teacher, torch.float64), token_ids=tokens_of(student))
     naive = reference(student, teacher, token_ids=tokens_of(student))
-    found = tip.token_scores(student, teacher, fields=FIELDS, token_ids=tokens_of(student))
+    ours = tip.token_scores(student, teacher, fields=FIELDS, token_ids=tokens_of(student))
     times, _, floor = TOLERANCES[dtype]
     for name in FIELDS:
         if name == "signal_to_curvature":  # a quotient of two vanishing sums where both models agree
             continue
-        value, exact, rounded = (getattr(scores, name).detach() for scores in (found, truth, naive))
+        value, exact, rounded = (getattr(scores, name).detach() for scores in (ours, truth, naive))
         assert value.dtype == torch.float32
         # ours is a float32 result whatever the inputs
         allowed = max(times * error(rounded, exact), floor * torch.finfo(torch.float32).eps)
@@ -139,9 +140,9 @@ def test_gradients_in_low_precision(dtype, kind, divergence):
         to(student, torch.float64), to(teacher, torch.float64), incoming, impl="reference", divergence=divergence
     )
     rounded = gradients(student, teacher, incoming.to(dtype), impl="reference", divergence=divergence)
-    found = gradients(student, teacher, incoming.float(), divergence=divergence)
+    ours = gradients(student, teacher, incoming.float(), divergence=divergence)
     _, times, floor = TOLERANCES[dtype]
-    for value, truth, naive in zip(found, exact, rounded, strict=True):
+    for value, truth, naive in zip(ours, exact, rounded, strict=True):
         if truth is not None:
             assert value.dtype == dtype
             assert error(value, truth) <= max(times * error(naive, truth), floor * torch.finfo(dtype).eps)
@@ -150,9 +151,9 @@ def test_gradients_in_low_precision(dtype, kind, divergence):
 def test_signal_to_curvature_in_float32():
     """Where student and teacher differ the quotient is well conditioned; there it must be right."""
     student, teacher = (make_head(31, 203, 24, seed, torch.float32) for seed in (0, 1))
-    found = tip.token_scores(student, teacher, fields=["signal_to_curvature"]).signal_to_curvature
+    ours = tip.token_scores(student, teacher, fields=["signal_to_curvature"]).signal_to_curvature
     truth = reference(to(student, torch.float64), to(teacher, torch.float64), ["signal_to_curvature"])
-    torch.testing.assert_close(found.double(), truth.signal_to_curvature, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.double(), truth.signal_to_curvature, rtol=1e-4, atol=0)
 
 
 def test_autocast_around_the_call_changes_nothing():
@@ -197,20 +198,20 @@ def test_a_column_that_only_the_teacher_forbids():
     bias = teacher.bias.clone()
     bias[2] = -math.inf
     teacher = replace(teacher, bias=bias)
-    found, truth = (
+    ours, truth = (
         tip.token_scores(student, teacher, fields=FIELDS, token_ids=torch.tensor([2, 2, 3]), impl=impl)
         for impl in ("chunked", "reference")
     )
-    assert found.reverse_kl.tolist() == [math.inf] * 3
-    assert found.teacher_logprob.tolist()[:2] == [-math.inf] * 2
-    assert found.gradient_norm.tolist() == [math.inf] * 3
+    assert ours.reverse_kl.tolist() == [math.inf] * 3
+    assert ours.teacher_logprob.tolist()[:2] == [-math.inf] * 2
+    assert ours.gradient_norm.tolist() == [math.inf] * 3
     for name in FIELDS:
-        torch.testing.assert_close(getattr(found, name), getattr(truth, name))
-    ours, expected = (
+        torch.testing.assert_close(getattr(ours, name), getattr(truth, name))
+    in_tiles, expected = (
         gradients(student, teacher, torch.ones(3, dtype=torch.float64), divergence="jsd", impl=impl)
         for impl in ("chunked", "reference")
     )
-    for value, exact in zip(ours, expected, strict=True):
+    for value, exact in zip(in_tiles, expected, strict=True):
         torch.testing.assert_close(value, exact)
 
 
@@ -224,8 +225,8 @@ def test_a_column_that_both_forbid_takes_no_part():
     without = [
         replace(head, weight=head.weight[[0, 1, 3, 4, 5, 6]], bias=head.bias[[0, 1, 3, 4, 5, 6]]) for head in heads
     ]
-    found, expected = tip.token_scores(*heads, fields=FIELDS[3:6]), reference(*without, fields=FIELDS[3:6])
-    for name, value in found.present():
+    ours, expected = tip.token_scores(*heads, fields=FIELDS[3:6]), reference(*without, fields=FIELDS[3:6])
+    for name, value in ours.present():
         torch.testing.assert_close(value.detach(), getattr(expected, name).detach())
     hidden, weight, _ = gradients(*heads, torch.ones(3, dtype=torch.float64))
     assert torch.isfinite(hidden).all()
@@ -364,17 +365,17 @@ def test_poisoned_buffers_show_nowhere(monkeypatch):
     empty = torch.empty
 
     def poisoned(*args, **options):
-        found = empty(*args, **options)
-        return found.fill_(math.nan) if found.is_floating_point() else found
+        fresh = empty(*args, **options)
+        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
 
     student, teacher = make_pair(259, 2111, torch.float32, bias=True)
     incoming = incoming_of(259, torch.float32)
     expected = tip.token_scores(student, teacher, fields=FIELDS[:6]), gradients(student, teacher, incoming)
     monkeypatch.setattr(torch, "empty", poisoned)
-    found = tip.token_scores(student, teacher, fields=FIELDS[:6]), gradients(student, teacher, incoming)
+    ours = tip.token_scores(student, teacher, fields=FIELDS[:6]), gradients(student, teacher, incoming)
     for name, value in expected[0].present():
-        assert torch.equal(getattr(found[0], name), value), name
-    for value, truth in zip(found[1], expected[1], strict=True):
+        assert torch.equal(getattr(ours[0], name), value), name
+    for value, truth in zip(ours[1], expected[1], strict=True):
         assert torch.equal(value, truth)
 
 
@@ -437,6 +438,87 @@ def test_any_mask_composed_in_plain_pytorch_works():
     torch.testing.assert_close(weight.grad, expected_weight.grad)
 
 
+# What a rule asks for.
+
+
+def surprise(scores):
+    """How much less likely the teacher finds the sampled token."""
+    return scores.require("student_logprob") - scores.require("teacher_logprob")
+
+
+surprise.fields = ("student_logprob", "teacher_logprob")
+IMPORTANT = Rule(lambda scores: scores.require("hellinger"), ("hellinger",), "importance")
+
+
+@pytest.mark.parametrize(
+    "rule", [*tip.RULES, "complement:soft_or", "complement:entropy_sampling", surprise, IMPORTANT], ids=str
+)
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_a_rule_asks_for_what_is_read_and_for_nothing_else(rule, impl):
+    student, teacher = make_pair(24, 97, torch.float32)
+    (hidden, weight, _), head = leaves(student)
+    scores = tip.token_scores(head, teacher, rule=rule, token_ids=tokens_of(student), impl=impl)
+    assert {name for name, _ in scores.present()} == {*rule_fields(rule), "divergence"}
+    picked = tip.select(scores, rule, 0.5, torch.arange(24) // 8, generator=torch.Generator().manual_seed(0))
+    tip.selected_loss(scores, picked).backward()
+    assert weight.grad.abs().sum() > 0
+    assert torch.equal(hidden.grad.abs().sum(1) > 0, picked.mask)
+
+
+def test_a_rule_costs_the_projections_of_what_it_reads():
+    student, teacher = make_pair(ROWS, VOCABULARY, torch.float32)
+    assert matmul_flops(lambda: tip.token_scores(student, teacher, rule="soft_or")) == STUDENT + TEACHER
+    assert matmul_flops(lambda: tip.token_scores(student, rule="entropy")) == STUDENT
+
+
+def test_a_function_that_says_nothing_gets_the_papers_statistics():
+    student, teacher = make_pair(4, 9)
+    for rule in (lambda scores: scores.require("entropy"), "tipdistill.select.rules:entropy"):
+        assert {name for name, _ in tip.token_scores(student, teacher, rule=rule).present()} == set(FIELDS[:6])
+        scores = tip.token_scores(student, teacher, rule=rule, token_ids=torch.tensor([0, 1, 2, 8]))
+        assert {name for name, _ in scores.present()} == set(FIELDS[:8])
+        assert {name for name, _ in tip.token_scores(student, rule=rule).present()} == {"entropy", "entropy_norm"}
+
+
+def test_fields_come_on_top_of_what_a_rule_reads():
+    student, teacher = make_pair(4, 9)
+    scores = tip.token_scores(student, teacher, rule="soft_or", fields=["teacher_entropy", "reverse_kl"])
+    read = {"entropy_norm", "reverse_kl", "divergence"}
+    assert {name for name, _ in scores.present()} == read | {"teacher_entropy"}
+    assert {name for name, _ in tip.token_scores(student, rule="random", fields=["entropy"]).present()} == {"entropy"}
+
+
+def test_without_a_teacher_a_rule_gets_what_it_reads_of_the_student():
+    student, _ = make_pair(4, 9)
+    assert [name for name, _ in tip.token_scores(student, rule="entropy").present()] == ["entropy_norm"]
+    with pytest.raises(ValueError, match="'reverse_kl' compares with a teacher: pass teacher"):
+        tip.token_scores(student, rule="soft_or")
+    for rule in ("all", "random", "position"):
+        with pytest.raises(ValueError, match=f"the rule '{rule}' reads no statistic, and without a teacher"):
+            tip.token_scores(student, rule=rule)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "cumulative_advantage"}, "'student_logprob' is of the sampled tokens: pass token_ids"),
+        ({"rule": surprise}, "'student_logprob' is of the sampled tokens: pass token_ids"),
+        ({"rule": "soft-or"}, "unknown rule 'soft-or'.*Did you mean 'soft_or'"),
+        ({"rule": "soft_or", "fields": "entropy"}, "fields must be a list of names"),
+        ({"rule": "soft_or", "fields": ["entropi"]}, "got 'entropi'.*Did you mean 'entropy'"),
+    ],
+)
+def test_what_a_rule_cannot_be_given_is_said(options, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        tip.token_scores(*make_pair(3, 9), **options)
+
+
+def test_scores_that_lack_what_a_rule_reads_say_how_to_ask():
+    student, teacher = make_pair(4, 9)
+    with pytest.raises(ValueError, match=r"'reverse_kl' was not computed .*token_scores\(\.\.\., rule=\.\.\.\)"):
+        tip.select(tip.token_scores(student, teacher, rule="entropy"), "soft_or")
+
+
 GOOD = make_pair(3, 9)
 
 
@@ -450,7 +532,7 @@ GOOD = make_pair(3, 9)
         ({"divergence": "jsd", "beta": 1.0}, "beta must be in .*ask for these"),
         ({"beta": -0.1}, "beta must be in"),
         ({"fields": "entropy"}, r"fields must be a list of names, got the string 'entropy'"),
-        ({"fields": ["entropi"]}, r"unknown statistic 'entropi'.*Did you mean 'entropy'"),
+        ({"fields": ["entropi"]}, r"statistic must be one of .*, got 'entropi'.*Did you mean 'entropy'"),
         ({"fields": ["student_logprob"]}, "pass token_ids"),
         ({"fields": ["jsd"], "beta": 1.0}, "'jsd' is a statistic at β in"),
         ({"teacher": None, "fields": ["reverse_kl"]}, "compares with a teacher"),

@@ -17,17 +17,17 @@ from tipdistill.score import chunked, reference, top_tokens
 def test_as_topk_of_the_logits(vocabulary, temperature, options):
     head = make_head(300, vocabulary, 24, seed=1, **options)
     expected = torch.softmax(reference.logits(head, vocabulary, temperature), -1).topk(5)
-    found = top_tokens(head, 5, temperature)
-    assert torch.equal(found.token_ids, expected.indices)
-    torch.testing.assert_close(found.probability, expected.values)
+    top = top_tokens(head, 5, temperature)
+    assert torch.equal(top.token_ids, expected.indices)
+    torch.testing.assert_close(top.probability, expected.values)
 
 
 def test_in_half_precision_the_logits_are_those_of_float32():
     head = to(make_head(70, 3000, 24, seed=2), torch.bfloat16)
     exact = reference.logits(replace(head, hidden=head.hidden.float(), weight=head.weight.float()), 3000)
-    found = top_tokens(head)
-    assert found.probability.dtype == torch.float32
-    torch.testing.assert_close(found.probability, torch.softmax(exact, -1).topk(5).values, rtol=1e-5, atol=1e-7)
+    top = top_tokens(head)
+    assert top.probability.dtype == torch.float32
+    torch.testing.assert_close(top.probability, torch.softmax(exact, -1).topk(5).values, rtol=1e-5, atol=1e-7)
 
 
 def test_rows_beyond_the_shared_vocabulary_are_left_out():
@@ -39,9 +39,9 @@ def test_rows_beyond_the_shared_vocabulary_are_left_out():
 
 def test_impossible_tokens_have_probability_0_and_come_last():
     head = replace(make_head(3, 6, 24, seed=4), bias=torch.tensor([0.0, -torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]))
-    found = top_tokens(head, 5)
-    assert (found.probability[:, 3:] == 0).all()
-    torch.testing.assert_close(found.probability.sum(1), torch.ones(3, dtype=torch.float64))
+    top = top_tokens(head, 5)
+    assert (top.probability[:, 3:] == 0).all()
+    torch.testing.assert_close(top.probability.sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def test_no_token():

@@ -16,7 +16,7 @@ from measure import matmul_flops
 
 import tipdistill as tip
 from tipdistill import Head
-from tipdistill.score import NonFiniteLogitsError, tokens
+from tipdistill.score import NonFiniteLogitsError, checks, tokens
 
 pytest.importorskip("triton", reason="triton is built for Linux")
 
@@ -567,9 +567,9 @@ def test_token_ids_outside_the_vocabulary_are_refused():
 def test_one_look_finds_whatever_is_wrong(change, message):
     """What is refused ahead on a CPU is looked at together with the results on a GPU, where each look waits."""
     rows = {"normaliser": [0.0] * 3, "token_ids": [0, 1, 8], "divergence": [0.0] * 3, "factor": [0.0, 1.0, 2.0]}
-    tokens._check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in rows.items()})
+    checks.check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in rows.items()})
     with pytest.raises(ValueError, match=message):
-        tokens._check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in (rows | change).items()})
+        checks.check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in (rows | change).items()})
 
 
 # The search for a tile shape.

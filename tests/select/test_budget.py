@@ -82,14 +82,14 @@ def test_of_equal_scores_the_earlier_token_wins():
 
 def subset_probabilities(weights, draws):
     """Probability of each set of `draws` tokens, drawn one after the other, each ∝ weight among those left."""
-    found = Counter()
+    probabilities = Counter()
     for order in itertools.permutations(range(len(weights)), draws):
         probability, left = 1.0, sum(weights)
         for token in order:
             probability *= weights[token] / left
             left -= weights[token]
-        found[frozenset(order)] += probability
-    return found
+        probabilities[frozenset(order)] += probability
+    return probabilities
 
 
 def chi_square(key, weights, draws, rollouts):

@@ -1,22 +1,72 @@
-"""docs/rules.md has one entry per rule, says what the code says, and its examples run."""
+"""docs/rules.md has one entry per rule, says what the code and the results say, and its examples run."""
 
+import csv
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from tipdistill import RULES
+from tipdistill.select import CONTRIB
 
-PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "rules.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-RULE_PART = TEXT.split("\n## Rules\n")[1].split("\n## ")[0]
-ENTRIES = {
-    re.match(r"`(\w+)`\n", part).group(1): part for part in re.split(r"^### ", RULE_PART, flags=re.M) if part.strip()
-}
+SWEEPS = ROOT / "benchmarks" / "results" / "replication"
+TASKS = ("planted", "modular", "machine")
+
+
+def section(heading):
+    return TEXT.split(f"\n{heading}\n")[1].split(f"\n{heading.split()[0]} ")[0]
+
+
+def entries(heading):
+    parts = re.split(r"^### ", section(heading), flags=re.M)[1:]
+    return {re.match(r"`(\w+)`\n", part).group(1): part for part in parts}
+
+
+MEASURED, UNMEASURED = entries("## The measured rules, one by one"), entries("## Not measured by us")
+ENTRIES = MEASURED | UNMEASURED
 
 
 def test_every_rule_has_an_entry_and_every_entry_a_rule():
-    assert list(ENTRIES) == list(RULES)
+    assert list(MEASURED) == [name for name in RULES if name not in CONTRIB]
+    assert list(UNMEASURED) == list(CONTRIB)
+
+
+def test_entries_of_rules_that_nobody_trained_with_say_so():
+    silent = {name for name in RULES if "not measured by us" not in ENTRIES[name]}
+    assert silent == {*MEASURED, "signal_to_curvature"}
+
+
+def test_figures_are_those_of_the_sweeps():
+    """The tables of accuracies hold every row of the three sweeps but the guarded one, as the results say it."""
+    figures = {}
+    for task in TASKS:
+        with (SWEEPS / f"{task}.csv").open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                figures.setdefault((row["name"], f"{100 * float(row['retention']):g} %"), {})[task] = row["accuracy"]
+    told = {}
+    in_rollouts, over_batch = section("### What we measured").split("over the whole batch")
+    for text, suffix in ((in_rollouts, ""), (over_batch, " batch")):
+        for rule, share, *cells in re.findall(r"^\| `([\w:]+)` \| (\d+ %) \|(.*)\|(.*)\|(.*)\|$", text, re.M):
+            told[rule + suffix, share] = {
+                task: cell.strip() for task, cell in zip(TASKS, cells, strict=True) if cell.strip()
+            }
+    expected = {
+        key: {task: f"{float(accuracy):.3f}" for task, accuracy in of_tasks.items()}
+        for key, of_tasks in figures.items()
+        if not key[0].endswith("guarded")
+    }
+    assert told == expected
+    before = [next(iter(json.loads((SWEEPS / f"{task}.json").read_text())["before"].values())) for task in TASKS]
+    printed = re.search(r"right in (\.\d+) \(addition\), (\.\d+) \(modular\) and (\.\d+)", " ".join(TEXT.split()))
+    assert [f"0{figure}" for figure in printed.groups()] == [f"{task['mean']:.3f}" for task in before]
+
+
+def test_lines_are_short_enough_to_read():
+    assert not [line for line in TEXT.splitlines() if len(line) > 100 and not line.startswith("|")]
 
 
 def test_every_rule_is_in_the_table_and_its_link_leads_to_the_entry():

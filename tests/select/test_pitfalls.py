@@ -75,13 +75,13 @@ def divergence_of(teacher_logits):
     return (log_s.exp() * (log_s - torch.log_softmax(teacher_logits, dim=-1))).sum(-1)
 
 
-@pytest.mark.parametrize(("column", "found"), [(torch.nan, "nan"), (-torch.inf, "inf")])
-def test_nan_or_minus_infinite_teacher_logits(column, found):
+@pytest.mark.parametrize(("column", "printed"), [(torch.nan, "nan"), (-torch.inf, "inf")])
+def test_nan_or_minus_infinite_teacher_logits(column, printed):
     logits = torch.randn(6, 7, generator=seeded(0))
     logits[4:, 3] = column
     scores = TokenScores(entropy_norm=torch.linspace(0, 1, 6), reverse_kl=divergence_of(logits))
     rollout = torch.tensor([50, 50, 50, 80, 80, 80])
-    with pytest.raises(ValueError, match=rf"'reverse_kl' is {found} in rollout 80, token 1 .* 2 of 6 tokens"):
+    with pytest.raises(ValueError, match=rf"'reverse_kl' is {printed} in rollout 80, token 1 .* 2 of 6 tokens"):
         select(scores, "soft_or", 0.5, rollout)
     assert select(scores, "entropy", 0.5, rollout).mask.sum() == 2  # reads no divergence, so it is not troubled
 

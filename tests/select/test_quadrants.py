@@ -16,9 +16,9 @@ def scores_of(entropy, divergence):
 def test_each_quadrant_is_where_the_paper_has_it():
     uncertain_wrong, uncertain_agreed, confident_wrong, solved = (1.0, 5.0), (1.0, 0.0), (0.0, 5.0), (0.0, 0.0)
     tokens = torch.tensor([uncertain_wrong, uncertain_agreed, confident_wrong, solved])
-    found = quadrants(scores_of(tokens[:, 0], tokens[:, 1]))
-    assert found.tolist() == [1, 2, 3, 4]
-    assert found.dtype == torch.int8
+    quadrant = quadrants(scores_of(tokens[:, 0], tokens[:, 1]))
+    assert quadrant.tolist() == [1, 2, 3, 4]
+    assert quadrant.dtype == torch.int8
 
 
 def test_thresholds_belong_to_the_upper_side():
@@ -27,9 +27,9 @@ def test_thresholds_belong_to_the_upper_side():
     entropy[20] = 0.196
     divergence = torch.full((101,), 0.1, dtype=torch.float64)
     divergence[50] = 0.0999
-    found = quadrants(TokenScores(entropy_norm=entropy, reverse_kl=divergence))
-    assert found[[19, 21]].tolist() == [3, 1]
-    assert found[50] == 2
+    quadrant = quadrants(TokenScores(entropy_norm=entropy, reverse_kl=divergence))
+    assert quadrant[[19, 21]].tolist() == [3, 1]
+    assert quadrant[50] == 2
     assert quadrants(scores_of([0.0, 1.0], [0.1, 0.1])).tolist() == [3, 1]
 
 
@@ -51,20 +51,20 @@ def test_entropy_in_nats_gives_the_same_quadrants():
 def test_every_token_has_one_quadrant_and_shares_add_up(tokens, seed, entropy_threshold, divergence_threshold):
     generator = torch.Generator().manual_seed(seed)
     entropy, divergence = torch.rand(2, tokens, generator=generator)
-    found = quadrants(scores_of(entropy, 6 * divergence), entropy_threshold, divergence_threshold)
-    assert set(found.tolist()) <= {1, 2, 3, 4}
+    quadrant = quadrants(scores_of(entropy, 6 * divergence), entropy_threshold, divergence_threshold)
+    assert set(quadrant.tolist()) <= {1, 2, 3, 4}
     for weight in (None, divergence):
-        shares = quadrant_shares(found, weight)
+        shares = quadrant_shares(quadrant, weight)
         assert list(shares) == [1, 2, 3, 4]
         assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_shares_are_of_the_tokens_or_of_what_they_weigh():
-    found = torch.tensor([1, 1, 3, 4, 4, 4, 4, 4, 4, 4], dtype=torch.int8)
-    assert quadrant_shares(found) == {1: 0.2, 2: 0.0, 3: 0.1, 4: 0.7}
+    quadrant = torch.tensor([1, 1, 3, 4, 4, 4, 4, 4, 4, 4], dtype=torch.int8)
+    assert quadrant_shares(quadrant) == {1: 0.2, 2: 0.0, 3: 0.1, 4: 0.7}
     weight = torch.tensor([1.0, 2.0, 6.0, 1.0, 0, 0, 0, 0, 0, 0])
-    assert quadrant_shares(found, weight) == {1: 0.3, 2: 0.0, 3: 0.6, 4: 0.1}
-    assert quadrant_shares(found, torch.zeros(10)) == {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}
+    assert quadrant_shares(quadrant, weight) == {1: 0.3, 2: 0.0, 3: 0.6, 4: 0.1}
+    assert quadrant_shares(quadrant, torch.zeros(10)) == {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}
 
 
 def test_no_token_has_no_shares():

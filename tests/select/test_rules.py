@@ -38,19 +38,19 @@ def between(values):
     return (np.clip(values, low, high) - low) / (high - low)
 
 
-def soft_or(one, other):
-    return 1 - (1 - one) * (1 - other)
+def soft_or(h, delta):
+    return 1 - (1 - h) * (1 - delta)
 
 
 def per_rollout(of_rollout):
     """A formula of one rollout's tokens in their order, applied to each rollout."""
 
     def formula(s):
-        found, rollout = np.empty_like(s.entropy), ROLLOUT.numpy()
+        score, rollout = np.empty_like(s.entropy), ROLLOUT.numpy()
         for number in np.unique(rollout):
             mine = rollout == number
-            found[mine] = of_rollout(s.map(lambda value, mine=mine: value[mine]), mine.sum())
-        return found
+            score[mine] = of_rollout(s.map(lambda value, mine=mine: value[mine]), mine.sum())
+        return score
 
     return formula
 
@@ -60,11 +60,11 @@ def position(s, length):
 
 
 def prefix_compatibility(s, length):
-    found, bad = [], 0
+    weight, bad = [], 0
     for overlap in s.top16_overlap:
         bad += overlap < 0.5
-        found.append(min(max(1 - 0.1 * bad, 0), 1) + 0.05)
-    return np.array(found)
+        weight.append(min(max(1 - 0.1 * bad, 0), 1) + 0.05)
+    return np.array(weight)
 
 
 def cumulative_advantage(s, length):
@@ -111,10 +111,10 @@ def test_score_is_its_formula(rule):
     scores = random_scores()
     expected = FORMULAS[rule](scores.map(lambda value: value.numpy()))
     order = [Order.of(ROLLOUT)] if RULES[rule].ordered else []
-    found = RULES[rule].score(scores, *order)
+    score = RULES[rule].score(scores, *order)
     # a weight is float32 and of the order of 1, a score that ranks is as precise as what it reads
     close = 1e-6 if RULES[rule].budget == "weight" else 1e-12
-    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=close, atol=close)
+    torch.testing.assert_close(score.double(), torch.from_numpy(expected), rtol=close, atol=close)
 
 
 def chosen(scores, rule, retention=0.3):
@@ -165,8 +165,8 @@ def test_the_divergence_that_is_trained_does_not_change_the_choice(rule):
 @pytest.mark.parametrize("rule", ["soft_or", "soft_or_log"])
 def test_soft_or_is_at_least_each_part_and_at_most_1(rule, data):
     tokens = data.draw(st.integers(1, 50))
-    one = st.floats(0, 1, width=32)
-    column = st.lists(one, min_size=tokens, max_size=tokens)
+    share = st.floats(0, 1, width=32)
+    column = st.lists(share, min_size=tokens, max_size=tokens)
     h = torch.tensor(data.draw(column))
     delta = 10 * torch.tensor(data.draw(column))
     score = RULES[rule].score(TokenScores(entropy_norm=h, reverse_kl=delta))

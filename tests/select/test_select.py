@@ -245,7 +245,7 @@ def test_inverse_probabilities_over_a_batch_and_inside_rollouts_estimate_the_sam
     divergence = torch.randn(54, generator=seeded(7), dtype=torch.float64) * scores.require("gradient_norm")
     generator = seeded(1)
     for scope in ("rollout", "batch"):
-        found = torch.stack(
+        estimates = torch.stack(
             [
                 (picked.weight.double() @ divergence) / picked.total
                 for picked in (
@@ -253,7 +253,7 @@ def test_inverse_probabilities_over_a_batch_and_inside_rollouts_estimate_the_sam
                 )
             ]
         )
-        assert abs(found.mean() - divergence.mean()) < 5 * found.std() / 2000**0.5, scope
+        assert abs(estimates.mean() - divergence.mean()) < 5 * estimates.std() / 2000**0.5, scope
 
 
 def test_a_token_that_is_sure_to_be_kept_weighs_one_of_all():
@@ -517,7 +517,7 @@ def test_lengths_that_are_no_counts_are_refused(lengths):
 def test_a_rule_with_an_unknown_budget_or_statistic_is_refused():
     with pytest.raises(ValueError, match="one of top, sample, importance, all, weight, got 'bottom'"):
         Rule(surprise, None, "bottom")
-    with pytest.raises(ValueError, match=r"unknown statistic 'reverse_kld'.* Did you mean 'reverse_kl'"):
+    with pytest.raises(ValueError, match=r"must be one of entropy, .*, got 'reverse_kld'. Did you mean 'reverse_kl'"):
         Rule(surprise, ("reverse_kld",))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..score import chunked
+from ..score import tiles
 
 RESULTS = Path("benchmarks") / "results"
 
@@ -141,7 +141,7 @@ def matmul_rate(hidden: torch.Tensor, weight: torch.Tensor, seconds: float = 0.0
     left, right = hidden.detach()[:tokens], weight.detach()[:columns]
     flops = 2 * len(left) * len(right) * left.shape[1]
     best = 0.0
-    for multiply in (lambda: torch.mm(left, right.t()), lambda: chunked.project(left, right)):
+    for multiply in (lambda: torch.mm(left, right.t()), lambda: tiles.project(left, right)):
         taken, runs = 0.0, 0
         multiply()
         while taken < seconds:

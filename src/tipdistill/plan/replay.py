@@ -2,7 +2,7 @@
 
 Every tensor that the model's own code, autograd, autocast and gradient checkpointing make is counted when it appears
 and when it is let go, as an allocator would. Only the head stage, which reads numbers, is acted: `_HeadOnPaper` makes
-the tensors that `divergence.chunked.FusedLoss` makes.
+the tensors that `score.chunked.FusedLoss` makes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 
-from ..score.chunked import Gradients
+from ..score.tiles import Gradients
 from .models import build, config_of, on_paper
 
 

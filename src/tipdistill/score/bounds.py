@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..types import TokenScores
-from .chunked import INFINITE, NEGATIVE, _spans
+from .sums import INFINITE
+from .tiles import NEGATIVE, _spans
 
 # Of which statistic the teacher's k likeliest tokens give what.
 OF_TOP_K = {

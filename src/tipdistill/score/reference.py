@@ -74,9 +74,9 @@ def of_logprobs(
     vocabulary = log_s.shape[1]
     s = log_s.exp()
     entropy = -_weighted(s, log_s).sum(-1)
-    found = {"entropy": entropy.detach(), "entropy_norm": entropy.detach() / math.log(vocabulary)}
+    statistics = {"entropy": entropy.detach(), "entropy_norm": entropy.detach() / math.log(vocabulary)}
     if token_ids is not None:
-        found["student_logprob"] = log_s.detach().gather(-1, token_ids[:, None])[:, 0]
+        statistics["student_logprob"] = log_s.detach().gather(-1, token_ids[:, None])[:, 0]
     if log_t is not None:
         log_t = log_t.detach().to(log_s.dtype)
         t = log_t.exp()
@@ -86,21 +86,21 @@ def of_logprobs(
             "forward_kl": _weighted(t, log_t - log_s).sum(-1),
             "jsd": beta * _weighted(t, log_t - log_m).sum(-1) + (1 - beta) * _weighted(s, log_s - log_m).sum(-1),
         }
-        found |= {name: value.detach().clamp(min=0) for name, value in divergences.items()}
-        found["divergence"] = divergences[divergence]
-        found["teacher_entropy"] = -_weighted(t, log_t).sum(-1)
+        statistics |= {name: value.detach().clamp(min=0) for name, value in divergences.items()}
+        statistics["divergence"] = divergences[divergence]
+        statistics["teacher_entropy"] = -_weighted(t, log_t).sum(-1)
         s, log_s = s.detach(), log_s.detach()
-        gradient = _weighted(s, log_s - log_t - found["reverse_kl"][:, None])
+        gradient = _weighted(s, log_s - log_t - statistics["reverse_kl"][:, None])
         # an infinite divergence has an infinite gradient, which the equation above writes as ∞ − ∞
-        found["gradient_norm"] = torch.where(found["reverse_kl"].isinf(), math.inf, gradient.norm(dim=-1))
-        found["hellinger"] = (s.sqrt() - t.sqrt()).norm(dim=-1) / math.sqrt(2)
+        statistics["gradient_norm"] = torch.where(statistics["reverse_kl"].isinf(), math.inf, gradient.norm(dim=-1))
+        statistics["hellinger"] = (s.sqrt() - t.sqrt()).norm(dim=-1) / math.sqrt(2)
         g = s - t
         curvature = (s * (g - (s * g).sum(-1, keepdim=True)) ** 2).sum(-1)  # gᵀHg, the variance of g under P_S
-        found["signal_to_curvature"] = torch.where(curvature > 0, (g**2).sum(-1) / curvature, 0.0)
-        found |= _of_likeliest(log_s, log_t)
+        statistics["signal_to_curvature"] = torch.where(curvature > 0, (g**2).sum(-1) / curvature, 0.0)
+        statistics |= _of_likeliest(log_s, log_t)
         if token_ids is not None:
-            found["teacher_logprob"] = log_t.gather(-1, token_ids[:, None])[:, 0]
-    return TokenScores(**{name: found[name] for name in fields})
+            statistics["teacher_logprob"] = log_t.gather(-1, token_ids[:, None])[:, 0]
+    return TokenScores(**{name: statistics[name] for name in fields})
 
 
 def _of_likeliest(log_s: Tensor, log_t: Tensor) -> dict[str, Tensor]:

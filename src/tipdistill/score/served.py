@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..types import Head, TeacherLogprobs, TokenScores
 from . import reference
 from .bounds import log_tail
-from .chunked import NEGATIVE
+from .tiles import NEGATIVE
 from .tokens import NonFiniteLogitsError
 
 # what the teacher's likeliest tokens tell: each statistic and how

@@ -1,28 +1,33 @@
-"""Score: the last hidden states and lm_heads of both models → TokenScores, never an [N, V] tensor."""
+"""Score: the last hidden states and lm_heads of both models → TokenScores, never an [N, V] tensor.
+
+Here it is decided what is computed and by whom. reference.py reads like the equations; chunked.py computes the same in
+tiles (tiles.py makes one, sums.py adds it up), triton.py with kernels, top.py for the likeliest tokens. What is refused
+is in checks.py.
+"""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import fields as dataclass_fields
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..types import DIVERGENCES, Head, TokenScores
+from ..text import check_known
+from ..types import OF_STUDENT, STATISTICS, Head, TokenScores
 from . import chunked, reference
-from .top import STATISTICS as _OF_LIKELIEST
-from .top import top_statistics
+from .checks import IMPLEMENTATIONS, NonFiniteLogitsError, check_inputs, check_rows
+from .top import OF_LIKELIEST, top_statistics
+
+if TYPE_CHECKING:
+    from ..select import Rule
 
 __all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores"]
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
-_FIELDS = tuple(field.name for field in dataclass_fields(TokenScores))
-_OF_STUDENT = {"entropy", "entropy_norm", "student_logprob"}
 _DEFAULT = (
     "entropy",
     "entropy_norm",
@@ -39,24 +44,6 @@ _OF_TRITON = {torch.float32, torch.bfloat16, torch.float16}
 _MIXED_MATMUL = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-_NO_DISTRIBUTION = (
-    "the logits are NaN or infinite, so there is no distribution to compare. Check the weights (a diverged run, a "
-    "wrong dtype) and the hidden states."
-)
-_IMPOSSIBLE = (
-    "the divergence is infinite: one model gives probability 0 to what the other can say (a logit of −∞). Forbid these "
-    "tokens to both, or train on the Jensen-Shannon divergence, which stays finite."
-)
-
-
-class NonFiniteLogitsError(ValueError):
-    """A row's logits hold NaN or +∞, or nothing but −∞, or make a loss infinite; `token` is the first such row."""
-
-    def __init__(self, token: int, where: str, cause: str = _NO_DISTRIBUTION) -> None:
-        self.token, self.cause = token, cause
-        super().__init__(f"{where}: {cause}")
-
-
 def token_scores(
     student: Head,
     teacher: Head | None = None,
@@ -66,6 +53,8 @@ def token_scores(
     token_ids: Tensor | None = None,
     fields: Sequence[str] | None = None,
     impl: str = "auto",
+    *,
+    rule: str | Callable[[TokenScores], Tensor] | Rule | None = None,
 ) -> TokenScores:
     """Entropies and divergences of N tokens from hidden states and lm_heads (paper Eq. 1 to 3).
 
@@ -82,16 +71,21 @@ def token_scores(
         beta: β of the Jensen-Shannon divergence, in (0, 1).
         temperature: divides both models' logits, > 0.
         token_ids: int64 [N], the sampled tokens, for student_logprob and teacher_logprob.
-        fields: names of the statistics wanted, see `TokenScores`; None: those of the paper, that is all but jsd,
-            hellinger, gradient_norm, signal_to_curvature and those of the likeliest tokens. Nothing else is computed.
+        fields: names of the statistics wanted, see `TokenScores`; None: those that `rule` asks for, and without one
+            those of the paper, that is all but jsd, hellinger, gradient_norm, signal_to_curvature and those of the
+            likeliest tokens. Nothing else is computed.
         impl: "chunked" (tiles, any device), "triton" (CUDA, float32 and half precision), "reference" (full logits, any
             dtype up to float64) or "auto": triton where it can be had, and chunked elsewhere.
+        rule: as in `select`: computes what `select(scores, rule)` reads and, with a teacher, the `divergence` that
+            `selected_loss` reads; what `fields` names comes on top. A rule that does not say what it reads gets the
+            statistics of the paper. Without a teacher a rule that reads the student alone is scored at its cost alone;
+            `fused_divergence_loss` then projects the teacher for the rows that were kept.
 
     Returns:
         TokenScores, each statistic float32 [N] (float64 where the hidden states are float64).
 
     Raises:
-        ValueError: shapes, devices, names or ranges that do not fit.
+        ValueError: shapes, devices, names or ranges that do not fit; statistics that lack a teacher or token_ids.
         NonFiniteLogitsError: a ValueError that names the first token with NaN or infinite logits.
 
     Example:
@@ -101,33 +95,37 @@ def token_scores(
         (torch.Size([3]), True)
         >>> token_scores(student).entropy_norm.max() <= 1
         tensor(True)
+        >>> [name for name, _ in token_scores(student, teacher, rule="soft_or").present()]
+        ['entropy_norm', 'reverse_kl', 'divergence']
     """
-    vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
+    vocabulary = check_inputs(student, teacher, divergence, beta, temperature, token_ids, impl)
     engine = _engine(impl, student, teacher)
-    wanted = _wanted(fields, teacher, token_ids, beta)
-    if _OF_STUDENT.issuperset(wanted):
+    wanted = _wanted(fields, rule, teacher, token_ids, beta)
+    if OF_STUDENT.issuperset(wanted):
         teacher = None  # nobody asked for it, so it is not projected
     if impl == "reference":
         for head in (student, teacher):
             if head is not None:
                 normaliser = reference.logits(head, vocabulary, temperature).detach().logsumexp(-1)
-                _check_rows(normaliser, vocabulary, token_ids)
+                check_rows(normaliser, vocabulary, token_ids)
         return reference.token_scores(student, teacher, divergence, beta, temperature, token_ids, wanted)
-    likeliest = tuple(name for name in wanted if name in _OF_LIKELIEST)
+    # the engine sums what is over the whole vocabulary; what is of the likeliest tokens comes from a pass of its own
+    likeliest = tuple(name for name in wanted if name in OF_LIKELIEST)
     computed = tuple(divergence if name == "divergence" else name for name in wanted if name not in likeliest)
     if "entropy_norm" in wanted:
         computed += ("entropy",)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        found = engine.statistics(student, teacher, computed, beta, temperature, token_ids, vocabulary)
-    normaliser = found["s_log"] if teacher is None else found["s_log"] + found["t_log"]
-    _check_rows(normaliser, vocabulary, token_ids)
-    values = {name: found[name] for name in wanted if name in found}
+        statistics = engine.statistics(student, teacher, computed, beta, temperature, token_ids, vocabulary)
+    normaliser = statistics["s_log"] if teacher is None else statistics["s_log"] + statistics["t_log"]
+    check_rows(normaliser, vocabulary, token_ids)
+    values = {name: statistics[name] for name in wanted if name in statistics}
     if "entropy_norm" in wanted:
-        values["entropy_norm"] = found["entropy"] / math.log(vocabulary)
+        values["entropy_norm"] = statistics["entropy"] / math.log(vocabulary)
     if likeliest:
         assert teacher is not None
         values |= top_statistics(student, teacher, likeliest, temperature, vocabulary)
     if "divergence" in wanted:
+        # its value was computed above; what is added is a backward, which starts from the normalisers
         assert teacher is not None
         values["divergence"] = engine.TokenDivergence.apply(
             student.hidden,
@@ -138,7 +136,7 @@ def token_scores(
             chunked.Projection.of(student, vocabulary, temperature),
             chunked.Projection.of(teacher, vocabulary, temperature),
             teacher.hidden.detach(),
-            found,
+            statistics,
         )
     return TokenScores(**values)
 
@@ -163,22 +161,22 @@ def fused_rows(
         >>> fused_rows(head, head, torch.ones(2), "reverse_kl", 0.5, 1.0, (), None, "auto")[0].item()
         0.0
     """
-    vocabulary = _check(student, teacher, divergence, beta, temperature, token_ids, impl)
+    vocabulary = check_inputs(student, teacher, divergence, beta, temperature, token_ids, impl)
     engine = _engine(impl, student, teacher)
-    wanted = _wanted(fields, teacher, token_ids, beta)
+    wanted = _wanted(fields, None, teacher, token_ids, beta)
     if impl == "reference":
         scores = token_scores(
             student, teacher, divergence, beta, temperature, token_ids, tuple({*wanted, "divergence"}), impl
         )
         divergences = scores.require("divergence").detach()
-        _check_rows(torch.zeros_like(divergences), vocabulary, divergence=divergences, factor=factor)
+        check_rows(torch.zeros_like(divergences), vocabulary, divergence=divergences, factor=factor)
         loss = (scores.require("divergence") * factor).sum()
         return loss, TokenScores(**{name: getattr(scores, name).detach() for name in wanted})
     computed = tuple(
         dict.fromkeys(
             {"divergence": divergence, "entropy_norm": "entropy"}.get(name, name)
             for name in wanted
-            if name not in _OF_LIKELIEST
+            if name not in OF_LIKELIEST
         )
     )
     loss, of_rows, normaliser, *values = engine.FusedLoss.apply(
@@ -194,16 +192,16 @@ def fused_rows(
         computed,
         token_ids,
     )
-    _check_rows(normaliser, vocabulary, token_ids, of_rows, factor)
-    found = dict(zip(computed, values, strict=True))
+    check_rows(normaliser, vocabulary, token_ids, of_rows, factor)
+    statistics = dict(zip(computed, values, strict=True))
     if "divergence" in wanted:
-        found["divergence"] = found[divergence]
-    if "entropy" in found:
-        found["entropy_norm"] = found["entropy"] / math.log(vocabulary)
-    likeliest = tuple(name for name in wanted if name in _OF_LIKELIEST)
+        statistics["divergence"] = statistics[divergence]
+    if "entropy" in statistics:
+        statistics["entropy_norm"] = statistics["entropy"] / math.log(vocabulary)
+    likeliest = tuple(name for name in wanted if name in OF_LIKELIEST)
     if likeliest:
-        found |= top_statistics(student, teacher, likeliest, temperature, vocabulary)
-    return loss, TokenScores(**{name: found[name] for name in wanted})
+        statistics |= top_statistics(student, teacher, likeliest, temperature, vocabulary)
+    return loss, TokenScores(**{name: statistics[name] for name in wanted})
 
 
 def _engine(impl: str, student: Head, teacher: Head | None) -> ModuleType:
@@ -240,131 +238,54 @@ def _triton_obstacle(student: Head, teacher: Head | None) -> str | None:
 
 
 def _wanted(
-    fields: Sequence[str] | None, teacher: Head | None, token_ids: Tensor | None, beta: float
+    fields: Sequence[str] | None,
+    rule: str | Callable[[TokenScores], Tensor] | Rule | None,
+    teacher: Head | None,
+    token_ids: Tensor | None,
+    beta: float,
 ) -> tuple[str, ...]:
-    if fields is None:
-        fields = [name for name in _DEFAULT if teacher is not None or name in _OF_STUDENT]
-        return tuple(name for name in fields if token_ids is not None or name not in _OF_TOKENS)
+    """Names of the statistics to compute, each once; refuses those that cannot be had."""
     if isinstance(fields, str):
         raise ValueError(f"fields must be a list of names, got the string {fields!r}: write [{fields!r}].")
-    for name in fields:
-        if name not in _FIELDS:
-            raise ValueError(f"unknown statistic {name!r}; there are {', '.join(_FIELDS)}.{_nearest(name, _FIELDS)}")
-        if teacher is None and name not in _OF_STUDENT:
+    named = tuple(fields or ())
+    if rule is not None:
+        named = (*_read_by(rule, teacher, token_ids), *named)
+        if not named:
+            raise ValueError(
+                f"the rule {rule!r} reads no statistic, and without a teacher there is no divergence to train on: "
+                "pass teacher=Head(...), or name what you want in fields."
+            )
+    elif fields is None:
+        named = _default(teacher, token_ids)
+    for name in named:
+        check_known("statistic", name, STATISTICS)
+        if teacher is None and name not in OF_STUDENT:
             raise ValueError(f"'{name}' compares with a teacher: pass teacher=Head(...).")
         if name == "jsd" and not 0 < beta < 1:
             raise ValueError(f"'jsd' is a statistic at β in (0, 1), got beta = {beta!r}: 0 and 1 are the KLs.")
         if token_ids is None and name in _OF_TOKENS:
             raise ValueError(f"'{name}' is of the sampled tokens: pass token_ids, int64 [N].")
-    return tuple(dict.fromkeys(fields))
+    return tuple(dict.fromkeys(named))
 
 
-def _check(
-    student: Head,
-    teacher: Head | None,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    token_ids: Tensor | None,
-    impl: str,
-) -> int:
-    """Refuse what cannot be computed, before anything is; returns the shared vocabulary."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(
-            f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}."
-            f"{_nearest(divergence, DIVERGENCES)}"
-        )
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.{_nearest(impl, IMPLEMENTATIONS)}"
-        )
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
-    if not 0 <= beta <= 1 or (divergence == "jsd" and not 0 < beta < 1):
-        hint = " 0 and 1 are the forward and the reverse KL: ask for these." if 0 <= beta <= 1 else ""
-        raise ValueError(f"beta must be in (0, 1) for the Jensen-Shannon divergence, got {beta!r}.{hint}")
-    heads = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    for name, head in heads.items():
-        _check_head(name, head)
-    if teacher is not None:
-        if len(student.hidden) != len(teacher.hidden):
-            raise ValueError(
-                f"student and teacher must score the same tokens: hidden states of {len(student.hidden)} and "
-                f"{len(teacher.hidden)} rows were given."
-            )
-        if student.hidden.device != teacher.hidden.device:
-            raise ValueError(
-                f"the student is on {student.hidden.device} and the teacher on {teacher.hidden.device}: move the "
-                "teacher's hidden states and lm_head to the student's device."
-            )
-    vocabulary = min(len(head.weight) for head in heads.values())
-    if token_ids is not None:
-        if token_ids.shape != student.hidden.shape[:1] or token_ids.dtype != torch.int64:
-            raise ValueError(
-                f"token_ids must be int64 [{len(student.hidden)}], got {token_ids.dtype} {list(token_ids.shape)}."
-            )
-        if not token_ids.is_cuda:  # on a GPU a look waits for the device: see _check_rows
-            _check_token_ids(token_ids, vocabulary)
-    return vocabulary
+def _default(teacher: Head | None, token_ids: Tensor | None) -> tuple[str, ...]:
+    """The paper's statistics, as far as these inputs give them."""
+    return tuple(
+        name
+        for name in _DEFAULT
+        if (teacher is not None or name in OF_STUDENT) and (token_ids is not None or name not in _OF_TOKENS)
+    )
 
 
-def _check_head(name: str, head: Head) -> None:
-    hidden, weight, bias = head.hidden, head.weight, head.bias
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"the {name}'s hidden states must be [N, H] and its lm_head weight [V, H], got {list(hidden.shape)} and "
-            f"{list(weight.shape)}. Flatten [B, T, H] with hidden[mask]."
-        )
-    if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(
-            f"the {name}'s hidden states and weight must be floating point, got {hidden.dtype}, {weight.dtype}."
-        )
-    if len(weight) < 2:
-        raise ValueError(f"the {name}'s vocabulary must have at least 2 tokens, got {len(weight)}.")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"the {name}'s bias must be [{len(weight)}], got {list(bias.shape)}.")
-    devices = {str(tensor.device) for tensor in (hidden, weight, bias) if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the {name}'s hidden states, weight and bias are on {', '.join(sorted(devices))}: move them to one."
-        )
-    if head.softcap is not None and not head.softcap > 0:
-        raise ValueError(f"the {name}'s softcap must be > 0 or None, got {head.softcap}.")
-    if not math.isfinite(head.logit_scale):
-        raise ValueError(f"the {name}'s logit_scale must be finite, got {head.logit_scale}.")
+def _read_by(
+    rule: str | Callable[[TokenScores], Tensor] | Rule, teacher: Head | None, token_ids: Tensor | None
+) -> tuple[str, ...]:
+    """What `select(scores, rule)` reads, and what `selected_loss` does where there is a teacher."""
+    # The one look ahead in the order of the stages: which statistics are computed depends on who will read them. The
+    # registry itself knows TokenScores alone, and nothing of select imports score.
+    from ..select import rule_fields
 
-
-def _check_token_ids(token_ids: Tensor, vocabulary: int) -> None:
-    if ((token_ids < 0) | (token_ids >= vocabulary)).any():
-        raise ValueError(
-            f"token_ids must lie in [0, {vocabulary}), got {int(token_ids.min())} to {int(token_ids.max())}."
-        )
-
-
-def _check_rows(
-    normaliser: Tensor,
-    vocabulary: int,
-    token_ids: Tensor | None = None,
-    divergence: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> None:
-    """Refuse what only the numbers show, all [N], after one look: on a GPU each look waits for the device."""
-    bad = ~torch.isfinite(normaliser if divergence is None else normaliser + divergence)
-    if token_ids is not None:
-        bad |= (token_ids < 0) | (token_ids >= vocabulary)
-    if factor is not None:
-        bad |= ~((factor >= 0) & torch.isfinite(factor))
-    if not bad.any():
-        return
-    if token_ids is not None:
-        _check_token_ids(token_ids, vocabulary)
-    if factor is not None and not bool(((factor >= 0) & torch.isfinite(factor)).all()):
-        raise ValueError("weights must be finite and ≥ 0, and their denominator positive.")
-    token = int(bad.nonzero()[0, 0])
-    cause = _IMPOSSIBLE if torch.isfinite(normaliser[token]) else _NO_DISTRIBUTION
-    raise NonFiniteLogitsError(token, f"token {token} of {len(bad)}", cause)
-
-
-def _nearest(name: str, allowed: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), allowed, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    read = rule_fields(rule)
+    if read is None:
+        return _default(teacher, token_ids)
+    return read if teacher is None else (*read, "divergence")

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..types import Head, TopTokens
-from .chunked import INFINITE, NEGATIVE, Projection, _operand, _spans, _tile_shape, accumulation_dtype
+from .chunked import _tile_shape
+from .sums import INFINITE
+from .tiles import NEGATIVE, Projection, _operand, _spans, accumulation_dtype
 
 LIKELIEST, LIKELIEST_OF_TEACHER = 16, 5
-STATISTICS = ("top16_forward_kl", "top16_teacher_mass", "top16_overlap", "argmax_in_top5")
+OF_LIKELIEST = ("top16_forward_kl", "top16_teacher_mass", "top16_overlap", "argmax_in_top5")
 _GATHERED = 2**22  # entries of lm_head rows that are gathered at a time
 
 
@@ -74,11 +76,11 @@ def top_tokens(head: Head, k: int = 5, temperature: float = 1.0, vocabulary: int
 def top_statistics(
     student: Head, teacher: Head, names: Sequence[str], temperature: float, vocabulary: int
 ) -> dict[str, Tensor]:
-    """Those of `STATISTICS` that are asked for, see `TokenScores`, each [N]; one more projection of either lm_head.
+    """Those of `OF_LIKELIEST` that are asked for, see `TokenScores`, each [N]; one more projection of either lm_head.
 
     Args:
         student, teacher: hidden states [N, H] and lm_heads.
-        names: some of `STATISTICS`.
+        names: some of `OF_LIKELIEST`.
         temperature: divides the logits.
         vocabulary: rows of the lm_heads that are compared.
 
@@ -91,26 +93,26 @@ def top_statistics(
     dtype = accumulation_dtype(student.hidden)
     of_s, of_t = (top_tokens(head, k, temperature, vocabulary) for head in (student, teacher))
     shared = (of_t.token_ids[:, :, None] == of_s.token_ids[:, None, :]).any(2)  # of the teacher's tokens
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     if "top16_overlap" in names:
-        found["top16_overlap"] = shared.sum(1).to(dtype) / k
+        statistics["top16_overlap"] = shared.sum(1).to(dtype) / k
     if "argmax_in_top5" in names:
         best = of_t.token_ids[:, : min(LIKELIEST_OF_TEACHER, k)] == of_s.token_ids[:, :1]
-        found["argmax_in_top5"] = best.any(1).to(dtype)
+        statistics["argmax_in_top5"] = best.any(1).to(dtype)
     if not {"top16_forward_kl", "top16_teacher_mass"}.isdisjoint(names):
         union = torch.cat([of_s.token_ids, of_t.token_ids], 1)
         log_s, log_t = (_logits_of(head, union, temperature, dtype) for head in (student, teacher))
         if "top16_teacher_mass" in names:
             beside_the_likeliest = (log_t[:, :k] - log_t[:, k, None]).exp().sum(1)
-            found["top16_teacher_mass"] = (of_t.probability[:, 0] * beside_the_likeliest).clamp(max=1)
+            statistics["top16_teacher_mass"] = (of_t.probability[:, 0] * beside_the_likeliest).clamp(max=1)
         if "top16_forward_kl" in names:
             twice = torch.cat([torch.zeros_like(shared), shared], 1)
             log_s, log_t = (log.masked_fill(twice, -math.inf).log_softmax(1) for log in (log_s, log_t))
             t = log_t.exp()
             terms = t * (log_t - log_s).masked_fill(t == 0, 0.0)
             divergence = terms.sum(1).clamp(min=0)
-            found["top16_forward_kl"] = divergence.masked_fill(divergence > INFINITE, math.inf)
-    return {name: found[name] for name in names}
+            statistics["top16_forward_kl"] = divergence.masked_fill(divergence > INFINITE, math.inf)
+    return {name: statistics[name] for name in names}
 
 
 def _logits_of(head: Head, token_ids: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:

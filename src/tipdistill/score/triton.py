@@ -42,7 +42,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Head
-from .chunked import NEGATIVE, SECOND_PASS, STATISTICS, Online, Projection, SecondPass, _even, _spans
+from .sums import SECOND_PASS, STATISTICS, Online, SecondPass
+from .tiles import NEGATIVE, Projection, _even, _spans
 
 HALF = (torch.float16, torch.bfloat16)
 # Bytes of logits and of their gradients that are held at a time.

@@ -1,12 +1,18 @@
-"""Select: which tokens are trained on, and with what weight. Read choose.py; a rule is a line of registry.py."""
+"""Select: which tokens are trained on, and with what weight.
+
+Read choose.py. A rule is a function of rules.py and a line of registry.py; those nobody has measured are in contrib.py.
+"""
 
 from .choose import draw, kept_counts, select
+from .contrib import CONTRIB
 from .order import Order
 from .quadrants import quadrants
-from .registry import COMPLEMENT, DRAWN, RULES, SCOPES, Rule, needs_teacher, resolve_rule, rule_fields
+from .registry import COMPLEMENT, RULES, needs_teacher, resolve_rule, rule_fields
+from .rule import DRAWN, SCOPES, Rule
 
 __all__ = [
     "COMPLEMENT",
+    "CONTRIB",
     "DRAWN",
     "RULES",
     "SCOPES",

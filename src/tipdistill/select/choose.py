@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text import check_known
 from ..types import Selection, TokenScores
 from . import budget
 from .order import Order
-from .registry import DRAWN, RULES, SCOPES, Rule, nearest, resolve_rule
+from .registry import RULES, resolve_rule
+from .rule import DRAWN, SCOPES, Rule
 
 __all__ = ["RULES", "draw", "kept_counts", "select"]
 
@@ -35,7 +37,7 @@ def select(
     retention, and give it their score as its weight in the loss.
 
     Args:
-        scores: statistics of N tokens, float [N]; those that the rule reads must have been computed.
+        scores: statistics of N tokens, float [N]. `token_scores(..., rule=rule)` computes those that the rule reads.
         rule: a name in `RULES`; "complement:<name>", which at retention ρ keeps what the rule at 1 − ρ would not keep
             (one token where that is nothing, at ρ = 1 everything; drawn from the same state of the generator);
             a function TokenScores → float [N]; or the dotted path of one. A function may say what it reads in an
@@ -64,8 +66,7 @@ def select(
     resolved = resolve_rule(rule)
     _check_retention(retention)
     scope = resolved.scope if scope is None else scope
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}.{nearest(scope, SCOPES)}")
+    check_known("scope", scope, SCOPES)
     _, some = next(scores.present(), (None, None))
     if some is None or some.numel() == 0:
         raise ValueError("there is no token to select from: give the scores of at least one completion token.")
@@ -218,14 +219,14 @@ def _check_finite(name: str, value: Tensor, rollout: Tensor) -> None:
     if not bad.any():
         return
     first = int(bad.nonzero()[0, 0])
-    number, found = int(rollout[first]), float(value[first])
+    number, offender = int(rollout[first]), float(value[first])
     position = int((rollout[:first] == number).sum())
     cause = (
         "the logits of a model are NaN or infinite"
-        if math.isnan(found)
+        if math.isnan(offender)
         else "one model gives probability 0 to what the other can say, or has diverged"
     )
     raise ValueError(
-        f"{name} is {found} in rollout {number}, token {position} (both from 0): {cause}. "
+        f"{name} is {offender} in rollout {number}, token {position} (both from 0): {cause}. "
         f"{int(bad.sum())} of {len(value)} tokens are affected."
     )

@@ -53,9 +53,9 @@ class Order:
         while step <= int(position.max()):
             sums = torch.where(position >= step, sums + sums.roll(step), sums)
             step *= 2
-        found = torch.empty_like(sums)
-        found[by_rollout] = torch.where(position > 0, sums.roll(1), 0.0)
-        return found
+        before = torch.empty_like(sums)
+        before[by_rollout] = torch.where(position > 0, sums.roll(1), 0.0)
+        return before
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of the values of all tokens of the same rollout, float64 [N].

@@ -1,69 +1,24 @@
-"""Every selection rule by name: a score, the statistics it reads, and what is done with it."""
+"""Every selection rule by name, and what may stand in the place of a name: a function, or the dotted path of one."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from dataclasses import fields as dataclass_fields
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
-from ..types import TokenScores
+from ..text import nearest
+from ..types import OF_STUDENT, TokenScores
 from . import rules
+from .contrib import CONTRIB
+from .rule import Rule
 
-SCOPES = ("rollout", "batch")
-BUDGETS = ("top", "sample", "importance", "all", "weight")
-DRAWN = ("sample", "importance")
 COMPLEMENT = "complement:"
-_STATISTICS = tuple(field.name for field in dataclass_fields(TokenScores))
-_OF_STUDENT = {"entropy", "entropy_norm", "student_logprob"}
 
-
-@dataclass(frozen=True)
-class Rule:
-    """A score, the statistics it reads, and what is done with it.
-
-    Attributes:
-        score: TokenScores → float [N]; (TokenScores, Order) → float [N] where `ordered`.
-        fields: names of the statistics that it reads; None: those that `token_scores` computes by default.
-        budget: "top" keeps the highest scores; "sample" draws ∝ score without replacement; "importance" draws likewise
-            and weighs what it keeps by the inverse of its probability, so that the loss and its gradient are those of
-            all tokens in expectation; "all" keeps everything; "weight" keeps everything and weighs it by the score. A
-            score that is drawn by or weighs is ≥ 0; a weight of 0 drops the token.
-        complement: keep what the rule would not have kept.
-        scope: where the budget is spent unless the caller says so, "rollout" or "batch".
-        every_rollout: over a batch too, keep the best token of each rollout before any other.
-        ordered: the score reads where the tokens stand in their rollouts.
-    """
-
-    score: Callable[..., Tensor]
-    fields: tuple[str, ...] | None
-    budget: str = "top"
-    complement: bool = False
-    scope: str = "rollout"
-    every_rollout: bool = False
-    ordered: bool = False
-
-    def __post_init__(self) -> None:
-        if self.budget not in BUDGETS:
-            raise ValueError(f"a rule's budget is one of {', '.join(BUDGETS)}, got {self.budget!r}.")
-        if self.budget == "importance" and (self.complement or self.every_rollout):
-            raise ValueError(
-                "a rule with the budget 'importance' has no complement and keeps no token for certain: take 'sample'."
-            )
-        if self.scope not in SCOPES:
-            raise ValueError(f"a rule's scope is one of {', '.join(SCOPES)}, got {self.scope!r}.")
-        for name in self.fields or ():
-            if name not in _STATISTICS:
-                raise ValueError(
-                    f"the rule reads an unknown statistic {name!r}; there are {', '.join(_STATISTICS)}."
-                    f"{nearest(name, _STATISTICS)}"
-                )
-
-
+# A line: the name, the score (a function of rules.py), the statistics that it reads, what is done with it. A rule of
+# your own is a function in rules.py and a line here; `Rule` says what else the tests ask for.
 RULES: dict[str, Rule] = {
     "all": Rule(rules.uniform, (), "all"),
     "random": Rule(rules.uniform, (), "sample"),
@@ -73,28 +28,9 @@ RULES: dict[str, Rule] = {
     "soft_or_log": Rule(rules.soft_or_log, ("entropy_norm", "reverse_kl")),
     "q3": Rule(rules.q3, ("entropy_norm", "forward_kl")),
     "divergence": Rule(rules.divergence, ("reverse_kl",)),
-    "hellinger": Rule(rules.hellinger, ("hellinger",)),
     "gradient_norm": Rule(rules.gradient_norm, ("gradient_norm",)),
     "gradient_norm_sampling": Rule(rules.gradient_norm, ("gradient_norm",), "importance"),
-    "signal_to_curvature": Rule(rules.signal_to_curvature, ("signal_to_curvature",)),
-    "entropy_jsd_sampling": Rule(rules.entropy_jsd, ("entropy_norm", "jsd"), "sample"),
-    "teachability": Rule(
-        rules.teachability, ("top16_forward_kl", "top16_teacher_mass"), scope="batch", every_rollout=True
-    ),
-    "teachability_soft_or": Rule(
-        rules.teachability_soft_or,
-        ("entropy_norm", "top16_forward_kl", "top16_teacher_mass"),
-        scope="batch",
-        every_rollout=True,
-    ),
-    "selectkd": Rule(rules.selectkd, ("argmax_in_top5",), "weight"),
-    "position": Rule(rules.position, (), "weight", ordered=True),
-    "prefix_compatibility": Rule(rules.prefix_compatibility, ("top16_overlap",), "weight", ordered=True),
-    "confidence_ratio": Rule(rules.confidence_ratio, ("entropy", "teacher_entropy"), "weight"),
-    "entropy_gap": Rule(rules.entropy_gap, ("entropy", "teacher_entropy"), "weight"),
-    "cumulative_advantage": Rule(
-        rules.cumulative_advantage, ("student_logprob", "teacher_logprob"), "weight", ordered=True
-    ),
+    **CONTRIB,  # not measured by us
 }
 
 
@@ -151,7 +87,7 @@ def needs_teacher(rule: str | Callable[[TokenScores], Tensor] | Rule) -> bool:
         (True, False)
     """
     fields = rule_fields(rule)
-    return fields is None or not _OF_STUDENT.issuperset(fields)
+    return fields is None or not OF_STUDENT.issuperset(fields)
 
 
 def _imported(path: str) -> Rule:
@@ -164,19 +100,14 @@ def _imported(path: str) -> Rule:
     if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise ValueError(unknown)
     try:
-        found = getattr(import_module(module), name)
+        attribute = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{unknown} As a path: {error}; its folder must be on PYTHONPATH.") from error
-    if not callable(found) and not isinstance(found, Rule):
-        raise ValueError(f"the rule {path!r} is a {type(found).__name__}, not a function of TokenScores.")
-    return resolve_rule(found)
+    if not callable(attribute) and not isinstance(attribute, Rule):
+        raise ValueError(f"the rule {path!r} is a {type(attribute).__name__}, not a function of TokenScores.")
+    return resolve_rule(attribute)
 
 
 def _declared_fields(function: Any) -> tuple[str, ...] | None:
     fields = getattr(function, "fields", None)
     return (fields,) if isinstance(fields, str) else None if fields is None else tuple(fields)
-
-
-def nearest(name: Any, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(allowed), n=2)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -1,0 +1,197 @@
+"""What is summed over the vocabulary, tile by tile, and the statistics that the sums become.
+
+`Online` needs no normaliser beforehand: each sum is relative to a running maximum, as in online softmax. `SecondPass`
+holds what can only be summed once the normalisers are known. Neither knows where the logits come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .tiles import NEGATIVE, accumulation_dtype
+
+LOG2_E = math.log2(math.e)
+# A sum that meets NEGATIVE with any weight worth the name is infinite; a divergence of finite logits is far below.
+INFINITE = 1e6
+
+ONLINE = (
+    "entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "gradient_norm",
+    "student_logprob",
+    "teacher_logprob",
+)
+SECOND_PASS = ("jsd", "hellinger", "signal_to_curvature")
+STATISTICS = (*ONLINE, *SECOND_PASS, "s_max", "s_log", "t_max", "t_log", "s_to_mixture")
+
+
+def _exponential(value: Tensor, out: Tensor) -> Tensor:
+    """exp; on a CPU a product and the exponential of base 2 take half its time or less, at the same accuracy."""
+    if value.is_cuda or value.dtype != torch.float32:
+        return torch.exp(value, out=out)
+    return torch.mul(value, LOG2_E, out=out).exp2_()
+
+
+def _products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Σ_j left · right of each row, without memory of its own: torch's vecdot maps a tile for every call."""
+    return torch.mul(left, right, out=out).sum(1)
+
+
+class Online:
+    """Running sums of R rows over the vocabulary, relative to running maxima.
+
+    With a = z_S − max z_S, b = z_T − max z_T, d = a − b, p = exp a, q = exp b, the sums are Σp, Σpa, Σpd, Σq, Σqb, Σqd
+    and Σp², Σp²d, Σp²d². When a maximum rises, every sum is moved to the new reference in closed form.
+    """
+
+    def __init__(self, rows: int, fields: Sequence[str], teacher: bool, like: Tensor) -> None:
+        def zeros() -> Tensor:
+            return torch.zeros(rows, dtype=accumulation_dtype(like), device=like.device)
+
+        self.fields = frozenset(fields)
+        self.teacher = teacher
+        self.first = True
+        self.s_max, self.t_max = zeros(), zeros()
+        self.p, self.pa, self.pd = zeros(), zeros(), zeros()
+        self.q, self.qb, self.qd = zeros(), zeros(), zeros()
+        self.pp, self.ppd, self.ppdd = zeros(), zeros(), zeros()
+        self.s_token, self.t_token = zeros(), zeros()
+
+    def update(self, s: Tensor, t: Tensor | None, a: Tensor, b: Tensor, scratch: Tensor) -> None:
+        """Take one tile of logits [R, C]; `a` (may be s) ends as p, `b` (may be t) as d, relative to the new maxima."""
+        s_max = s.amax(1)
+        t_max = s_max if t is None else t.amax(1)
+        if not self.first:
+            s_max, t_max = torch.maximum(s_max, self.s_max), torch.maximum(t_max, self.t_max)
+            self._move(self.s_max - s_max, self.t_max - t_max)
+        self.s_max, self.t_max, self.first = s_max, t_max, False
+
+        torch.sub(s, s_max[:, None], out=a)
+        if t is not None:
+            torch.sub(t, t_max[:, None], out=b)
+            q = _exponential(b, out=scratch)
+            self.q += q.sum(1)
+            if "teacher_entropy" in self.fields:
+                self.qb += torch.linalg.vecdot(q, b)
+            d = torch.sub(a, b, out=b)
+            if "forward_kl" in self.fields:
+                self.qd += _products(q, d, out=scratch)
+        if "entropy" in self.fields:
+            p = _exponential(a, out=scratch)
+            self.pa += _products(p, a, out=a)
+            a.copy_(p)
+        p = a if "entropy" in self.fields else _exponential(a, out=a)
+        self.p += p.sum(1)
+        if t is None:
+            return
+        if "reverse_kl" in self.fields or "gradient_norm" in self.fields:
+            self.pd += _products(p, d, out=scratch)
+        if "gradient_norm" in self.fields:
+            squared = torch.square(p, out=scratch)
+            self.pp += squared.sum(1)
+            self.ppd += torch.linalg.vecdot(squared, d)
+            self.ppdd += torch.linalg.vecdot(squared.mul_(d), d)
+
+    def take_tokens(self, s: Tensor, t: Tensor | None, token_ids: Tensor, start: int, stop: int) -> None:
+        """Remember the logits of the sampled tokens that lie in the columns [start, stop)."""
+        column = token_ids - start
+        inside = (column >= 0) & (column < stop - start)
+        column = column.clamp(0, stop - start - 1)[:, None]
+        self.s_token = torch.where(inside, s.gather(1, column)[:, 0], self.s_token)
+        if t is not None:
+            self.t_token = torch.where(inside, t.gather(1, column)[:, 0], self.t_token)
+
+    def _move(self, s_shift: Tensor, t_shift: Tensor) -> None:
+        s_factor, shift = s_shift.exp(), s_shift - t_shift
+        if "gradient_norm" in self.fields:
+            squared = s_factor.square()
+            self.ppdd = squared * (self.ppdd + 2 * shift * self.ppd + shift.square() * self.pp)
+            self.ppd = squared * (self.ppd + shift * self.pp)
+            self.pp = squared * self.pp
+        self.pa = s_factor * (self.pa + s_shift * self.p)
+        self.pd = s_factor * (self.pd + shift * self.p)
+        self.p = s_factor * self.p
+        if self.teacher:
+            t_factor = t_shift.exp()
+            self.qb = t_factor * (self.qb + t_shift * self.q)
+            self.qd = t_factor * (self.qd + shift * self.q)
+            self.q = t_factor * self.q
+
+    def finish(self) -> dict[str, Tensor]:
+        """Log-normalisers (as maximum and log-sum, apart so that large logits lose nothing) and the statistics."""
+        # A row whose logits are all −∞ is no distribution.
+        s_log = self.p.log().masked_fill(self.s_max <= NEGATIVE, math.nan)
+        statistics = {"s_max": self.s_max, "s_log": s_log}
+        statistics["entropy"] = s_log - self.pa / self.p
+        statistics["student_logprob"] = _minus_infinite_below(self.s_token - self.s_max - s_log)
+        if self.teacher:
+            t_log = self.q.log().masked_fill(self.t_max <= NEGATIVE, math.nan)
+            mean_d = self.pd / self.p
+            reverse_kl = -_minus_infinite_below(s_log - t_log - mean_d).clamp(max=0)
+            square = self.ppdd - 2 * mean_d * self.ppd + mean_d.square() * self.pp
+            gradient_norm = square.clamp(min=0).sqrt() / self.p
+            statistics |= {
+                "t_max": self.t_max,
+                "t_log": t_log,
+                "reverse_kl": reverse_kl,
+                "forward_kl": -_minus_infinite_below(t_log - s_log + self.qd / self.q).clamp(max=0),
+                "teacher_entropy": t_log - self.qb / self.q,
+                "gradient_norm": torch.where(reverse_kl.isinf(), math.inf, gradient_norm),
+                "teacher_logprob": _minus_infinite_below(self.t_token - self.t_max - t_log),
+            }
+        # a sum that was not asked for was never taken
+        return {name: value for name, value in statistics.items() if name in self.fields or name not in ONLINE}
+
+
+def _minus_infinite_below(value: Tensor) -> Tensor:
+    return torch.where(value < -INFINITE, -math.inf, value)
+
+
+def _log_probabilities(s: Tensor, t: Tensor, normalisers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    log_s = (s - normalisers["s_max"][:, None]).sub_(normalisers["s_log"][:, None])
+    log_t = (t - normalisers["t_max"][:, None]).sub_(normalisers["t_log"][:, None])
+    return log_s, log_t
+
+
+class SecondPass:
+    """Sums that need the normalisers first: they are differences of nearly equal numbers otherwise."""
+
+    def __init__(self, normalisers: dict[str, Tensor], fields: Sequence[str], beta: float) -> None:
+        self.normalisers, self.fields, self.beta = normalisers, frozenset(fields), beta
+        zeros = torch.zeros_like(normalisers["s_log"])
+        self.s_to_mixture, self.t_to_mixture, self.root = zeros.clone(), zeros.clone(), zeros.clone()
+        self.gg, self.sgg, self.sg = zeros.clone(), zeros.clone(), zeros.clone()
+
+    def update(self, s: Tensor, t: Tensor) -> None:
+        log_s, log_t = _log_probabilities(s, t, self.normalisers)
+        if "jsd" in self.fields:
+            log_m = torch.logaddexp(log_s + math.log(1 - self.beta), log_t + math.log(self.beta))
+            self.s_to_mixture += torch.linalg.vecdot(log_s.exp(), log_s - log_m)
+            self.t_to_mixture += torch.linalg.vecdot(log_t.exp(), log_t - log_m)
+        if "hellinger" in self.fields:
+            self.root += (log_s.mul(0.5).exp_() - log_t.mul(0.5).exp_()).square_().sum(1)
+        if "signal_to_curvature" in self.fields:
+            p = log_s.exp()
+            g = p - log_t.exp()
+            self.gg += torch.linalg.vecdot(g, g)
+            self.sg += torch.linalg.vecdot(p, g)
+            self.sgg += torch.linalg.vecdot(p.mul_(g), g)
+
+    def finish(self) -> dict[str, Tensor]:
+        statistics = {}
+        if "jsd" in self.fields:
+            statistics["s_to_mixture"] = self.s_to_mixture
+            statistics["jsd"] = (1 - self.beta) * self.s_to_mixture + self.beta * self.t_to_mixture
+            statistics["jsd"].clamp_(min=0)
+        if "hellinger" in self.fields:
+            statistics["hellinger"] = (self.root / 2).sqrt()
+        if "signal_to_curvature" in self.fields:
+            curvature = self.sgg - self.sg.square()
+            statistics["signal_to_curvature"] = torch.where(curvature > 0, self.gg / curvature, 0.0)
+        return statistics

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from .files import replacing, write_text
 from .select import SCOPES, kept_counts, resolve_rule, rule_fields, select
 from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .types import Rollout, Scored, TokenScores, TopTokens
@@ -515,24 +516,16 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
-    """One row group per table, in one move, so that a killed run leaves no half of a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    writer: pq.ParquetWriter | None = None
-    try:
-        for table in tables:
-            writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    partial.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in full or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """One row group per table; there is at least one."""
+    with replacing(path) as partial:
+        writer: pq.ParquetWriter | None = None
+        try:
+            for table in tables:
+                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
 
 
 def _texts(pieces: Sequence[bytes]) -> tuple[pa.Array, pa.Array]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..files import write_text
 from .answers import Verifiers
 from .engines import Engine, Sampling
 from .metrics import deviation_over_samples, majority, mean_at_k, pass_at_k
@@ -98,7 +99,7 @@ def run(
                     rows[row["problem"], row["sample"]] = row
             graded = _grade(task, rows, verifiers, regrade, on_progress)
             if graded:
-                _write(path, "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
+                write_text(path, "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
             figures[task.name] = summarise(task, rows, num_samples, ks, verifiers)
     finally:
         if own:
@@ -110,7 +111,8 @@ def run(
 
 def write_metrics(root: Path, metrics: dict[str, Any]) -> None:
     """Write `metrics.json`; what could not be measured is null there."""
-    _write(root / "metrics.json", json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n")
+    root.mkdir(parents=True, exist_ok=True)
+    write_text(root / "metrics.json", json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n")
 
 
 def samples_path(root: Path, task: str) -> Path:
@@ -217,7 +219,8 @@ def _claim(root: Path, asked: dict[str, Any], go_on: bool) -> None:
             raise ValueError(
                 f"{root} holds samples and no eval.json, which says what they are: name another directory."
             )
-        _write(path, json.dumps(asked, indent=2) + "\n")
+        root.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asked, indent=2) + "\n")
         return
     if not go_on:
         raise ValueError(
@@ -238,7 +241,7 @@ def _claim(root: Path, asked: dict[str, Any], go_on: bool) -> None:
             raise ValueError(
                 f"{root} was sampled with other problems, prompts or lengths of {name!r}: name another directory."
             )
-    _write(path, json.dumps({**asked, "tasks": {**kept.get("tasks", {}), **asked["tasks"]}}, indent=2) + "\n")
+    write_text(path, json.dumps({**asked, "tasks": {**kept.get("tasks", {}), **asked["tasks"]}}, indent=2) + "\n")
 
 
 def _sample(
@@ -332,13 +335,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(inside) for inside in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from ..records import TOKENS_FILE, open_records
 from .dataset import Dataset, load_dataset
 from .figures import draw_figures, draw_training
@@ -93,8 +93,7 @@ def write_report(
         "paper": PAPER_SHARES,
         "blob": pack.text(),
     }
-    _write(output, _render(sources, data))
-    return output
+    return write_text(output, _render(sources, data), durable=False)
 
 
 def _home(path: Path) -> Path:
@@ -164,13 +163,3 @@ def _render(sources: Sources, data: dict[str, Any]) -> str:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write in full or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ A slice takes some of its problems: `math500[:100]`, `math500[100:]`.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -18,8 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..data import load_rows, nearest
+from ..data import load_rows
 from ..evaluate.task import Problem, Task
+from ..text import nearest
 
 __all__ = ["TASKS", "load_task"]
 
@@ -118,7 +118,7 @@ def _mapping(name: str, found: Any) -> Mapping[str, Any]:
     known = sorted(_OF_TASK | _OF_SOURCE)
     for key in found:
         if key not in known:
-            raise ValueError(f"the task {name!r} has an unknown field {key!r}.{nearest(str(key), known)}")
+            raise ValueError(f"the task {name!r} has an unknown field {key!r}.{nearest(key, known)}")
     return found
 
 
@@ -154,7 +154,7 @@ def _column(source: str, columns: Sequence[str], wanted: Sequence[str | None]) -
             return name
     raise ValueError(
         f"{source} has no column {' or '.join(map(repr, names))}, its columns are {', '.join(columns)}."
-        f"{nearest(names[0], list(columns))}"
+        f"{nearest(names[0], columns)}"
     )
 
 
@@ -177,11 +177,9 @@ def _problem(source: str, index: int, text: Any, answer: Any) -> Problem:
 
 def _imported(path: str) -> Any:
     module, _, name = path.replace(":", ".").rpartition(".")
-    near = difflib.get_close_matches(path, TASKS, n=2)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     unknown = (
         f"there is no task {path!r}; there are {', '.join(TASKS)}, files ({', '.join(_SUFFIXES)}) with problem and "
-        f"answer, and the dotted path of a task.{hint}"
+        f"answer, and the dotted path of a task.{nearest(path, TASKS)}"
     )
     if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
         raise ValueError(unknown)

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ..evaluate import mean_at_k
+from ..files import write_text
 from ..score import token_scores
 from ..types import Head, TokenScores
 
@@ -284,9 +285,7 @@ class WrittenTask:
     def write_prompts(self, path: Path, count: int, seed: int) -> None:
         """Write the prompts of `problems(count, seed)` as JSON lines."""
         lines = (json.dumps({"prompt": self.prompt_of(problem)}) for problem in self.problems(count, seed))
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "\n".join(lines) + "\n")
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel, prompts: Sequence[str], seed: int, temperature: float = 1.0) -> list[str]:

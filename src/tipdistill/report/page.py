@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files import replacing
 from ..records import TOKENS_FILE, open_records
 from .dataset import Dataset, load_dataset
 from .figures import draw_figures, draw_training
@@ -93,7 +93,9 @@ def write_report(
         "paper": PAPER_SHARES,
         "blob": pack.text(),
     }
-    return write_text(output, _render(sources, data), durable=False)
+    with replacing(output, durable=False) as partial:
+        partial.write_text(_render(sources, data), encoding="utf-8")
+    return output
 
 
 def _home(path: Path) -> Path:

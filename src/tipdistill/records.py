@@ -9,11 +9,9 @@ worked out when the parts are put together.
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,19 @@ import torch
 from torch import Tensor
 
 from .files import replacing, write_text
+from .provenance import versions
 from .select import SCOPES, kept_counts, resolve_rule, rule_fields, select
 from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .types import Rollout, Scored, TokenScores, TopTokens
 from .vocabulary import token_bytes
 
 SCHEMA_VERSION = 1
-TOP_TOKENS = 5
 # Tokens of a part, which is a row group of tokens.parquet too.
 PART_TOKENS = 2**16
 TOKENS_FILE, ROLLOUTS_FILE, SIDECAR_FILE = "tokens.parquet", "rollouts.parquet", "records.json"
 STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
 
 _PARTS = "parts"
-_VERSIONS = ("tipdistill", "torch", "transformers", "pyarrow")
 _TOP = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("probability", pa.float32())]))
 ROLLOUTS_SCHEMA = pa.schema(
     [
@@ -464,7 +461,7 @@ def _assemble(directory: Path, complete: bool) -> None:
                 strict=True,
             )
         },
-        "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        "versions": versions(("tipdistill", "torch", "transformers", "pyarrow")),
     }
     _write_table(directory / ROLLOUTS_FILE, [rollouts])
     write_text(directory / SIDECAR_FILE, json.dumps(described, indent=2) + "\n")
@@ -549,11 +546,3 @@ def _as_text(raw: bytes) -> str:
 
 def _numbers(values: Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
-
-
-def _version(package: str) -> str:
-    if package == "tipdistill":
-        from . import __version__
-
-        return __version__
-    return version(package)

@@ -12,19 +12,19 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..files import write_text
+from ..provenance import versions
 from .answers import Verifiers
 from .engines import Engine, Sampling
 from .metrics import deviation_over_samples, majority, mean_at_k, pass_at_k
 from .task import Task
 
 OnProgress = Callable[[str, int, int], None]
-_VERSIONS = ("tipdistill", "math-verify", "torch", "transformers")
+PACKAGES = ("tipdistill", "math-verify", "torch", "transformers")
 
 
 def run(
@@ -104,7 +104,7 @@ def run(
     finally:
         if own:
             verifiers.close()
-    metrics = {"tasks": figures, "num_samples": num_samples, "settings": asked, "versions": _versions()}
+    metrics = {"tasks": figures, "num_samples": num_samples, "settings": asked, "versions": versions(PACKAGES)}
     write_metrics(root, metrics)
     return metrics
 
@@ -316,16 +316,6 @@ def _grade(
 
 def _seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _VERSIONS:
-        try:
-            found[package] = version(package)
-        except ImportError:
-            continue
-    return found
 
 
 def _without_nan(value: Any) -> Any:

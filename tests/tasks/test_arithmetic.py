@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tipdistill.tasks import arithmetic, written
 from tipdistill.tasks.arithmetic import CLEAN, Corruption
@@ -326,10 +326,13 @@ def test_two_processes_that_finish_the_same_model_leave_one(tmp_path):
 class Writes:
     """A model that writes the given texts, whatever the prompts."""
 
-    device, training = torch.device("cpu"), False
+    training, generation_config = False, GenerationConfig()
 
     def __init__(self, *texts):
         self.texts = texts
+
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(1, 1)
 
     def eval(self):
         return self

@@ -78,7 +78,7 @@ def score_rollouts(
     student: Any,
     teacher: Any,
     rollouts: Sequence[Rollout],
-    fields: Sequence[str],
+    fields: Sequence[str] | None = None,
     *,
     temperature: float = 1.0,
     tokens_per_forward: int = 16384,
@@ -89,7 +89,7 @@ def score_rollouts(
     Args:
         student, teacher: transformers models with one tokenizer, on one device.
         rollouts: R of them, N completion tokens together.
-        fields: names of statistics, see `TokenScores`.
+        fields: names of statistics, see `TokenScores`; None: all.
         temperature: of the sampling.
         tokens_per_forward: tokens of a forward, padding included.
         top: k, how many of the likeliest tokens.
@@ -121,7 +121,7 @@ def _score(
     numbers: Sequence[int],
     student: Any,
     teacher: Any,
-    fields: Sequence[str],
+    fields: Sequence[str] | None,
     temperature: float,
     top: int,
 ) -> Scored:
@@ -141,14 +141,19 @@ def _score(
 
 @torch.no_grad()
 def score_heads(
-    student: Head, teacher: Head, sampled: Tensor, fields: Sequence[str], temperature: float, top: int = TOP_TOKENS
+    student: Head,
+    teacher: Head,
+    sampled: Tensor,
+    fields: Sequence[str] | None,
+    temperature: float,
+    top: int = TOP_TOKENS,
 ) -> Scored:
     """Statistics of N tokens and the likeliest tokens of both models, on the CPU.
 
     Args:
         student, teacher: heads of the N tokens.
         sampled: int64 [N], the tokens themselves.
-        fields: names of statistics, see `TokenScores`.
+        fields: names of statistics, see `TokenScores`; None: all.
         temperature: divides both models' logits.
         top: how many of the likeliest tokens.
     """

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 
 from ..evaluate import mean_at_k
 from ..files import write_text
-from ..score import token_scores
-from ..types import Head, TokenScores
+from ..rollout import generate
+from ..score.models import score_rollouts
+from ..types import Rollout, TokenScores
 
 HELD_OUT_SHARE = 1 / 8
 
@@ -287,42 +288,31 @@ class WrittenTask:
         lines = (json.dumps({"prompt": self.prompt_of(problem)}) for problem in self.problems(count, seed))
         write_text(path, "\n".join(lines) + "\n")
 
-    @torch.no_grad()
+    def _rollouts(
+        self, model: PreTrainedModel, prompts: Sequence[str], seed: int, temperature: float = 1.0
+    ) -> list[Rollout]:
+        """One rollout per prompt, written as all rollouts outside a training run are, in one batch."""
+        tokenizer, most = self.build_tokenizer(), self.completion_tokens
+        (rollouts,) = generate(
+            model, tokenizer, prompts, max_new_tokens=most, temperature=temperature, seed=seed, batch_size=len(prompts)
+        )
+        return rollouts
+
     def sample(self, model: PreTrainedModel, prompts: Sequence[str], seed: int, temperature: float = 1.0) -> list[str]:
-        """One sampled completion per prompt.
+        """One sampled completion per prompt, see `tipdistill.rollout.generate`.
 
         Args:
             model: student or teacher.
-            prompts: prompts of this task.
+            prompts: prompts of this task, at least one.
             seed: of the sampling; the process's own random state is left as it was.
-            temperature: of the sampling, positive.
+            temperature: of the sampling; 0 takes the likeliest token.
 
         Returns:
             Completions up to and with their `$`; one that never ends has none.
         """
-        tokenizer = self.build_tokenizer()
-        tokens = torch.tensor(tokenizer(list(prompts))["input_ids"], device=model.device)
-        was_training = model.training
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            rows = model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=self.completion_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        model.train(was_training)
-        # cut at the end, not at the padding, which a model may write as well
-        texts = tokenizer.batch_decode(rows[:, self.prompt_tokens :])
-        return ["".join(text.partition("$")[:2]) for text in texts]
+        rollouts = self._rollouts(model, prompts, seed, temperature)
+        return self.build_tokenizer().batch_decode([rollout.completion_ids for rollout in rollouts])
 
-    @torch.no_grad()
     def score(
         self,
         student: PreTrainedModel,
@@ -336,24 +326,17 @@ class WrittenTask:
         Args:
             student: writes the rollouts, at temperature 1.
             teacher: scores the same contexts.
-            prompts: prompts of this task.
+            prompts: prompts of this task, at least one.
             seed: of the sampling.
             fields: see `tipdistill.token_scores`.
 
         Returns:
-            TokenScores of the N completion tokens, and int64 [N], the index of each token's prompt.
+            TokenScores of the N completion tokens, and int64 [N], the index of each token's prompt; on the CPU.
         """
-        tokenizer = self.build_tokenizer()
-        texts = [prompt + text for prompt, text in zip(prompts, self.sample(student, prompts, seed), strict=True)]
-        encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(student.device)
-        tokens, mask = encoded["input_ids"], encoded["attention_mask"].bool()
-        mask[:, : self.prompt_tokens] = False
-        heads = []
-        for model in (student, teacher):
-            hidden = model.base_model(input_ids=tokens, attention_mask=encoded["attention_mask"]).last_hidden_state
-            heads.append(Head(hidden[:, :-1][mask[:, 1:]], model.get_output_embeddings().weight))
-        rollout = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(mask)[mask]
-        return token_scores(heads[0], heads[1], token_ids=tokens[mask], fields=fields), rollout
+        rollouts = self._rollouts(student, prompts, seed)
+        lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+        scored = score_rollouts(student, teacher, rollouts, fields)
+        return scored.scores, torch.arange(len(rollouts)).repeat_interleave(lengths)
 
     def evaluate(
         self, model: PreTrainedModel, problems: Sequence[tuple], samples: int, seed: int = 0

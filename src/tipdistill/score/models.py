@@ -1,4 +1,10 @@
-"""A model's hidden states and lm_head, and whole rollouts scored with them, without a trainer."""
+"""Of a model without a trainer: its hidden states, its lm_head, and rollouts scored with both.
+
+    rollouts → hidden_states → head_of → score_heads → Scored            score_rollouts goes all this way
+
+`tipdistill score`, the probe and the small tasks use the whole of it; a training step has hidden states of its own and
+begins at `head`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from ..types import Head, Rollout, Scored, TokenScores, TopTokens
 from .tokens import NonFiniteLogitsError, token_scores
 from .top import top_tokens
 
-TOP_TOKENS = 5
+TOP_TOKENS = 5  # how many of the likeliest tokens of each model are kept beside the statistics
+
+
+# A model's hidden states and lm_head.
 
 
 def hidden_states(model: Any, rollouts: Sequence[Rollout]) -> Tensor:
@@ -34,7 +42,8 @@ def hidden_states(model: Any, rollouts: Sequence[Rollout]) -> Tensor:
     mask = torch.tensor(
         [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences], device=device
     )
-    backbone = (model.base_model.model if is_peft_model(model) else model).base_model
+    # a PEFT model's base_model is its adapters' wrapper
+    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
     hidden = backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
     return torch.cat(
         [hidden[row, len(rollout.prompt_ids) - 1 : len(sequences[row]) - 1] for row, rollout in enumerate(rollouts)]
@@ -51,26 +60,44 @@ def head_of(model: Any, hidden: Tensor) -> Head:
     return head(model, model.get_output_embeddings(), hidden)
 
 
-def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[int]]:
-    """Places of the rollouts in forwards of at most `tokens` tokens, padding included (one rollout at least).
+def head(model: Any, layer: Any, hidden: Tensor) -> Head:
+    """Hidden states with an lm_head, and what the model's own forward does to the logits.
 
     Args:
-        rollouts: in any order; those of like length go together.
-        tokens: prompt, completion and padding.
-
-    Example:
-        >>> rollouts = [Rollout(0, "", (1,) * prompt, (1,), True) for prompt in (1, 7, 2, 6)]
-        >>> micro_batches(rollouts, tokens=16)
-        [[1, 3], [2, 0]]
+        model: a transformers model, whose configuration says what.
+        layer: its lm_head; weight and bias may be sharded (FSDP2).
+        hidden: [N, H].
     """
-    lengths = [len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts]
-    batches: list[list[int]] = []
-    for place in sorted(range(len(rollouts)), key=lambda place: -lengths[place]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
-            batches[-1].append(place)
+    logit_scale, softcap = logit_transform(model.config)
+    weight = whole(layer.weight, hidden.dtype)
+    assert weight is not None
+    return Head(hidden.to(weight.device), weight, whole(layer.bias, hidden.dtype), logit_scale, softcap)
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """(logit_scale, softcap) that a model's own forward applies after its lm_head, read as TRL reads it."""
+    config = config.get_text_config()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+        if getattr(config, name, None) is not None:
+            scale = float(getattr(config, name))
+            break
+    else:
+        scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
+        if scaling is None:
+            scale = 1.0
         else:
-            batches.append([place])
-    return batches
+            scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def whole(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The full tensor of a parameter that FSDP2 may have sharded, gathered once; others pass unchanged."""
+    if isinstance(parameter, torch.distributed.tensor.DTensor):
+        return parameter.full_tensor().to(dtype)
+    return parameter
+
+
+# Rollouts scored.
 
 
 @torch.no_grad()
@@ -101,7 +128,9 @@ def score_rollouts(
         NonFiniteLogitsError: a ValueError that names the rollout and the token.
     """
     was_training = student.training, teacher.training
-    student.eval(), teacher.eval()  # no dropout: the scores are the student's that generated
+    # no dropout: the scores are those of the student that generated
+    student.eval()
+    teacher.eval()
     try:
         batches = micro_batches(rollouts, tokens_per_forward)
         pieces = [
@@ -109,8 +138,10 @@ def score_rollouts(
             for places in batches
         ]
     finally:
-        student.train(was_training[0]), teacher.train(was_training[1])
-    # rows as the micro-batches have them → rows as the rollouts have them
+        student.train(was_training[0])
+        teacher.train(was_training[1])
+    # The pieces hold the rollouts in the micro-batches' order. `spans` has each rollout's rows as they are wanted; put
+    # into the micro-batches' order they say where each row at hand belongs, and argsort turns that around.
     spans = torch.arange(sum(map(_length, rollouts))).split(list(map(_length, rollouts)))
     order = torch.cat([spans[place] for places in batches for place in places]).argsort()
     return joined(pieces).map(lambda value: value[order])
@@ -137,6 +168,28 @@ def _score(
                 raise NonFiniteLogitsError(token, f"rollout {number}, token {token}", error.cause) from None
             token -= _length(rollout)
         raise
+
+
+def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[int]]:
+    """Places of the rollouts in forwards of at most `tokens` tokens, padding included (one rollout at least).
+
+    Args:
+        rollouts: in any order; those of like length go together.
+        tokens: prompt, completion and padding.
+
+    Example:
+        >>> rollouts = [Rollout(0, "", (1,) * prompt, (1,), True) for prompt in (1, 7, 2, 6)]
+        >>> micro_batches(rollouts, tokens=16)
+        [[1, 3], [2, 0]]
+    """
+    lengths = [len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts]
+    batches: list[list[int]] = []
+    for place in sorted(range(len(rollouts)), key=lambda place: -lengths[place]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
 
 
 @torch.no_grad()
@@ -183,34 +236,3 @@ def joined(pieces: Sequence[Scored]) -> Scored:
 
 def _length(rollout: Rollout) -> int:
     return len(rollout.completion_ids)
-
-
-def logit_transform(config: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap) that a model's own forward applies after its lm_head, read as TRL reads it."""
-    config = config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
-        if scaling is None:
-            scale = 1.0
-        else:
-            scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-    return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def head(model: Any, layer: Any, hidden: Tensor) -> Head:
-    """Hidden states [N, H] with the lm_head `layer` that projects them, and what the model does to the logits."""
-    logit_scale, softcap = logit_transform(model.config)
-    weight = whole(layer.weight, hidden.dtype)
-    assert weight is not None
-    return Head(hidden.to(weight.device), weight, whole(layer.bias, hidden.dtype), logit_scale, softcap)
-
-
-def whole(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The full tensor of a parameter that FSDP2 may have sharded, gathered once; others pass unchanged."""
-    if isinstance(parameter, torch.distributed.tensor.DTensor):
-        return parameter.full_tensor().to(dtype)
-    return parameter

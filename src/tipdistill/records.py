@@ -114,9 +114,9 @@ class About:
     def __post_init__(self) -> None:
         if not self.rules or len(set(self.rules)) < len(self.rules):
             raise ValueError(f"rules must name at least one rule, each once, got {list(self.rules)}.")
-        one = torch.ones(1, dtype=torch.int64)
+        single = torch.ones(1, dtype=torch.int64)
         for rule in self.rules:
-            kept_counts(one, self.retention, rule)  # refuses an unknown rule, and a retention that is no share
+            kept_counts(single, self.retention, rule)  # refuses an unknown rule, and a retention that is no share
         nothing = TokenScores(entropy=torch.zeros(0), reverse_kl=torch.zeros(0))
         quadrants(nothing, self.entropy_threshold, self.divergence_threshold)
         if self.scope not in (None, *SCOPES):
@@ -389,7 +389,7 @@ def open_records(directory: str | Path) -> Records:
     rollouts = _parquet(directory / ROLLOUTS_FILE).read()
     try:
         sidecar = json.loads((directory / SIDECAR_FILE).read_text(encoding="utf-8"))
-        written, found = sidecar["schema_version"], sidecar["tokens"]
+        written, promised = sidecar["schema_version"], sidecar["tokens"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / SIDECAR_FILE} is no sidecar of token records: {error}. Score again.") from error
     if written > SCHEMA_VERSION:
@@ -398,10 +398,10 @@ def open_records(directory: str | Path) -> Records:
             f"{SCHEMA_VERSION}: pip install --upgrade tipdistill."
         )
     counted = int(np.sum(rollouts["tokens"].to_numpy()))
-    if not tokens.metadata.num_rows == counted == found:
+    if not tokens.metadata.num_rows == counted == promised:
         raise ValueError(
             f"the files in {directory} do not belong together: {TOKENS_FILE} has {tokens.metadata.num_rows} tokens, "
-            f"{ROLLOUTS_FILE} {counted}, {SIDECAR_FILE} {found}. Score again."
+            f"{ROLLOUTS_FILE} {counted}, {SIDECAR_FILE} {promised}. Score again."
         )
     return Records(directory, tokens, rollouts, sidecar)
 
@@ -417,7 +417,9 @@ def joined_text(tokens: Sequence[str], raw: Sequence[bytes | None]) -> str:
         >>> joined_text(["a", "�", "�"], [None, b"\\xf0\\x9f", b"\\x99\\x82"])
         'a🙂'
     """
-    return _as_text(b"".join(text.encode() if held is None else held for text, held in zip(tokens, raw, strict=True)))
+    return _as_text(
+        b"".join(text.encode() if piece is None else piece for text, piece in zip(tokens, raw, strict=True))
+    )
 
 
 # Putting parts together.
@@ -470,17 +472,17 @@ def _assemble(directory: Path, complete: bool) -> None:
 
 def _choose(parts: Sequence[pq.ParquetFile], about: About) -> tuple[dict[str, np.ndarray], TokenScores]:
     """Quadrants and every rule's choice over all tokens, but for what the parts hold already."""
-    held = parts[0].schema_arrow.names
+    recorded = parts[0].schema_arrow.names
     wanted = [name for name in about.fields() if name != "entropy_norm"]
     scores = TokenScores(**{name: torch.from_numpy(_column(parts, name)) for name in wanted})
     scores = TokenScores(**dict(scores.present()), entropy_norm=scores.require("entropy") / np.log(about.vocabulary))
     rollout = torch.from_numpy(_column(parts, "rollout").astype(np.int64))
     added: dict[str, np.ndarray] = {}
-    if "quadrant" not in held:
+    if "quadrant" not in recorded:
         added["quadrant"] = quadrants(scores, about.entropy_threshold, about.divergence_threshold).numpy()
     for place, rule in enumerate(about.rules):
         suffix = f"_{rule}" if place else ""
-        if f"kept{suffix}" in held:
+        if f"kept{suffix}" in recorded:
             continue
         generator = torch.Generator().manual_seed(about.seed)
         selection = select(scores, rule, about.retention, rollout, about.scope, generator)

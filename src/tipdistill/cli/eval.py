@@ -162,12 +162,12 @@ def _numbers(text: str) -> Sequence[int]:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        options = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        options = None
+    if not isinstance(options, dict):
         raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
-    return found
+    return options
 
 
 class _Progress:

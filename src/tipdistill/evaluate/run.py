@@ -266,15 +266,15 @@ def _sample(
         for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens):
             rows = [
                 {
-                    "problem": missing[found.index][0],
-                    "sample": missing[found.index][1],
-                    "prompt": prompts[found.index],
-                    "reference": task.problems[missing[found.index][0]].answer,
-                    "response": found.text,
-                    "tokens": found.tokens,
-                    "finished": found.finished,
+                    "problem": missing[completion.index][0],
+                    "sample": missing[completion.index][1],
+                    "prompt": prompts[completion.index],
+                    "reference": task.problems[missing[completion.index][0]].answer,
+                    "response": completion.text,
+                    "tokens": completion.tokens,
+                    "finished": completion.finished,
                 }
-                for found in completions
+                for completion in completions
             ]
             # lone surrogates that a server may send are no UTF-8
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -105,7 +105,7 @@ def _home(path: Path) -> Path:
 def _first(dataset: Dataset, retention: float | None) -> tuple[str, float]:
     """The rule and the retention that are shown first."""
     wanted = retention if retention is not None else dataset.records.sidecar.get("retention", 0.5)
-    return dataset.rules[0].name, min(dataset.retentions, key=lambda one: abs(one - float(wanted)))
+    return dataset.rules[0].name, min(dataset.retentions, key=lambda offered: abs(offered - float(wanted)))
 
 
 def _json(path: Path, command: str) -> Any:

@@ -130,12 +130,12 @@ class WrittenTask:
         if not 1 <= count <= most:
             raise ValueError(f"count must be in 1..{most:,}, got {count}.")
         draw = random.Random(f"{seed}-{held_out}")
-        found: dict[tuple, None] = {}
-        while len(found) < count:
+        drawn: dict[tuple, None] = {}
+        while len(drawn) < count:
             problem = self.draw(draw)
             if is_held_out(problem) == held_out:
-                found[problem] = None
-        return list(found)
+                drawn[problem] = None
+        return list(drawn)
 
     def evaluation(self) -> dict[str, Any]:
         """The task as an entry of `tipdistill.tasks.TASKS`: 256 held-out problems, exact answers."""

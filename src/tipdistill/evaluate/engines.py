@@ -252,7 +252,7 @@ class Server:
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             futures = [
-                pool.submit(self._one, dead, index, prompt, seed, sampling, chat, special_tokens)
+                pool.submit(self._ask_unless_dead, dead, index, prompt, seed, sampling, chat, special_tokens)
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             ]
             for future in as_completed(futures):
@@ -272,7 +272,7 @@ class Server:
         if failed is not None:
             raise failed
 
-    def _one(
+    def _ask_unless_dead(
         self,
         dead: threading.Event,
         index: int,

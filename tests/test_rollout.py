@@ -224,6 +224,19 @@ def test_hidden_states_carry_gradients_where_they_are_wanted(student, tiny_token
     assert student.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
+def test_hidden_states_of_an_adapted_model_have_its_adapters(student, tiny_tokenizer):
+    peft = pytest.importorskip("peft")
+    (rollout,) = all_of(generate(student, tiny_tokenizer, PROMPTS[:1], max_new_tokens=5))
+    plain = hidden_states(student, [rollout])
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(student, adapters)
+    head = head_of(adapted, hidden_states(adapted, [rollout]))
+    ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
+    logits = adapted(ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+    torch.testing.assert_close(head.hidden @ head.weight.T, logits, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(head.hidden, plain, atol=1e-3)
+
+
 def test_weights_that_are_no_numbers_name_the_rollout(student, tiny_tokenizer):
     rollouts = [Rollout(0, "a", (70,), (71, 72, 73), False), Rollout(1, "b", (70, 71), (5, 74), False)]
     broken = AutoModelForCausalLM.from_config(student.config)

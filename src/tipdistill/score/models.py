@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..types import Head, Rollout, Scored, TokenScores, TopTokens
 from .tokens import NonFiniteLogitsError, token_scores
@@ -92,7 +93,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
 
 def whole(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The full tensor of a parameter that FSDP2 may have sharded, gathered once; others pass unchanged."""
-    if isinstance(parameter, torch.distributed.tensor.DTensor):
+    if isinstance(parameter, DTensor):
         return parameter.full_tensor().to(dtype)
     return parameter
 

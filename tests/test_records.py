@@ -75,9 +75,9 @@ def test_what_is_written_is_what_was_scored(tmp_path, tiny_tokenizer, batch):
     table = records.read().to_pydict()
     ids = [index for rollout in rollouts for index in rollout.completion_ids]
     assert table["token_id"] == ids
-    assert table["rollout"] == [number for number, one in enumerate(rollouts) for _ in one.completion_ids]
-    assert table["position"] == [place for one in rollouts for place in range(len(one.completion_ids))]
-    assert table["prompt_id"] == [one.prompt_id for one in rollouts for _ in one.completion_ids]
+    assert table["rollout"] == [number for number, rollout in enumerate(rollouts) for _ in rollout.completion_ids]
+    assert table["position"] == [place for rollout in rollouts for place in range(len(rollout.completion_ids))]
+    assert table["prompt_id"] == [rollout.prompt_id for rollout in rollouts for _ in rollout.completion_ids]
     for name in STATISTICS:
         assert table[name] == scores.require(name).tolist()
     pieces = token_bytes(tiny_tokenizer)
@@ -96,7 +96,7 @@ def test_what_is_written_is_what_was_scored(tmp_path, tiny_tokenizer, batch):
         assert table[f"kept{suffix}"] == chosen.mask.tolist()
         assert table[f"score{suffix}"] == chosen.score.tolist()
     assert records.rollouts.to_pydict()["completion"] == [
-        tiny_tokenizer.decode(one.completion_ids, clean_up_tokenization_spaces=False) for one in rollouts
+        tiny_tokenizer.decode(rollout.completion_ids, clean_up_tokenization_spaces=False) for rollout in rollouts
     ]
     assert records.sidecar["complete"] is True
     assert records.sidecar["rule"] == "soft_or"

@@ -92,7 +92,7 @@ def test_padding_on_the_left_changes_nothing(student, tiny_tokenizer):
     alone = [
         all_of(generate(student, tiny_tokenizer, [prompt], max_new_tokens=8, temperature=0))[0] for prompt in PROMPTS
     ]
-    assert [one.completion_ids for one in together] == [one.completion_ids for one in alone]
+    assert [rollout.completion_ids for rollout in together] == [rollout.completion_ids for rollout in alone]
 
 
 def test_the_distribution_is_the_student_s_own(student, tiny_tokenizer):
@@ -102,7 +102,9 @@ def test_the_distribution_is_the_student_s_own(student, tiny_tokenizer):
     )
     count = 4000
     rollouts = all_of(generate(student, tiny_tokenizer, PROMPTS[:1], samples=count, max_new_tokens=1, batch_size=2000))
-    drawn = torch.bincount(torch.tensor([one.completion_ids[0] for one in rollouts]), minlength=student.vocab_size)
+    drawn = torch.bincount(
+        torch.tensor([rollout.completion_ids[0] for rollout in rollouts]), minlength=student.vocab_size
+    )
     with torch.no_grad():
         p = student(torch.tensor([rollouts[0].prompt_ids])).logits[0, -1].double().softmax(-1)
     # a sum of squared standardised counts has mean Σ(1 − p) and a standard deviation of √(2V + Σ 1 / (n p)) or so
@@ -168,10 +170,12 @@ def test_vllm_gets_tokens_and_one_seed_per_rollout(monkeypatch, tiny_tokenizer):
     )
     assert [rollout.completion_ids for rollout in rollouts] == [(5, 0), (5, 1), (5, 2), (5, 3)]
     assert [rollout.finished for rollout in rollouts] == [True, False, True, False]
-    assert [prompt["prompt_token_ids"] for prompt in engine.prompts] == [list(one.prompt_ids) for one in rollouts]
-    options = [one.options for one in engine.parameters]
-    assert len({one["seed"] for one in options}) == 4
-    assert {(one["temperature"], one["top_p"], one["max_tokens"]) for one in options} == {(1.0, 0.9, 9)}
+    assert [prompt["prompt_token_ids"] for prompt in engine.prompts] == [
+        list(rollout.prompt_ids) for rollout in rollouts
+    ]
+    options = [sampling.options for sampling in engine.parameters]
+    assert len({option["seed"] for option in options}) == 4
+    assert {(option["temperature"], option["top_p"], option["max_tokens"]) for option in options} == {(1.0, 0.9, 9)}
     assert options[0]["logit_bias"] == {7: -100.0}
 
 
@@ -215,9 +219,22 @@ def test_padded_vocabularies_are_compared_where_they_are_shared(tiny_model_dir, 
 def test_hidden_states_carry_gradients_where_they_are_wanted(student, tiny_tokenizer):
     rollouts = all_of(generate(student, tiny_tokenizer, PROMPTS, max_new_tokens=5))
     head = head_of(student, hidden_states(student, rollouts))
-    assert head.hidden.shape == (sum(len(one.completion_ids) for one in rollouts), 32)
+    assert head.hidden.shape == (sum(len(rollout.completion_ids) for rollout in rollouts), 32)
     head.hidden.sum().backward()
     assert student.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_hidden_states_of_an_adapted_model_have_its_adapters(student, tiny_tokenizer):
+    peft = pytest.importorskip("peft")
+    (rollout,) = all_of(generate(student, tiny_tokenizer, PROMPTS[:1], max_new_tokens=5))
+    plain = hidden_states(student, [rollout])
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(student, adapters)
+    head = head_of(adapted, hidden_states(adapted, [rollout]))
+    ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
+    logits = adapted(ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+    torch.testing.assert_close(head.hidden @ head.weight.T, logits, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(head.hidden, plain, atol=1e-3)
 
 
 def test_weights_that_are_no_numbers_name_the_rollout(student, tiny_tokenizer):

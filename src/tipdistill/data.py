@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from .text import nearest
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -54,7 +55,7 @@ def load_rows(
     splits = _load_splits(source, config, streaming)
     if split not in splits:
         raise ValueError(
-            f"{source} has no split {split!r}, its splits are {', '.join(splits)}.{nearest(split, list(splits))}"
+            f"{source} has no split {split!r}, its splits are {', '.join(splits)}.{nearest(split, splits)}"
         )
     return splits[split]
 
@@ -178,17 +179,6 @@ def encode_prompts(
     else:
         encoded = tokenizer(text=list(prompts))
     return [list(ids) for ids in encoded["input_ids"]]
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint to append to an error about an unknown name, empty where none is near.
-
-    Example:
-        >>> nearest("promt", ["prompt", "answer"])
-        " Did you mean 'prompt'?"
-    """
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(word) for word in near)}?" if near else ""
 
 
 def _load_splits(source: str | Path, config: str | None, streaming: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,18 +34,31 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "hardware": hardware,
-        "versions": versions,
+        "versions": versions(),
         "commit": _commit(),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The versions of Python and of those of the packages that are installed.
+
+    Args:
+        packages: as an installer calls them.
+
+    Example:
+        >>> list(versions(["numpy", "no-such-package"]))
+        ['python', 'numpy']
+    """
+    installed = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return installed
 
 
 def _cpu_name() -> str:

@@ -9,11 +9,9 @@ worked out when the parts are put together.
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +21,20 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from .files import replacing, write_text
+from .provenance import versions
 from .select import SCOPES, kept_counts, resolve_rule, rule_fields, select
 from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .types import Rollout, Scored, TokenScores, TopTokens
 from .vocabulary import token_bytes
 
 SCHEMA_VERSION = 1
-TOP_TOKENS = 5
 # Tokens of a part, which is a row group of tokens.parquet too.
 PART_TOKENS = 2**16
 TOKENS_FILE, ROLLOUTS_FILE, SIDECAR_FILE = "tokens.parquet", "rollouts.parquet", "records.json"
 STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
 
 _PARTS = "parts"
-_VERSIONS = ("tipdistill", "torch", "transformers", "pyarrow")
 _TOP = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("probability", pa.float32())]))
 ROLLOUTS_SCHEMA = pa.schema(
     [
@@ -116,9 +114,9 @@ class About:
     def __post_init__(self) -> None:
         if not self.rules or len(set(self.rules)) < len(self.rules):
             raise ValueError(f"rules must name at least one rule, each once, got {list(self.rules)}.")
-        one = torch.ones(1, dtype=torch.int64)
+        single = torch.ones(1, dtype=torch.int64)
         for rule in self.rules:
-            kept_counts(one, self.retention, rule)  # refuses an unknown rule, and a retention that is no share
+            kept_counts(single, self.retention, rule)  # refuses an unknown rule, and a retention that is no share
         nothing = TokenScores(entropy=torch.zeros(0), reverse_kl=torch.zeros(0))
         quadrants(nothing, self.entropy_threshold, self.divergence_threshold)
         if self.scope not in (None, *SCOPES):
@@ -391,7 +389,7 @@ def open_records(directory: str | Path) -> Records:
     rollouts = _parquet(directory / ROLLOUTS_FILE).read()
     try:
         sidecar = json.loads((directory / SIDECAR_FILE).read_text(encoding="utf-8"))
-        written, found = sidecar["schema_version"], sidecar["tokens"]
+        written, promised = sidecar["schema_version"], sidecar["tokens"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / SIDECAR_FILE} is no sidecar of token records: {error}. Score again.") from error
     if written > SCHEMA_VERSION:
@@ -400,10 +398,10 @@ def open_records(directory: str | Path) -> Records:
             f"{SCHEMA_VERSION}: pip install --upgrade tipdistill."
         )
     counted = int(np.sum(rollouts["tokens"].to_numpy()))
-    if not tokens.metadata.num_rows == counted == found:
+    if not tokens.metadata.num_rows == counted == promised:
         raise ValueError(
             f"the files in {directory} do not belong together: {TOKENS_FILE} has {tokens.metadata.num_rows} tokens, "
-            f"{ROLLOUTS_FILE} {counted}, {SIDECAR_FILE} {found}. Score again."
+            f"{ROLLOUTS_FILE} {counted}, {SIDECAR_FILE} {promised}. Score again."
         )
     return Records(directory, tokens, rollouts, sidecar)
 
@@ -419,7 +417,9 @@ def joined_text(tokens: Sequence[str], raw: Sequence[bytes | None]) -> str:
         >>> joined_text(["a", "�", "�"], [None, b"\\xf0\\x9f", b"\\x99\\x82"])
         'a🙂'
     """
-    return _as_text(b"".join(text.encode() if held is None else held for text, held in zip(tokens, raw, strict=True)))
+    return _as_text(
+        b"".join(text.encode() if piece is None else piece for text, piece in zip(tokens, raw, strict=True))
+    )
 
 
 # Putting parts together.
@@ -463,7 +463,7 @@ def _assemble(directory: Path, complete: bool) -> None:
                 strict=True,
             )
         },
-        "versions": {name: _version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        "versions": versions(("tipdistill", "torch", "transformers", "pyarrow")),
     }
     _write_table(directory / ROLLOUTS_FILE, [rollouts])
     write_text(directory / SIDECAR_FILE, json.dumps(described, indent=2) + "\n")
@@ -472,17 +472,17 @@ def _assemble(directory: Path, complete: bool) -> None:
 
 def _choose(parts: Sequence[pq.ParquetFile], about: About) -> tuple[dict[str, np.ndarray], TokenScores]:
     """Quadrants and every rule's choice over all tokens, but for what the parts hold already."""
-    held = parts[0].schema_arrow.names
+    recorded = parts[0].schema_arrow.names
     wanted = [name for name in about.fields() if name != "entropy_norm"]
     scores = TokenScores(**{name: torch.from_numpy(_column(parts, name)) for name in wanted})
     scores = TokenScores(**dict(scores.present()), entropy_norm=scores.require("entropy") / np.log(about.vocabulary))
     rollout = torch.from_numpy(_column(parts, "rollout").astype(np.int64))
     added: dict[str, np.ndarray] = {}
-    if "quadrant" not in held:
+    if "quadrant" not in recorded:
         added["quadrant"] = quadrants(scores, about.entropy_threshold, about.divergence_threshold).numpy()
     for place, rule in enumerate(about.rules):
         suffix = f"_{rule}" if place else ""
-        if f"kept{suffix}" in held:
+        if f"kept{suffix}" in recorded:
             continue
         generator = torch.Generator().manual_seed(about.seed)
         selection = select(scores, rule, about.retention, rollout, about.scope, generator)
@@ -515,24 +515,16 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
-    """One row group per table, in one move, so that a killed run leaves no half of a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    writer: pq.ParquetWriter | None = None
-    try:
-        for table in tables:
-            writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    partial.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in full or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """One row group per table; there is at least one."""
+    with replacing(path) as partial:
+        writer: pq.ParquetWriter | None = None
+        try:
+            for table in tables:
+                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
 
 
 def _texts(pieces: Sequence[bytes]) -> tuple[pa.Array, pa.Array]:
@@ -556,11 +548,3 @@ def _as_text(raw: bytes) -> str:
 
 def _numbers(values: Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
-
-
-def _version(package: str) -> str:
-    if package == "tipdistill":
-        from . import __version__
-
-        return __version__
-    return version(package)

@@ -1,4 +1,8 @@
-"""Rollout: a model writes completions, sampled by transformers or vLLM. While training, TRL writes them."""
+"""The stage "rollout" outside a training run: a model writes completions, sampled by transformers or vLLM.
+
+A rollout is a completion that the student wrote, with its prompt (`tipdistill.types.Rollout`). While training, TRL
+writes them; everything else that samples comes here: `tipdistill score`, the probe, evaluations, the small tasks.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,8 @@ def generate(
 
     Sampling is the temperature and top_p alone: what a model's own generation_config adds (top_k, repetition penalties)
     is left out, since on-policy means the student's own distribution. A batch is seeded by (seed, its number), so that
-    a later call with `first_batch` goes on as if there had been no break; the process's random state stays as it is.
+    a later call with `first_batch` goes on as if there had been no break; another batch size is another draw. The
+    process's random state stays as it is.
 
     Args:
         model: a transformers model (with PEFT or without) or a `vllm.LLM`.
@@ -73,27 +78,31 @@ def generate(
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"temperature must be ≥ 0 and top_p in (0, 1], got {temperature} and {top_p}.")
     sample = _sample_with_vllm if hasattr(model, "llm_engine") else _sample
-    rows = [prompt_id for prompt_id in range(len(prompts)) for _ in range(samples)]
-    for number, start in enumerate(range(0, len(rows), batch_size)):
+    prompt_ids = [prompt_id for prompt_id in range(len(prompts)) for _ in range(samples)]
+    for number, start in enumerate(range(0, len(prompt_ids), batch_size)):
         if number < first_batch:
             continue
-        batch = rows[start : start + batch_size]
-        chosen = list(dict.fromkeys(batch))
+        batch = prompt_ids[start : start + batch_size]
+        distinct = list(dict.fromkeys(batch))  # each prompt of the batch is encoded once, however many its samples
         encoded = dict(
-            zip(chosen, encode_prompts([prompts[row] for row in chosen], tokenizer, chat_template_kwargs), strict=True)
+            zip(
+                distinct,
+                encode_prompts([prompts[prompt_id] for prompt_id in distinct], tokenizer, chat_template_kwargs),
+                strict=True,
+            )
         )
-        texts = {row: _text(tokenizer, ids) for row, ids in encoded.items()}
+        texts = {prompt_id: _text(tokenizer, ids) for prompt_id, ids in encoded.items()}
         completions = sample(
             model,
             tokenizer,
-            [encoded[row] for row in batch],
+            [encoded[prompt_id] for prompt_id in batch],
             {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p},
             (seed * 1_000_003 + number) % 2**63,
             forbidden,
         )
         yield [
-            Rollout(row, texts[row], tuple(encoded[row]), tuple(completion), finished)
-            for row, (completion, finished) in zip(batch, completions, strict=True)
+            Rollout(prompt_id, texts[prompt_id], tuple(encoded[prompt_id]), tuple(completion), finished)
+            for prompt_id, (completion, finished) in zip(batch, completions, strict=True)
         ]
 
 

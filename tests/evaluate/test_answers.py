@@ -52,13 +52,13 @@ def test_verdicts_keep_their_order_and_say_what_was_undecided(verifiers):
 
 
 def test_a_process_that_is_killed_costs_one_answer(verifiers):
-    with Verifiers(1, seconds=20) as one:
-        assert one.judge([(r"\boxed{1}", "1")])[0].correct
-        process = one._idle.get()
+    with Verifiers(1, seconds=20) as verifiers:
+        assert verifiers.judge([(r"\boxed{1}", "1")])[0].correct
+        process = verifiers._idle.get()
         os.kill(process.process.pid, signal.SIGKILL)
-        one._idle.put(process)
+        verifiers._idle.put(process)
         time.sleep(0.2)
-        assert one.judge([(r"\boxed{1}", "1")])[0].correct
+        assert verifiers.judge([(r"\boxed{1}", "1")])[0].correct
 
 
 def test_a_process_whose_parent_was_killed_ends_by_itself():
@@ -71,16 +71,16 @@ def test_a_process_whose_parent_was_killed_ends_by_itself():
 
 
 def test_closed_verifiers_leave_no_process():
-    one = Verifiers(1)
-    one.judge([(r"\boxed{1}", "1")])
-    process = one._idle.get()
+    verifiers = Verifiers(1)
+    verifiers.judge([(r"\boxed{1}", "1")])
+    process = verifiers._idle.get()
     pid = process.process.pid
-    one._idle.put(process)
-    one.close()
+    verifiers._idle.put(process)
+    verifiers.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert one.judge([(r"\boxed{1}", "1")])[0].correct
-    one.close()
+    assert verifiers.judge([(r"\boxed{1}", "1")])[0].correct
+    verifiers.close()
 
 
 def test_a_verifying_process_does_not_load_torch(verifiers):

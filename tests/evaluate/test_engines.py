@@ -22,9 +22,9 @@ def test_greedy_completions_are_those_of_the_model_alone(engine):
     """Left padding, the batch and the checkpoint's own generation defaults change nothing."""
     engine.model.generation_config.temperature = 0.3  # a default that must not leak in
     greedy = Sampling(temperature=0, max_new_tokens=6)
-    found = [row for rows in engine.generate(PROMPTS, [0] * 4, greedy, chat=False) for row in rows]
-    assert [row.index for row in found] == [0, 1, 2, 3]
-    for prompt, completion in zip(PROMPTS, found, strict=True):
+    completions = [row for rows in engine.generate(PROMPTS, [0] * 4, greedy, chat=False) for row in rows]
+    assert [row.index for row in completions] == [0, 1, 2, 3]
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
         ids = torch.tensor([engine.tokenizer(prompt)["input_ids"]])
         for _ in range(6):
             following = engine.model(ids).logits[:, -1].argmax(-1, keepdim=True)
@@ -48,9 +48,9 @@ def test_a_seed_gives_the_same_completion_again_and_leaves_torchs_own_state(engi
 
 def test_the_end_of_the_sequence_is_kept_where_it_is_asked_for(engine):
     greedy = Sampling(temperature=0, max_new_tokens=200)
-    found = next(engine.generate(["Ada", "Emmy", "Kurt"], [0] * 3, greedy, chat=False, special_tokens=True))
+    whole = next(engine.generate(["Ada", "Emmy", "Kurt"], [0] * 3, greedy, chat=False, special_tokens=True))
     without = next(engine.generate(["Ada", "Emmy", "Kurt"], [0] * 3, greedy, chat=False))
-    for kept, left_out in zip(found, without, strict=True):
+    for kept, left_out in zip(whole, without, strict=True):
         assert kept.text.endswith("<|end|>") == kept.finished
         assert "<|end|>" not in left_out.text
         assert kept.tokens == left_out.tokens <= 200
@@ -114,15 +114,15 @@ def test_a_length_limit_is_a_truncation(stub_server):
 def test_a_server_that_dies_keeps_what_was_done_and_says_so(stub_server, status):
     stub_server.dies_after, stub_server.status = 4, status
     server = Server(stub_server.url, "m", concurrency=2, attempts=2, pause=0.01)
-    found = []
+    completions = []
 
     def collect():
         for rows in server.generate(sums(40), range(40), SHORT):
-            found.extend(rows)
+            completions.extend(rows)
 
     with pytest.raises(ServerError, match=r"the server at http://127\.0\.0\.1:\d+/v1/chat/completions failed"):
         collect()
-    assert len(found) == 4
+    assert len(completions) == 4
     assert len(stub_server.bodies) <= 4 + 2 * 2  # the two in flight, twice each; those that waited are not sent
 
 

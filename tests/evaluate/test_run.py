@@ -21,8 +21,8 @@ TASK = Task("sums", tuple(Problem(f"{a} + 1 =", str(a + 1)) for a in range(4)), 
 
 @pytest.fixture(scope="module")
 def verifiers():
-    with Verifiers(1) as one:
-        yield one
+    with Verifiers(1) as started:
+        yield started
 
 
 class Scripted:

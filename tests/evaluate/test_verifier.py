@@ -16,8 +16,8 @@ DATA = Path(os.environ.get("TIPDISTILL_DATA", Path(__file__).parents[3] / "share
 
 @pytest.fixture(scope="module")
 def verifiers():
-    with Verifiers(1) as one:
-        yield one
+    with Verifiers(1) as started:
+        yield started
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,9 @@ def figure(mean, half, **compared):
     return {"mean": mean, "interval": [mean - half, mean + half], "seeds": 3, **none, **compared}
 
 
-def sweep_row(name, rule, retention, found):
+def sweep_row(name, rule, retention, figure):
     facts = {"learning_rate": 1e-3, "trained_tokens": 1000.0, "seconds": 3.2, "peak_memory_gib": 0.5}
-    return {"name": name, "rule": rule, "retention": retention, "tasks": {"sums": found} if found else {}, **facts}
+    return {"name": name, "rule": rule, "retention": retention, "tasks": {"sums": figure} if figure else {}, **facts}
 
 
 SWEEP = {
@@ -165,11 +165,11 @@ def scores_of(table):
 
 def classes(page):
     """Classes of every token, in order; all rollouts are in the feed."""
-    found = page.eval_on_selector_all(
+    classes_of = page.eval_on_selector_all(
         "#feed .t", "all => all.map(one => [Number(one.dataset.token), one.className.split(' ')])"
     )
-    assert [token for token, _ in found] == list(range(COUNT))
-    return [names for _, names in found]
+    assert [token for token, _ in classes_of] == list(range(COUNT))
+    return [names for _, names in classes_of]
 
 
 def test_it_loads_offline_and_shades_by_quadrant(open_page, report):
@@ -214,10 +214,10 @@ def test_rule_and_retention_change_what_is_kept(open_page, report):
         page.select_option("#rule", label=label)
         for retention in (0.1, 0.5):
             page.locator("#retention").fill(str(retentions.index(retention)))
-            held = ["hold" in names for names in classes(page)]
-            assert held == select(scores, rule, retention, ROLLOUT).mask.tolist()
+            kept = ["hold" in names for names in classes(page)]
+            assert kept == select(scores, rule, retention, ROLLOUT).mask.tolist()
             assert page.locator("#retained").text_content() == f"{100 * retention:.0f} %"
-            seen.add(tuple(held))
+            seen.add(tuple(kept))
     assert len(seen) == 8
 
 

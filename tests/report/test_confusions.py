@@ -24,13 +24,13 @@ def test_kinds_counts_and_mass(context):
     token_id, divergence = draw.integers(0, 3, len(position)), draw.random(len(position)).astype(np.float32)
     mistakes = np.flatnonzero(draw.random(len(position)) < 0.7)
     student, teacher = draw.integers(0, 2, (2, len(mistakes)))
-    found = confusions(mistakes, student, teacher, token_id, position, divergence, context, shown=10**6)
+    kinds = confusions(mistakes, student, teacher, token_id, position, divergence, context, shown=10**6)
     expected = by_hand(mistakes, student, teacher, token_id, position, divergence, context)
-    assert {tuple(kind.tokens.tolist()): kind.mass for kind in found} == pytest.approx(expected)
-    assert [kind.mass for kind in found] == sorted((kind.mass for kind in found), reverse=True)
-    assert all(kind.count == len(kind.tokens) and kind.token == kind.tokens[0] for kind in found)
+    assert {tuple(kind.tokens.tolist()): kind.mass for kind in kinds} == pytest.approx(expected)
+    assert [kind.mass for kind in kinds] == sorted((kind.mass for kind in kinds), reverse=True)
+    assert all(kind.count == len(kind.tokens) and kind.token == kind.tokens[0] for kind in kinds)
     assert len(confusions(mistakes, student, teacher, token_id, position, divergence, context, shown=2)) == min(
-        2, len(found)
+        2, len(kinds)
     )
 
 

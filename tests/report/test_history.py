@@ -64,8 +64,8 @@ def test_steps_are_in_order_and_thinned_out_evenly(tmp_path):
     for step in range(0, 130, 10):
         put(tmp_path / "run" / "records" / f"step-{step}" / "tokens.parquet", "")
     put(tmp_path / "run" / "records" / "step-5" / "records.json", "{}")  # killed before its tokens were written
-    found = find_sources([tmp_path / "run"])
-    assert [path.name for path in found.records.values()] == [
+    sources = find_sources([tmp_path / "run"])
+    assert [path.name for path in sources.records.values()] == [
         "step-0",
         "step-20",
         "step-50",
@@ -73,17 +73,17 @@ def test_steps_are_in_order_and_thinned_out_evenly(tmp_path):
         "step-100",
         "step-120",
     ]
-    assert len(found.records) == MOST_STEPS
-    assert found.left_out == 13 - MOST_STEPS
+    assert len(sources.records) == MOST_STEPS
+    assert sources.left_out == 13 - MOST_STEPS
 
 
 def test_directories_of_one_name_are_told_apart(tmp_path):
     for parent in ("a", "b"):
         put(tmp_path / parent / "run" / "trainer_state.json", {"log_history": ENTRIES})
         put(tmp_path / parent / "run" / "tokens.parquet", "")
-    found = find_sources([tmp_path / "a" / "run", tmp_path / "b" / "run"])
-    assert list(found.records) == ["a/run", "b/run"]
-    assert [run.name for run in found.runs] == ["a/run", "b/run"]
+    sources = find_sources([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert list(sources.records) == ["a/run", "b/run"]
+    assert [run.name for run in sources.runs] == ["a/run", "b/run"]
     with pytest.raises(ValueError, match="was given twice"):
         find_sources([tmp_path / "a" / "run", tmp_path / "b" / ".." / "a" / "run"])
 

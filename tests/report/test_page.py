@@ -132,9 +132,11 @@ def test_top_choices_and_statistics_survive_the_packing(tmp_path, records_writer
     for whose in ("student", "teacher"):
         top = unpack(pack, view[f"{whose}_top"]).reshape(5, -1)
         probability = unpack(pack, view[f"{whose}_probability"]).reshape(5, -1)
-        for token, found in enumerate(table[f"{whose}_top5"].to_pylist()):
-            assert [view["strings"][index] for index in top[:, token]] == [choice["token"] for choice in found]
-            assert probability[:, token] / 1000 == pytest.approx([choice["probability"] for choice in found], abs=6e-4)
+        for token, likeliest in enumerate(table[f"{whose}_top5"].to_pylist()):
+            assert [view["strings"][index] for index in top[:, token]] == [entry["token"] for entry in likeliest]
+            assert probability[:, token] / 1000 == pytest.approx(
+                [entry["probability"] for entry in likeliest], abs=6e-4
+            )
 
 
 def test_confusions_have_counts_mass_and_places(tmp_path, records_writer, top_choices):
@@ -154,15 +156,15 @@ def test_confusions_have_counts_mass_and_places(tmp_path, records_writer, top_ch
     }
     records_writer(tmp_path, tokens, shared=shared)
     _, payload, _ = payload_of(tmp_path)
-    found = payload["confusions"]
-    assert (found["tokens"], found["agreed"], found["mass"]) == (3, 0, 6.0)
-    for context, table in zip(found["contexts"], found["tables"], strict=True):
+    mistakes = payload["confusions"]
+    assert (mistakes["tokens"], mistakes["agreed"], mistakes["mass"]) == (3, 0, 6.0)
+    for context, table in zip(mistakes["contexts"], mistakes["tables"], strict=True):
         if context == 1:
             (row,) = table
             assert (row["before"], row["student"], row["teacher"], row["count"], row["mass"]) == ("a", "b", "z", 3, 6.0)
             assert row["where"] == [1, 5, 9]
             assert row["student_probability"] == pytest.approx(0.9)
-    assert sum(row["count"] for row in found["tables"][-1]) == 3
+    assert sum(row["count"] for row in mistakes["tables"][-1]) == 3
 
 
 def test_page_and_figures_are_where_they_are_said_to_be(tmp_path, records_writer, capsys):
@@ -186,9 +188,9 @@ def test_several_steps_share_the_token_budget(tmp_path, records_writer):
     for step in (0, 50):
         records_writer(tmp_path / "run" / "records" / f"step-{step}", words(20), sidecar={"step": step, "rule": "q3"})
     data = data_of(write_report([tmp_path / "run"], figures=False, max_tokens=300))
-    assert [one["name"] for one in data["sets"]] == ["run · step-0", "run · step-50"]
-    assert [one["step"] for one in data["sets"]] == [0, 50]
-    assert sum(one["view"]["tokens"] for one in data["sets"]) <= 300
+    assert [shown["name"] for shown in data["sets"]] == ["run · step-0", "run · step-50"]
+    assert [shown["step"] for shown in data["sets"]] == [0, 50]
+    assert sum(shown["view"]["tokens"] for shown in data["sets"]) <= 300
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tipdistill.tasks import arithmetic, written
 from tipdistill.tasks.arithmetic import CLEAN, Corruption
@@ -18,7 +18,7 @@ TINY = Training(layers=1, width=16, steps=2, learning_rate=1e-3)
 
 def columns(solution: str) -> list[tuple[int, int, int, int]]:
     """(digit, digit, carry, sum) of each column, from the units up."""
-    return [tuple(map(int, found)) for found in re.findall(r"(\d)\+(\d)\+(\d)=(\d\d)[;,:]", solution)]
+    return [tuple(map(int, digits)) for digits in re.findall(r"(\d)\+(\d)\+(\d)=(\d\d)[;,:]", solution)]
 
 
 def solutions(count: int, corruption: Corruption, seed: int = 0) -> list[tuple[int, int, str]]:
@@ -70,10 +70,10 @@ def carries(texts: list[str], column: int) -> tuple[int, int]:
     """How many carries go out of a column, and how many of them are written in the next."""
     due = written = 0
     for text in texts:
-        found = columns(text)
-        if found[column][3] >= 10:
+        steps = columns(text)
+        if steps[column][3] >= 10:
             due += 1
-            written += found[column + 1][2] == found[column][3] // 10
+            written += steps[column + 1][2] == steps[column][3] // 10
     return due, written
 
 
@@ -115,9 +115,9 @@ def test_which_pairs_are_wrong_depends_on_the_seed_alone():
 
 def test_corrupted_solutions_answer_what_they_wrote():
     for _, _, text in solutions(300, Corruption()):
-        found = columns(text)
-        digits = "".join(str(total % 10) for *_, total in reversed(found))
-        assert text.endswith(f">{found[-1][3] // 10}{digits}$")
+        steps = columns(text)
+        digits = "".join(str(total % 10) for *_, total in reversed(steps))
+        assert text.endswith(f">{steps[-1][3] // 10}{digits}$")
 
 
 @pytest.mark.parametrize("wrong", [{"drop_first_carry": 1.1}, {"drop_second_carry": -0.1}, {"wrong_pairs": 101}])
@@ -326,10 +326,13 @@ def test_two_processes_that_finish_the_same_model_leave_one(tmp_path):
 class Writes:
     """A model that writes the given texts, whatever the prompts."""
 
-    device, training = torch.device("cpu"), False
+    training, generation_config = False, GenerationConfig()
 
     def __init__(self, *texts):
         self.texts = texts
+
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(1, 1)
 
     def eval(self):
         return self

@@ -75,10 +75,10 @@ def test_the_arithmetic_task_wants_the_sum_and_the_end():
 
 
 def test_fingerprints_tell_sets_and_prompts_apart():
-    one = Task("t", (Problem("p", "a"),))
-    assert one.fingerprint() == Task("other", (Problem("p", "a"),)).fingerprint()
-    others = [Task("t", (Problem("p", "b"),)), Task("t", one.problems, prompt="own"), Task("t", one.problems * 2)]
-    assert len({one.fingerprint(), *(task.fingerprint() for task in others)}) == 4
+    task = Task("t", (Problem("p", "a"),))
+    assert task.fingerprint() == Task("other", (Problem("p", "a"),)).fingerprint()
+    others = [Task("t", (Problem("p", "b"),)), Task("t", task.problems, prompt="own"), Task("t", task.problems * 2)]
+    assert len({task.fingerprint(), *(task.fingerprint() for task in others)}) == 4
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from ..config import TIPConfig
-from ..data import nearest
+from ..text import nearest
 from .recipes import recipe_names, recipe_path
 
 # field that asks for a package: (module, pip command)

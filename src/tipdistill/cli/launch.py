@@ -15,7 +15,7 @@ import torch
 import yaml
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from ..data import nearest
+from ..text import nearest
 from .arguments import EXTRAS, require
 
 PRESETS = ("single_gpu", "multi_gpu", "fsdp2", "zero1", "zero2", "zero3")

@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor
 
-from ..data import drop_long_prompts, load_prompts, nearest, prompt_lengths
+from ..data import drop_long_prompts, load_prompts, prompt_lengths
 from ..integrations import _trl
+from ..text import nearest
 from ..vocabulary import check_same_tokenizer, shared_vocabulary
 from .arguments import EXTRAS, require
 

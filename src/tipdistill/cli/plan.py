@@ -14,11 +14,11 @@ import yaml
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..bench.measure import write
-from ..data import nearest
 from ..plan import MACHINES, Machine, Setup, as_text, plan, read_config, setup_of
 from ..plan.document import update
 from ..plan.memory import ENGINES, OPTIMIZERS, SHARDING, TEACHERS
 from ..select import resolve_rule
+from ..text import nearest
 from .arguments import EXTRAS, read_values, require
 
 _DESCRIPTION = """\

@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..files import write_text
 from ..probe import PARAMETERS, RETENTIONS, RULES, Settings
-from ..records import RecordsWriter, write_text
+from ..records import RecordsWriter
 from .pair import Pair, load_engine, load_models, pair_parser, read_pair, require
 from .score import about_of
 

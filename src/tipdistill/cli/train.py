@@ -18,8 +18,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
 
-from ..data import drop_long_prompts, load_prompts, nearest, prepare_prompts, prompt_lengths
+from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..teachers.served import TeacherUnavailableError, open_teacher
+from ..text import nearest
 from .arguments import Request, as_yaml, build, read_arguments, write_config
 from .launch import check_launched, launch_arguments, num_processes
 from .pair import check_chat_template, check_models, read_models

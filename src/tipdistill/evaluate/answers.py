@@ -112,10 +112,10 @@ class Verifiers:
         """
         first: dict[str, int] = {}
         representatives: list[int] = []
-        found: list[int | None] = []
+        groups: list[int | None] = []
         for index, answer in enumerate(answers):
             if answer is None:
-                found.append(None)
+                groups.append(None)
                 continue
             if answer not in first:
                 first[answer] = index
@@ -128,8 +128,8 @@ class Verifiers:
                         break
                 else:
                     representatives.append(index)
-            found.append(first[answer])
-        return found
+            groups.append(first[answer])
+        return groups
 
     def _ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
         def ask(request: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any, Protocol
 
 import torch
 
+from .. import http
 from ..data import encode_prompts
 from ..rollout import generate
 
@@ -256,7 +252,7 @@ class Server:
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             futures = [
-                pool.submit(self._one, dead, index, prompt, seed, sampling, chat, special_tokens)
+                pool.submit(self._ask_unless_dead, dead, index, prompt, seed, sampling, chat, special_tokens)
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             ]
             for future in as_completed(futures):
@@ -276,7 +272,7 @@ class Server:
         if failed is not None:
             raise failed
 
-    def _one(
+    def _ask_unless_dead(
         self,
         dead: threading.Event,
         index: int,
@@ -325,24 +321,17 @@ class Server:
             ) from error
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-        request = urllib.request.Request(self.base_url + path, json.dumps(body).encode(), headers)
-        said = ""
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                said = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
-                if error.code < 500 and error.code not in (408, 429):
-                    break  # asking again would not change the answer
-            except (OSError, ValueError, HTTPException) as error:  # refused, reset, timed out, cut off in the middle
-                said = str(getattr(error, "reason", error)) or type(error).__name__
-        raise ServerError(f"the server at {self.base_url}{path} failed: {said}")
+        url = self.base_url + path
+        try:
+            return http.ask(
+                url,
+                body,
+                again=http.doubling(self.attempts, self.pause),
+                api_key=os.environ.get("OPENAI_API_KEY"),
+                timeout=self.timeout,
+            ).value
+        except (http.RefusedError, http.NoAnswerError) as error:
+            raise ServerError(f"the server at {url} failed: {error}") from error
 
 
 def as_fed(tokenizer: Any, prompt: Any, chat: bool | None) -> Any:

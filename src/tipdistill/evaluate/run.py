@@ -12,18 +12,19 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..files import write_text
+from ..provenance import versions
 from .answers import Verifiers
 from .engines import Engine, Sampling
 from .metrics import deviation_over_samples, majority, mean_at_k, pass_at_k
 from .task import Task
 
 OnProgress = Callable[[str, int, int], None]
-_VERSIONS = ("tipdistill", "math-verify", "torch", "transformers")
+PACKAGES = ("tipdistill", "math-verify", "torch", "transformers")
 
 
 def run(
@@ -98,19 +99,20 @@ def run(
                     rows[row["problem"], row["sample"]] = row
             graded = _grade(task, rows, verifiers, regrade, on_progress)
             if graded:
-                _write(path, "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
+                write_text(path, "".join(json.dumps(rows[key], ensure_ascii=False) + "\n" for key in sorted(rows)))
             figures[task.name] = summarise(task, rows, num_samples, ks, verifiers)
     finally:
         if own:
             verifiers.close()
-    metrics = {"tasks": figures, "num_samples": num_samples, "settings": asked, "versions": _versions()}
+    metrics = {"tasks": figures, "num_samples": num_samples, "settings": asked, "versions": versions(PACKAGES)}
     write_metrics(root, metrics)
     return metrics
 
 
 def write_metrics(root: Path, metrics: dict[str, Any]) -> None:
     """Write `metrics.json`; what could not be measured is null there."""
-    _write(root / "metrics.json", json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n")
+    root.mkdir(parents=True, exist_ok=True)
+    write_text(root / "metrics.json", json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n")
 
 
 def samples_path(root: Path, task: str) -> Path:
@@ -217,7 +219,8 @@ def _claim(root: Path, asked: dict[str, Any], go_on: bool) -> None:
             raise ValueError(
                 f"{root} holds samples and no eval.json, which says what they are: name another directory."
             )
-        _write(path, json.dumps(asked, indent=2) + "\n")
+        root.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asked, indent=2) + "\n")
         return
     if not go_on:
         raise ValueError(
@@ -238,7 +241,7 @@ def _claim(root: Path, asked: dict[str, Any], go_on: bool) -> None:
             raise ValueError(
                 f"{root} was sampled with other problems, prompts or lengths of {name!r}: name another directory."
             )
-    _write(path, json.dumps({**asked, "tasks": {**kept.get("tasks", {}), **asked["tasks"]}}, indent=2) + "\n")
+    write_text(path, json.dumps({**asked, "tasks": {**kept.get("tasks", {}), **asked["tasks"]}}, indent=2) + "\n")
 
 
 def _sample(
@@ -263,15 +266,15 @@ def _sample(
         for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens):
             rows = [
                 {
-                    "problem": missing[found.index][0],
-                    "sample": missing[found.index][1],
-                    "prompt": prompts[found.index],
-                    "reference": task.problems[missing[found.index][0]].answer,
-                    "response": found.text,
-                    "tokens": found.tokens,
-                    "finished": found.finished,
+                    "problem": missing[completion.index][0],
+                    "sample": missing[completion.index][1],
+                    "prompt": prompts[completion.index],
+                    "reference": task.problems[missing[completion.index][0]].answer,
+                    "response": completion.text,
+                    "tokens": completion.tokens,
+                    "finished": completion.finished,
                 }
-                for found in completions
+                for completion in completions
             ]
             # lone surrogates that a server may send are no UTF-8
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -315,16 +318,6 @@ def _seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _VERSIONS:
-        try:
-            found[package] = version(package)
-        except ImportError:
-            continue
-    return found
-
-
 def _without_nan(value: Any) -> Any:
     """JSON has no NaN: null, where a number does not exist (a deviation of one)."""
     if isinstance(value, dict):
@@ -332,13 +325,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(inside) for inside in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -35,8 +35,8 @@ def last_boxed(response: str) -> str | None:
         >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}} \boxed{")
         '\\frac{1}{2}'
     """
-    found: str | None = None
-    found_end = -1
+    content: str | None = None
+    content_end = -1
     opened: list[int | None] = []  # of each open brace, where a box's content begins, or None
     boxes = {match.end(): match for match in _BOX.finditer(response)}
     for position in sorted({*boxes, *(match.start() for match in _BRACE.finditer(response))}):
@@ -47,12 +47,12 @@ def last_boxed(response: str) -> str | None:
             start = opened.pop() if opened else None
             # an outer box closes after the boxes in it, and holds the later answer
             if start is not None and response[start:position].strip():
-                found, found_end = response[start:position].strip(), position
+                content, content_end = response[start:position].strip(), position
         elif position in boxes:
             bare = _BARE.match(response, position)  # TeX allows \boxed 5
-            if bare and position > found_end:
-                found, found_end = bare[0], position
-    return found
+            if bare and position > content_end:
+                content, content_end = bare[0], position
+    return content
 
 
 def extract_answer(response: str) -> str | None:
@@ -77,8 +77,8 @@ def extract_answer(response: str) -> str | None:
     if final:
         return final[-1]
     # the parsed expression comes first, its text last
-    found = [part for part in _parse(response[-TAIL:]) if isinstance(part, str) and part.strip()]
-    return found[-1] if found else None
+    answers = [part for part in _parse(response[-TAIL:]) if isinstance(part, str) and part.strip()]
+    return answers[-1] if answers else None
 
 
 def is_equivalent(answer: str, reference: str) -> bool:
@@ -134,11 +134,11 @@ def _integer(text: str) -> tuple[bool, str] | None:
     """Sign and digits, compared as text: a hostile integer has more digits than Python converts."""
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
-    found = _INTEGER.fullmatch(text)
-    if found is None:
+    integer = _INTEGER.fullmatch(text)
+    if integer is None:
         return None
-    digits = found[2].lstrip("0") or "0"
-    return found[1] == "-" and digits != "0", digits
+    digits = integer[2].lstrip("0") or "0"
+    return integer[1] == "-" and digits != "0", digits
 
 
 def _letters(text: str) -> str:

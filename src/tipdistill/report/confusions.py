@@ -54,8 +54,8 @@ def confusions(
 
     Example:
         >>> wrong, twos = np.array([1, 3]), np.array([2, 2])
-        >>> found = confusions(wrong, twos, twos + 1, np.array([7, 2, 7, 2]), np.array([0, 1, 0, 1]), np.ones(4), 1)
-        >>> [(one.token, one.count, one.mass) for one in found]
+        >>> kinds = confusions(wrong, twos, twos + 1, np.array([7, 2, 7, 2]), np.array([0, 1, 0, 1]), np.ones(4), 1)
+        >>> [(kind.token, kind.count, kind.mass) for kind in kinds]
         [(1, 2, 2.0)]
     """
     if len(mistakes) == 0:
@@ -69,8 +69,8 @@ def confusions(
     table = pa.table({**keys, "mass": divergence[mistakes].astype(np.float64), "row": row})
     grouped = table.group_by(names, use_threads=False).aggregate([("mass", "sum"), ("row", "count"), ("row", "list")])
     order = np.lexsort((-grouped["row_count"].to_numpy(), -grouped["mass_sum"].to_numpy()))[:shown]
-    found = []
+    kinds = []
     for index in order.tolist():
         tokens = mistakes[np.asarray(grouped["row_list"][index].values)]
-        found.append(Confusion(int(tokens[0]), len(tokens), grouped["mass_sum"][index].as_py(), tokens))
-    return found
+        kinds.append(Confusion(int(tokens[0]), len(tokens), grouped["mass_sum"][index].as_py(), tokens))
+    return kinds

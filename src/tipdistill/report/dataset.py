@@ -191,7 +191,7 @@ def _rules(
     seed: int,
 ) -> tuple[RuleChoice, ...]:
     """Rules ranked by their recorded scores (the whole batch's normalisation is in them), or else recomputed."""
-    found: dict[str, RuleChoice] = {}
+    choices: dict[str, RuleChoice] = {}
     recorded = {name[6:]: name for name in column if name.startswith("score_")}
     if recorded_rule is not None and "score" in column:
         recorded = {recorded_rule: "score"} | recorded
@@ -212,6 +212,6 @@ def _rules(
             continue
         like = name if resolved is not None else BOTTOM if name.startswith(COMPLEMENT) else "soft_or"
         level = keep_levels(order, rollout, retentions, like, scope or resolve_rule(like).scope)
-        found[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None)
+        choices[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None)
     # those that look at every token first, then the draws, then the control that keeps what is left
-    return tuple(sorted(found.values(), key=lambda choice: (choice.name == BOTTOM, choice.name in _DRAWN)))
+    return tuple(sorted(choices.values(), key=lambda choice: (choice.name == BOTTOM, choice.name in _DRAWN)))

@@ -43,8 +43,8 @@ def hexagons(entropy: np.ndarray, divergence: np.ndarray, divergence_threshold: 
         divergence_threshold: nats; the lattice reaches a decade to either side of it.
 
     Example:
-        >>> found = hexagons(np.array([0.0, 0.0, 1.0]), np.array([1e-3, 1e-3, 2.0]), 0.1)
-        >>> found.tokens.tolist(), found.of_token.tolist()
+        >>> lattice = hexagons(np.array([0.0, 0.0, 1.0]), np.array([1e-3, 1e-3, 2.0]), 0.1)
+        >>> lattice.tokens.tolist(), lattice.of_token.tolist()
         ([2, 1], [0, 0, 1])
     """
     height, border = np.log10(np.maximum(divergence, FLOOR)), math.log10(divergence_threshold)

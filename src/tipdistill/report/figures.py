@@ -135,10 +135,10 @@ def _line(number: int) -> dict[str, Any]:
     }
 
 
-def _confusions(found: dict[str, Any], total: float) -> Figure:
+def _confusions(confusions: dict[str, Any], total: float) -> Figure:
     from matplotlib.figure import Figure
 
-    table = found["tables"][2][:MOST_CONFUSIONS]
+    table = confusions["tables"][2][:MOST_CONFUSIONS]
     figure = Figure(figsize=(8.6, 0.9 + 0.27 * len(table)), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     labels = [

@@ -78,11 +78,11 @@ def _read(path: Path) -> Any:
 def _cell(path: Path, name: str) -> Run:
     """A demo's cell: its history, and the accuracies before and after, which are measured outside of it."""
     try:
-        held = _read(path)
-        series = _series(held["history"])
+        metrics = _read(path)
+        series = _series(metrics["history"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no history that can be read: {error}") from error
-    row = held.get("row")
+    row = metrics.get("row")
     if isinstance(row, dict):
         name = f"{row['name']} {100 * row['retention']:.0f} %" if {"name", "retention"} <= row.keys() else name
         last = max((steps[-1] for steps, _ in series.values()), default=0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from ..records import TOKENS_FILE, open_records
 from .dataset import Dataset, load_dataset
 from .figures import draw_figures, draw_training
@@ -93,7 +93,8 @@ def write_report(
         "paper": PAPER_SHARES,
         "blob": pack.text(),
     }
-    _write(output, _render(sources, data))
+    with replacing(output, durable=False) as partial:
+        partial.write_text(_render(sources, data), encoding="utf-8")
     return output
 
 
@@ -104,7 +105,7 @@ def _home(path: Path) -> Path:
 def _first(dataset: Dataset, retention: float | None) -> tuple[str, float]:
     """The rule and the retention that are shown first."""
     wanted = retention if retention is not None else dataset.records.sidecar.get("retention", 0.5)
-    return dataset.rules[0].name, min(dataset.retentions, key=lambda one: abs(one - float(wanted)))
+    return dataset.rules[0].name, min(dataset.retentions, key=lambda offered: abs(offered - float(wanted)))
 
 
 def _json(path: Path, command: str) -> Any:
@@ -164,13 +165,3 @@ def _render(sources: Sources, data: dict[str, Any]) -> str:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write in full or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

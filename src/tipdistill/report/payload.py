@@ -134,7 +134,7 @@ def _map(dataset: Dataset, cells: Hexagons, pack: Pack) -> dict[str, Any]:
         "x": pack.add(cells.x, "f32"),
         "y": pack.add(cells.y, "f32"),
         "tokens": pack.add(cells.tokens, "u32"),
-        "kept": [pack.add(one, "u32") for one in kept],
+        "kept": [pack.add(counts, "u32") for counts in kept],
     }
 
 
@@ -167,7 +167,7 @@ def _first_choices_and_view(dataset: Dataset, in_view: np.ndarray) -> tuple[_Fir
                 first.take(whose, lists.flatten().take(_starts(lists)))
             if in_view[rows].any():
                 choices[whose].append(column.filter(pa.array(in_view[rows])))
-    return first, {whose: pa.chunked_array(found).combine_chunks() for whose, found in choices.items()}
+    return first, {whose: pa.chunked_array(chunks).combine_chunks() for whose, chunks in choices.items()}
 
 
 def _batches(records: Records, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -192,9 +192,9 @@ def _confusions(
     mistakes = np.flatnonzero(dataset.quadrant.numpy() == 3)
     if len(mistakes) == 0:
         return {"tokens": 0, "agreed": 0, "mass": 0.0, "contexts": list(CONTEXTS), "tables": [[] for _ in CONTEXTS]}
-    ids = {whose: np.nan_to_num(np.concatenate(found), nan=-1).astype(np.int64) for whose, found in first.ids.items()}
-    probability = {whose: np.nan_to_num(np.concatenate(found)) for whose, found in first.probabilities.items()}
-    texts = {whose: pa.chunked_array(found) for whose, found in first.texts.items()}
+    ids = {whose: np.nan_to_num(np.concatenate(chunks), nan=-1).astype(np.int64) for whose, chunks in first.ids.items()}
+    probability = {whose: np.nan_to_num(np.concatenate(chunks)) for whose, chunks in first.probabilities.items()}
+    texts = {whose: pa.chunked_array(chunks) for whose, chunks in first.texts.items()}
     other = ids["student"] != ids["teacher"]
     wrong = mistakes[other]
     tables = []
@@ -309,14 +309,14 @@ def _rollouts(dataset: Dataset, shown: np.ndarray, lengths: np.ndarray) -> list[
     table = dataset.records.rollouts.select(["rollout", "prompt_id", "prompt", "finished"])
     wanted = pa.array(dataset.numbers[shown], type=table["rollout"].type)
     known = {row["rollout"]: row for row in table.filter(pc.is_in(table["rollout"], wanted)).to_pylist()}
-    found = []
+    rollouts = []
     for place in np.flatnonzero(shown).tolist():
         number = int(dataset.numbers[place])
         row = known[number]
         prompt = row["prompt"]
         if len(prompt) > LONGEST_PROMPT:
             prompt = f"{prompt[: LONGEST_PROMPT // 2]} […] {prompt[-LONGEST_PROMPT // 2 :]}"
-        found.append(
+        rollouts.append(
             {
                 "rollout": number,
                 "prompt": prompt,
@@ -325,4 +325,4 @@ def _rollouts(dataset: Dataset, shown: np.ndarray, lengths: np.ndarray) -> list[
                 "finished": row["finished"],
             }
         )
-    return found
+    return rollouts

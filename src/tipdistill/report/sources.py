@@ -52,9 +52,9 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
     if not paths:
         raise ValueError("a report needs a directory: of token records, of a run, or several of them.")
     directories = [path.parent if (path := Path(given)).name == TOKENS_FILE else path for given in paths]
-    found = Sources(_names(directories))
+    sources = Sources(_names(directories))
     left_out = 0
-    for directory, name in zip(directories, found.names, strict=True):
+    for directory, name in zip(directories, sources.names, strict=True):
         if not directory.exists():
             raise FileNotFoundError(f"there is no {directory}.")
         if not directory.is_dir():
@@ -72,25 +72,25 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
                 "history (trainer_state.json, checkpoint-*/, or a demo's metrics.json) nor a probe.json or sweep.json. "
                 "`tipdistill score` writes token records; TIPTrainer does with score_logging_steps."
             )
-        found.records.update(sets)
+        sources.records.update(sets)
         # several checkpoints of one name, told apart as their directories are
         alike = len(runs) == 1 and runs[0].name == directory.resolve().name
-        found.runs.extend(Run(name, run.series) if alike else run for run in runs)
-        found.probes.update((name, path) for path in probes)
-        found.sweeps.update((name, path) for path in sweeps)
-    return replace(found, left_out=left_out)
+        sources.runs.extend(Run(name, run.series) if alike else run for run in runs)
+        sources.probes.update((name, path) for path in probes)
+        sources.sweeps.update((name, path) for path in sweeps)
+    return replace(sources, left_out=left_out)
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
     """The last part of each path, and as many of those before it as tell them apart."""
     parts = [directory.resolve().parts for directory in directories]
     if len(set(parts)) < len(parts):
-        twice = next(directory for directory, one in zip(directories, parts, strict=True) if parts.count(one) > 1)
+        twice = next(directory for directory, path in zip(directories, parts, strict=True) if parts.count(path) > 1)
         raise ValueError(f"{twice} was given twice.")
     depth = 1
-    while len({one[-depth:] for one in parts}) < len(parts):
+    while len({path[-depth:] for path in parts}) < len(parts):
         depth += 1
-    return ["/".join(one[-depth:]).lstrip("/") or "/" for one in parts]
+    return ["/".join(path[-depth:]).lstrip("/") or "/" for path in parts]
 
 
 def _steps(directory: Path) -> list[Path]:
@@ -99,8 +99,8 @@ def _steps(directory: Path) -> list[Path]:
         if _is_records(own):
             return [own]
     steps = [*directory.glob("records/step-*"), *directory.glob("step-*")]
-    held = [path for path in steps if re.fullmatch(r"step-\d+", path.name) and _is_records(path)]
-    return sorted(held, key=lambda path: int(path.name.removeprefix("step-")))
+    recorded = [path for path in steps if re.fullmatch(r"step-\d+", path.name) and _is_records(path)]
+    return sorted(recorded, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _is_records(directory: Path) -> bool:

@@ -32,35 +32,35 @@ def joined_texts(raw: Sequence[bytes | None]) -> dict[int, str]:
         {1: '🙂', 2: '', 4: '⟨E2⟩'}
     """
     shown: dict[int, str] = {}
-    start, held = 0, b""
+    start, begun = 0, b""
 
     def give_up(end: int) -> None:
-        nonlocal held
-        shown.update({lone: shown_bytes(raw[lone] or b"") for lone in range(start, end)} if held else {})
-        held = b""
+        nonlocal begun
+        shown.update({lone: shown_bytes(raw[lone] or b"") for lone in range(start, end)} if begun else {})
+        begun = b""
 
     for place, piece in enumerate(raw):
         if piece is None:
             give_up(place)
             continue
-        if held and _state(held + piece) == "broken":
+        if begun and _state(begun + piece) == "broken":
             give_up(place)
-        start = start if held else place
-        held += piece
-        state = _state(held)
+        start = start if begun else place
+        begun += piece
+        state = _state(begun)
         if state == "whole":
-            shown.update({start: held.decode("utf-8")} | dict.fromkeys(range(start + 1, place + 1), ""))
-            held = b""
+            shown.update({start: begun.decode("utf-8")} | dict.fromkeys(range(start + 1, place + 1), ""))
+            begun = b""
         elif state == "broken":
             give_up(place + 1)
     give_up(len(raw))
     return shown
 
 
-def _state(held: bytes) -> str:
+def _state(raw: bytes) -> str:
     """ "whole" UTF-8, "begun" where more bytes can complete it, or "broken"."""
     try:
-        held.decode("utf-8")
+        raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return "begun" if error.reason == "unexpected end of data" else "broken"
     return "whole"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ..files import replacing
 from ..select.normalize import clipped_entropy
 from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES, quadrant_shares, quadrants
 from ..types import Selection, TokenScores
@@ -75,12 +75,8 @@ def tip_map(
 def save_figure(figure: Figure, path: Path) -> None:
     """Save a figure in full or not at all, in a folder that is made where there is none; the suffix is the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path, durable=False) as partial:
         figure.savefig(partial, format=path.suffix[1:].lower())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -1,16 +1,21 @@
-"""Tasks with a verifier, to distil on and to measure.
+"""Tasks: problems with a way to tell whether a response is right, to distil on and to measure.
 
-    TASKS["mine"] = {"dataset": "owner/name", "split": "test", "problem": "question", "answer": "solution"}
-    TASKS["sums"] = {"problems": [("1 + 1 =", "2")], "prompt": "own"}
+A task of your own is an entry of `TASKS`, or a mapping in a file of yours, my_tasks.py:
 
-A task is named by its key in `TASKS`; by a file, `mine.jsonl`, or `math500=copy.jsonl` for a local copy of a known one;
-or by the dotted path of a `Task`, of a mapping as above, or of a function without arguments that returns either.
-A slice takes some of its problems: `math500[:100]`, `math500[100:]`.
+    SUMS = {
+        "problems": [("1 + 1 =", "2"), ("2 + 3 =", "5")],  # or "dataset": a hub id, with "split", "problem", "answer"
+        "prompt": "own",  # the problem as it stands; "boxed" asks for the answer in a box
+        "check": lambda response, answer: response.strip() == answer,  # left out: math-verify compares them
+    }
+
+    tipdistill eval --tasks my_tasks.SUMS --model ... --output_dir ...  # my_tasks.py's folder is on PYTHONPATH
+
+The mapping's keys are the fields of `Task` and where the problems come from. `load_task` reads files and slices too:
+`mine.jsonl`, `math500=copy.jsonl` (a local copy of a known task), `math500[:100]`.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -18,8 +23,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..data import load_rows, nearest
+from ..data import load_rows
 from ..evaluate.task import Problem, Task
+from ..text import nearest
 
 __all__ = ["TASKS", "load_task"]
 
@@ -104,22 +110,22 @@ def _changed(task: Task, limit: int | None, changes: dict[str, Any]) -> Task:
     return replace(task, **{field: value for field, value in changes.items() if value is not None})
 
 
-def _from_object(name: str, found: Any) -> Task:
-    found = found if isinstance(found, (Task, Mapping)) or not callable(found) else found()
-    if isinstance(found, Task):
-        return found
-    return _from_mapping(name, _mapping(name, found))
+def _from_object(name: str, source: Any) -> Task:
+    source = source if isinstance(source, (Task, Mapping)) or not callable(source) else source()
+    if isinstance(source, Task):
+        return source
+    return _from_mapping(name, _mapping(name, source))
 
 
-def _mapping(name: str, found: Any) -> Mapping[str, Any]:
-    found = found if isinstance(found, Mapping) or not callable(found) else found()
-    if not isinstance(found, Mapping):
-        raise ValueError(f"the task {name!r} is a {type(found).__name__}, not a Task or a mapping of its fields.")
+def _mapping(name: str, mapping: Any) -> Mapping[str, Any]:
+    mapping = mapping if isinstance(mapping, Mapping) or not callable(mapping) else mapping()
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"the task {name!r} is a {type(mapping).__name__}, not a Task or a mapping of its fields.")
     known = sorted(_OF_TASK | _OF_SOURCE)
-    for key in found:
+    for key in mapping:
         if key not in known:
-            raise ValueError(f"the task {name!r} has an unknown field {key!r}.{nearest(str(key), known)}")
-    return found
+            raise ValueError(f"the task {name!r} has an unknown field {key!r}.{nearest(key, known)}")
+    return mapping
 
 
 def _from_mapping(name: str, mapping: Mapping[str, Any], local: bool = False) -> Task:
@@ -138,13 +144,13 @@ def _of_rows(source: str, rows: Any, mapping: Mapping[str, Any]) -> tuple[Proble
     problem = _column(source, columns, (mapping.get("problem"), *PROBLEM_COLUMNS))
     answer = _column(source, columns, (mapping.get("answer"), "answer"))
     reference = mapping.get("reference")
-    found = []
+    problems = []
     for index, row in enumerate(rows):
         value = row[answer]
         if reference is not None and isinstance(value, str) and "####" in value:
             value = reference(row)
-        found.append(_problem(source, index, row[problem], value))
-    return tuple(found)
+        problems.append(_problem(source, index, row[problem], value))
+    return tuple(problems)
 
 
 def _column(source: str, columns: Sequence[str], wanted: Sequence[str | None]) -> str:
@@ -154,7 +160,7 @@ def _column(source: str, columns: Sequence[str], wanted: Sequence[str | None]) -
             return name
     raise ValueError(
         f"{source} has no column {' or '.join(map(repr, names))}, its columns are {', '.join(columns)}."
-        f"{nearest(names[0], list(columns))}"
+        f"{nearest(names[0], columns)}"
     )
 
 
@@ -177,11 +183,9 @@ def _problem(source: str, index: int, text: Any, answer: Any) -> Problem:
 
 def _imported(path: str) -> Any:
     module, _, name = path.replace(":", ".").rpartition(".")
-    near = difflib.get_close_matches(path, TASKS, n=2)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     unknown = (
         f"there is no task {path!r}; there are {', '.join(TASKS)}, files ({', '.join(_SUFFIXES)}) with problem and "
-        f"answer, and the dotted path of a task.{hint}"
+        f"answer, and the dotted path of a task.{nearest(path, TASKS)}"
     )
     if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
         raise ValueError(unknown)

@@ -114,10 +114,10 @@ def solve(a: int, b: int, draw: random.Random, corruption: Corruption = CLEAN) -
 
 
 def _parse(prompt: str) -> tuple[int, int]:
-    found = re.fullmatch(rf"([0-9]{{{DIGITS}}})\+([0-9]{{{DIGITS}}})=", prompt)
-    if found is None:
+    summands = re.fullmatch(rf"([0-9]{{{DIGITS}}})\+([0-9]{{{DIGITS}}})=", prompt)
+    if summands is None:
         raise ValueError(f"a prompt of this task looks like {prompt_of(3039, 6246)!r}, got {prompt!r}.")
-    return int(found[1]), int(found[2])
+    return int(summands[1]), int(summands[2])
 
 
 TEACHER = Training(layers=3, width=96, steps=1000, learning_rate=3e-3)

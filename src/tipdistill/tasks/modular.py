@@ -32,7 +32,7 @@ def values(digits: str, operations: str) -> list[int]:
         >>> values("753829461", "+*-*+-*+")
         [2, 6, 8, 6, 5, 1, 6, 7]
     """
-    value, found = int(digits[0]), []
+    value, after_each = int(digits[0]), []
     for operation, digit in zip(operations, map(int, digits[1:]), strict=True):
         match operation:
             case "+":
@@ -42,8 +42,8 @@ def values(digits: str, operations: str) -> list[int]:
             case "*":
                 value *= digit
         value %= MODULUS
-        found.append(value)
-    return found
+        after_each.append(value)
+    return after_each
 
 
 def solve(digits: str, operations: str) -> str:
@@ -53,9 +53,11 @@ def solve(digits: str, operations: str) -> str:
         >>> solve("753829461", "+*-*+-*+")
         '+5=2*3=6-8=8*2=6+9=5-4=1*6=6+1=7>7$'
     """
-    found = values(digits, operations)
-    steps = "".join(f"{sign}{digit}={value}" for sign, digit, value in zip(operations, digits[1:], found, strict=True))
-    return f"{steps}>{found[-1]}$"
+    after_each = values(digits, operations)
+    steps = "".join(
+        f"{sign}{digit}={value}" for sign, digit, value in zip(operations, digits[1:], after_each, strict=True)
+    )
+    return f"{steps}>{after_each[-1]}$"
 
 
 def _draw(draw: random.Random) -> tuple[str, str]:

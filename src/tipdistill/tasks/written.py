@@ -24,8 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ..evaluate import mean_at_k
-from ..score import token_scores
-from ..types import Head, TokenScores
+from ..files import write_text
+from ..rollout import generate
+from ..score.models import score_rollouts
+from ..types import Rollout, TokenScores
 
 HELD_OUT_SHARE = 1 / 8
 
@@ -128,12 +130,12 @@ class WrittenTask:
         if not 1 <= count <= most:
             raise ValueError(f"count must be in 1..{most:,}, got {count}.")
         draw = random.Random(f"{seed}-{held_out}")
-        found: dict[tuple, None] = {}
-        while len(found) < count:
+        drawn: dict[tuple, None] = {}
+        while len(drawn) < count:
             problem = self.draw(draw)
             if is_held_out(problem) == held_out:
-                found[problem] = None
-        return list(found)
+                drawn[problem] = None
+        return list(drawn)
 
     def evaluation(self) -> dict[str, Any]:
         """The task as an entry of `tipdistill.tasks.TASKS`: 256 held-out problems, exact answers."""
@@ -284,46 +286,33 @@ class WrittenTask:
     def write_prompts(self, path: Path, count: int, seed: int) -> None:
         """Write the prompts of `problems(count, seed)` as JSON lines."""
         lines = (json.dumps({"prompt": self.prompt_of(problem)}) for problem in self.problems(count, seed))
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "\n".join(lines) + "\n")
 
-    @torch.no_grad()
+    def _rollouts(
+        self, model: PreTrainedModel, prompts: Sequence[str], seed: int, temperature: float = 1.0
+    ) -> list[Rollout]:
+        """One rollout per prompt, written as all rollouts outside a training run are, in one batch."""
+        tokenizer, most = self.build_tokenizer(), self.completion_tokens
+        (rollouts,) = generate(
+            model, tokenizer, prompts, max_new_tokens=most, temperature=temperature, seed=seed, batch_size=len(prompts)
+        )
+        return rollouts
+
     def sample(self, model: PreTrainedModel, prompts: Sequence[str], seed: int, temperature: float = 1.0) -> list[str]:
-        """One sampled completion per prompt.
+        """One sampled completion per prompt, see `tipdistill.rollout.generate`.
 
         Args:
             model: student or teacher.
-            prompts: prompts of this task.
+            prompts: prompts of this task, at least one.
             seed: of the sampling; the process's own random state is left as it was.
-            temperature: of the sampling, positive.
+            temperature: of the sampling; 0 takes the likeliest token.
 
         Returns:
             Completions up to and with their `$`; one that never ends has none.
         """
-        tokenizer = self.build_tokenizer()
-        tokens = torch.tensor(tokenizer(list(prompts))["input_ids"], device=model.device)
-        was_training = model.training
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            rows = model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=self.completion_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        model.train(was_training)
-        # cut at the end, not at the padding, which a model may write as well
-        texts = tokenizer.batch_decode(rows[:, self.prompt_tokens :])
-        return ["".join(text.partition("$")[:2]) for text in texts]
+        rollouts = self._rollouts(model, prompts, seed, temperature)
+        return self.build_tokenizer().batch_decode([rollout.completion_ids for rollout in rollouts])
 
-    @torch.no_grad()
     def score(
         self,
         student: PreTrainedModel,
@@ -337,24 +326,17 @@ class WrittenTask:
         Args:
             student: writes the rollouts, at temperature 1.
             teacher: scores the same contexts.
-            prompts: prompts of this task.
+            prompts: prompts of this task, at least one.
             seed: of the sampling.
             fields: see `tipdistill.token_scores`.
 
         Returns:
-            TokenScores of the N completion tokens, and int64 [N], the index of each token's prompt.
+            TokenScores of the N completion tokens, and int64 [N], the index of each token's prompt; on the CPU.
         """
-        tokenizer = self.build_tokenizer()
-        texts = [prompt + text for prompt, text in zip(prompts, self.sample(student, prompts, seed), strict=True)]
-        encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(student.device)
-        tokens, mask = encoded["input_ids"], encoded["attention_mask"].bool()
-        mask[:, : self.prompt_tokens] = False
-        heads = []
-        for model in (student, teacher):
-            hidden = model.base_model(input_ids=tokens, attention_mask=encoded["attention_mask"]).last_hidden_state
-            heads.append(Head(hidden[:, :-1][mask[:, 1:]], model.get_output_embeddings().weight))
-        rollout = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(mask)[mask]
-        return token_scores(heads[0], heads[1], token_ids=tokens[mask], fields=fields), rollout
+        rollouts = self._rollouts(student, prompts, seed)
+        lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+        scored = score_rollouts(student, teacher, rollouts, fields)
+        return scored.scores, torch.arange(len(rollouts)).repeat_interleave(lengths)
 
     def evaluate(
         self, model: PreTrainedModel, problems: Sequence[tuple], samples: int, seed: int = 0

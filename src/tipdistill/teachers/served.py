@@ -9,8 +9,6 @@ its k likeliest tokens, and divergences are lower bounds (docs/vllm.md).
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import math
 import os
@@ -18,13 +16,10 @@ import random
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any
 
 import numpy as np
@@ -32,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .. import http
 from ..score.served import DEFAULT_FIELDS, served_divergence_loss, served_scores, unavailable
 from ..select import rule_fields
 from ..types import Head, TeacherLogprobs, TokenScores
@@ -290,28 +286,10 @@ class TeacherServer:
         gone: threading.Event | None = None,
     ) -> Any:
         """What `take` makes of the JSON answer; asks again while there is none, until the time limit is over."""
-        payload = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
         gone = gone or threading.Event()
-        started, attempt = time.monotonic(), 0
-        while True:
-            try:
-                request = urllib.request.Request(url, payload, headers)
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    raw = response.read()
-                    plain = gzip.decompress(raw) if response.headers.get("Content-Encoding") == "gzip" else raw
-                found = take(json.loads(plain))
-                self._note(len(payload or b""), len(raw))
-                return found
-            except urllib.error.HTTPError as error:
-                said = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
-                if error.code < 500 and error.code not in (408, 425, 429):
-                    raise TeacherRefusedError(f"{url} refused the request: {said}") from error
-            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-                # refused, reset, timed out, cut off, or an answer that is no such answer (a proxy's error page)
-                said = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+        started = time.monotonic()
+
+        def again(failed: int, said: str) -> bool:
             now = time.monotonic()
             with self._lock:
                 out_for = now - max(started, self._answered_at)
@@ -321,13 +299,20 @@ class TeacherServer:
                         f"The teacher at {self.url} gives no answer ({said:.200}). The run waits and asks again, for "
                         f"{self.time_limit:g} seconds at most."
                     )
-            pause = min(LONGEST_PAUSE, self.pause * 2**attempt) * self._jitter.uniform(0.5, 1.0)
+            pause = min(LONGEST_PAUSE, self.pause * 2 ** (failed - 1)) * self._jitter.uniform(0.5, 1.0)
             if out_for + pause > self.time_limit or gone.wait(pause):
                 raise TeacherUnavailableError(
                     f"the teacher at {url} gave no answer for {out_for:.0f} seconds (teacher_time_limit is "
                     f"{self.time_limit:g}): {said:.300}"
                 )
-            attempt += 1
+            return True
+
+        try:
+            answer = http.ask(url, body, again=again, read=take, api_key=self._api_key, timeout=self.timeout)
+        except http.RefusedError as error:
+            raise TeacherRefusedError(str(error)) from error
+        self._note(answer.sent, answer.received)
+        return answer.value
 
     def _note(self, sent: int, received: int) -> None:
         with self._lock:

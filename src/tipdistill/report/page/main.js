@@ -56,8 +56,8 @@ function setUp() {
   $("set").addEventListener("change", () => {
     const retention = current().retentions[state.level], rule = current().rules[state.rule].name;
     state.set = Number($("set").value);
-    state.level = current().retentions.reduce((best, one, level, all) => Math.abs(one - retention) < Math.abs(all[best] - retention) ? level : best, 0);
-    state.rule = Math.max(0, current().rules.findIndex((one) => one.name === rule));
+    state.level = current().retentions.reduce((best, offered, level, all) => Math.abs(offered - retention) < Math.abs(all[best] - retention) ? level : best, 0);
+    state.rule = Math.max(0, current().rules.findIndex((offered) => offered.name === rule));
     changed("set");
   });
   $("rule").addEventListener("change", () => { state.rule = Number($("rule").value); changed("rule"); });

@@ -168,8 +168,8 @@ function drawHeadline(keptTokens, keptMass, total) {
   const named = new Map(set.settings);
   if (named.get("scope") === "batch") facts.push("budgets are spent over all tokens");
   for (const key of ["student", "teacher"]) {
-    const found = named.get(key) ?? named.get(`models · ${key}`);
-    if (found) facts.push(`${key} ${found}`);
+    const model = named.get(key) ?? named.get(`models · ${key}`);
+    if (model) facts.push(`${key} ${model}`);
   }
   if (set.differing > 0)
     facts.push(`${percent(set.differing)} of the tokens lie in another quadrant than recorded, since ĥ is normalised here over these tokens alone`);

@@ -7,10 +7,10 @@ const signedShare = (value) => `${value < 0 ? MINUS : "+"}${Math.abs(value).toFi
 const SWEEP_COLUMNS = [
   { title: "rule", value: (row) => ruleName(row.name) },
   { title: "retention", value: (row) => row.retention, text: (value) => percent(value) },
-  { title: "accuracy", found: (figure) => figure, text: (value) => value.toFixed(3) },
-  { title: `${MINUS} all tokens`, found: (figure) => figure.to_all, text: signedShare },
-  { title: `${MINUS} random`, found: (figure) => figure.to_random, text: signedShare },
-  { title: "share of the gain", found: (figure) => figure.gain_share, text: (value) => percent(value, 0) },
+  { title: "accuracy", measured: (figure) => figure, text: (value) => value.toFixed(3) },
+  { title: `${MINUS} all tokens`, measured: (figure) => figure.to_all, text: signedShare },
+  { title: `${MINUS} random`, measured: (figure) => figure.to_random, text: signedShare },
+  { title: "share of the gain", measured: (figure) => figure.gain_share, text: (value) => percent(value, 0) },
   { title: "tokens trained on", value: (row) => row.trained_tokens, text: (value) => count(Math.round(value)) },
   { title: "time, s", value: (row) => row.seconds, text: short },
   { title: "peak memory, GiB", value: (row) => row.peak_memory_gib, text: short },
@@ -22,20 +22,20 @@ function drawSweeps() {
 }
 function drawSweep(name, sweep, task) {
   const box = element("div", { class: "sweep" }), head = element("h3"), note = element("p", { class: "small" });
-  head.textContent = [name, task].filter((one) => one).join(" · ");
+  head.textContent = [name, task].filter((part) => part).join(" · ");
   const facts = [
     `mean@${sweep.num_samples}, seeds ${sweep.seeds.join(", ")}; in brackets: ${sweep.interval}.`,
     sweep.learning_rates.length > 1 ? `Each row's rate was chosen of ${sweep.learning_rates.join(", ")} on ${sweep.validation.task}, seeds ${sweep.validation.seeds.join(", ")}.` : "",
     ...Object.entries(sweep.failed).map(([cell, why]) => `Failed: ${cell}: ${why}`),
   ];
-  note.textContent = facts.filter((one) => one).join(" ");
+  note.textContent = facts.filter((fact) => fact).join(" ");
   const rows = sweep.rows.map((row, number) => ({ row, number, figure: row.tasks[task] ?? null }));
-  const columns = SWEEP_COLUMNS.filter((column) => !column.found || rows.some(({ figure }) => figure && column.found(figure)));
+  const columns = SWEEP_COLUMNS.filter((column) => !column.measured || rows.some(({ figure }) => figure && column.measured(figure)));
   const plots = element("div", { class: "charts intervals" });
   const table = element("table", { class: "rows" });
   const order = { column: -1, down: true };
-  const cellOf = (column, { row, figure }) => (column.found ? (figure && column.found(figure)) || null : column.value(row));
-  const keyOf = (column, entry) => { const found = cellOf(column, entry); return column.found && found ? found.mean : found; };
+  const cellOf = (column, { row, figure }) => (column.measured ? (figure && column.measured(figure)) || null : column.value(row));
+  const keyOf = (column, entry) => { const value = cellOf(column, entry); return column.measured && value ? value.mean : value; };
   const show = () => {
     const sorted = [...rows];
     if (order.column >= 0) {
@@ -59,9 +59,9 @@ function drawSweep(name, sweep, task) {
     for (const entry of sorted) {
       const tr = element("tr");
       columns.forEach((column, place) => {
-        const found = cellOf(column, entry), cell = element("td", { class: place ? "number" : "" });
+        const value = cellOf(column, entry), cell = element("td", { class: place ? "number" : "" });
         const text = column.text ?? String;
-        if (found !== null) cell.textContent = column.found ? `${text(found.mean)} [${found.interval.map(text).join(", ")}]` : text(found);
+        if (value !== null) cell.textContent = column.measured ? `${text(value.mean)} [${value.interval.map(text).join(", ")}]` : text(value);
         else if (place === 2) cell.textContent = "failed";
         tr.append(cell);
       });
@@ -84,7 +84,7 @@ function drawSweep(name, sweep, task) {
 /** A dot and a line per row, its name before it; a mark where `at` is. */
 function intervalPlot(title, entries, at, mark, format) {
   const width = 420, left = 142, right = 14, top = mark ? 14 : 0, step = 19, height = top + step * entries.length + 34;
-  const values = [...entries.flatMap(([, found]) => found.interval), ...entries.map(([, found]) => found.mean), ...(at === null ? [] : [at])];
+  const values = [...entries.flatMap(([, estimate]) => estimate.interval), ...entries.map(([, estimate]) => estimate.mean), ...(at === null ? [] : [at])];
   const low = Math.min(...values), high = Math.max(...values), span = high - low || 1;
   const x = (value) => left + (value - low + 0.03 * span) / (1.06 * span) * (width - left - right);
   const picture = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: mean and interval of each row` });
@@ -95,17 +95,17 @@ function intervalPlot(title, entries, at, mark, format) {
     picture.append(drawn("line", { class: "border", x1: x(at), x2: x(at), y1: 2, y2: height - 24 }));
     if (mark) picture.append(text("text", { class: "tick", x: x(at) + 4, y: 11 }, mark));
   }
-  entries.forEach(([{ row }, found], place) => {
+  entries.forEach(([{ row }, estimate], place) => {
     const y = top + step * place + 14, colour = row.rule === "random" ? COLOURS[6] : row.rule === "all" ? "var(--ink)" : COLOURS[0];
     const name = row.rule === "all" ? ruleName(row.name) : `${ruleName(row.name)} ${percent(row.retention)}`;
     const group = drawn("g", { tabindex: 0 });
     group.append(
       text("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, name.length > 22 ? `${name.slice(0, 21)}…` : name),
-      drawn("line", { x1: x(found.interval[0]), x2: x(found.interval[1]), y1: y, y2: y, stroke: colour, "stroke-width": 2.2 }),
-      drawn("circle", { cx: x(found.mean), cy: y, r: 4, fill: colour, stroke: "var(--bg)", "stroke-width": 1 }),
+      drawn("line", { x1: x(estimate.interval[0]), x2: x(estimate.interval[1]), y1: y, y2: y, stroke: colour, "stroke-width": 2.2 }),
+      drawn("circle", { cx: x(estimate.mean), cy: y, r: 4, fill: colour, stroke: "var(--bg)", "stroke-width": 1 }),
       drawn("rect", { x: 0, y: y - step / 2, width, height: step, fill: "transparent" }),
     );
-    const said = (event) => showTip(event, `${name}\n${format(found.mean)} [${found.interval.map(format).join(", ")}]\n${found.seeds} seeds`);
+    const said = (event) => showTip(event, `${name}\n${format(estimate.mean)} [${estimate.interval.map(format).join(", ")}]\n${estimate.seeds} seeds`);
     for (const kind of ["pointermove", "focus"]) group.addEventListener(kind, said);
     for (const kind of ["pointerleave", "blur"]) group.addEventListener(kind, hideTip);
     picture.append(group);

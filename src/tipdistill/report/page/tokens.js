@@ -159,7 +159,7 @@ const SORTS = {
 function arrange() {
   const rollouts = current().view.rollouts, query = state.query.toLowerCase();
   view.matches = new Set();
-  const found = [];
+  const chosen = [];
   rollouts.forEach((rollout, place) => {
     const [from, to] = tokensOf(place);
     if (state.quadrants.size < 4) {
@@ -176,16 +176,16 @@ function arrange() {
       }
       if (!any) return;
     }
-    found.push(place);
+    chosen.push(place);
   });
-  const keys = new Map(found.map((place) => [place, SORTS[state.sort].by(place)]));
-  view.order = found.sort((a, b) => keys.get(a) - keys.get(b) || a - b);
-  const words = found.length < rollouts.length ? [`${count(found.length)} of them hold what is looked for`] : [];
+  const keys = new Map(chosen.map((place) => [place, SORTS[state.sort].by(place)]));
+  view.order = chosen.sort((a, b) => keys.get(a) - keys.get(b) || a - b);
+  const words = chosen.length < rollouts.length ? [`${count(chosen.length)} of them hold what is looked for`] : [];
   if (query) words.push(`${count(view.matches.size)} tokens match`);
   if (state.hexagon >= 0) words.push("the tokens of the chosen hexagon are framed");
   $("found").textContent = words.length ? `${words.join(" · ")}.` : "";
   $("feed").replaceChildren();
-  $("feed").classList.toggle("brief", found.length > 0 && found.reduce((sum, place) => sum + rollouts[place].tokens, 0) / found.length < 80);
+  $("feed").classList.toggle("brief", chosen.length > 0 && chosen.reduce((sum, place) => sum + rollouts[place].tokens, 0) / chosen.length < 80);
   view.spans = new Map();
   view.shown = 0;
   setScale();
@@ -423,6 +423,6 @@ function fillShades() {
     if (!shade.ramp || value === "score" || data.statistics[value]) offered.push(option(value, shade.name));
   for (const name of Object.keys(data.kept)) offered.push(option(`recorded:${name}`, `kept as recorded: ${ruleName(name)}`));
   $("shade").replaceChildren(...offered);
-  if (![...$("shade").options].some((one) => one.value === state.shade)) state.shade = "quadrant";
+  if (![...$("shade").options].some((offered) => offered.value === state.shade)) state.shade = "quadrant";
   $("shade").value = state.shade;
 }

@@ -39,7 +39,7 @@ from .records import About, Choice, RecordsWriter
 from .score import NonFiniteLogitsError, token_scores
 from .score.models import head as head_with
 from .score.models import joined, score_heads
-from .score.served import DEFAULT_FIELDS, served_divergence_loss, served_scores
+from .score.top_k_teacher import DEFAULT_FIELDS, served_divergence_loss, served_scores
 from .select import kept_counts, needs_teacher, resolve_rule, rule_fields, select
 from .select.quadrants import quadrants
 from .tasks import load_task

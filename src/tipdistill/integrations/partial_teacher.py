@@ -6,15 +6,15 @@ engine averages by itself, and draws that do not depend on how it splits its bat
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..score.bounds import LEAST_TOP, OF_TOP_K
+from ..score.top_k_teacher import OF_TOP_K, unavailable
 from ..select import RULES, SCOPES, Rule, resolve_rule, select
+from ..text import check_known
 from ..types import Selection, TokenScores
 
 NORMALIZATIONS = ("batch", "rollout")
@@ -26,12 +26,9 @@ OF_SAMPLED = {
     "teacher_logprob": "exact",
     "reverse_kl": "one-sample estimate",
 }
-GIVEN = {"top_k": OF_TOP_K, "sampled": OF_SAMPLED}
-_WHY_NOT = {
-    "teacher_logprob": "the sampled token need not be among them; a loss on the sampled tokens has it",
-    "signal_to_curvature": "it needs the teacher's probability of every token, the tail's one by one",
-    "top16_forward_kl": "it needs the teacher's probability of the student's likeliest tokens, whichever they are",
-    "top16_teacher_mass": "it needs the teacher's probability of the student's likeliest tokens, whichever they are",
+GIVEN = {
+    "top_k": {name: told.gives for name, told in OF_TOP_K.items() if not unavailable([name], None, server=False)},
+    "sampled": OF_SAMPLED,
 }
 
 
@@ -62,35 +59,37 @@ def check_rule(rule: str, given: str, k: int | None = None) -> Rule:
         )
     missing = [name for name in resolved.fields if name not in GIVEN[given]]
     if missing:
-        why = "; ".join(dict.fromkeys(_WHY_NOT[name] for name in missing if name in _WHY_NOT and given == "top_k"))
+        reasons = [OF_TOP_K[name].why_not for name in missing if given == "top_k"]
+        why = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
         raise ValueError(
             f"selection_rule={rule!r} reads {', '.join(map(repr, missing))}, which {told} not give"
             f"{f' ({why})' if why else ''}. Rules that can be had: {', '.join(available_rules(given, k))}."
         )
-    for name in resolved.fields:
-        if given == "top_k" and k is not None and k < LEAST_TOP.get(name, 1):
-            raise ValueError(
-                f"selection_rule={rule!r} reads '{name}', which needs the teacher's {LEAST_TOP[name]} likeliest "
-                f"tokens: topk={k} is too few."
-            )
+    if too_few := _not_given(resolved, given, k):
+        raise ValueError(
+            f"selection_rule={rule!r} reads '{too_few[0]}', which needs the teacher's {OF_TOP_K[too_few[0]].least} "
+            f"likeliest tokens: topk={k} is too few."
+        )
     return resolved
 
 
 def available_rules(given: str, k: int | None = None) -> list[str]:
     """Names in `tipdistill.RULES` that `check_rule` lets pass.
 
+    Args:
+        given, k: as in `check_rule`.
+
     Example:
         >>> "soft_or" in available_rules("sampled"), "q3" in available_rules("sampled")
         (True, False)
     """
-    return [
-        name
-        for name, rule in RULES.items()
-        if all(
-            field in GIVEN[given] and (given != "top_k" or k is None or k >= LEAST_TOP.get(field, 1))
-            for field in rule.fields or ()
-        )
-    ]
+    return [name for name, rule in RULES.items() if not _not_given(rule, given, k)]
+
+
+def _not_given(rule: Rule, given: str, k: int | None) -> list[str]:
+    if given == "top_k":
+        return unavailable(rule.fields or (), k, server=False)
+    return [name for name in rule.fields or () if name not in OF_SAMPLED]
 
 
 def check_scope(scope: str, normalization: str, rule: Rule) -> None:
@@ -102,12 +101,8 @@ def check_scope(scope: str, normalization: str, rule: Rule) -> None:
     Example:
         >>> check_scope("rollout", "batch", RULES["soft_or"])
     """
-    for name, value, allowed in (
-        ("selection_scope", scope, SCOPES),
-        ("normalization", normalization, NORMALIZATIONS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(value, allowed)}")
+    check_known("selection_scope", scope, SCOPES)
+    check_known("normalization", normalization, NORMALIZATIONS)
     if scope == "batch" and normalization == "rollout" and rule.budget != "all":
         raise ValueError(
             "selection_scope='batch' spends one budget over all tokens of an optimiser step, so every token must be "
@@ -211,14 +206,3 @@ def seed_of(token_ids: Tensor, seed: int = 0) -> int:
     """
     text = token_ids.to("cpu", torch.int64).numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8, key=str(seed).encode()).digest(), "big") >> 2
-
-
-def nearest(name: object, allowed: Iterable[str]) -> str:
-    """ " Did you mean …?", or nothing where no allowed name is near.
-
-    Example:
-        >>> nearest("bach", ["batch", "rollout"])
-        " Did you mean 'batch'?"
-    """
-    near = difflib.get_close_matches(str(name), list(allowed), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

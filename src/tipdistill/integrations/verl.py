@@ -31,10 +31,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..score.bounds import TAIL_FLOOR, tail_reverse_kl, top_k_scores
+from ..score.top_k_outcomes import TAIL_FLOOR
+from ..score.top_k_teacher import tail_reverse_kl, top_k_scores
 from ..select import DRAWN, resolve_rule, rule_fields
+from ..text import nearest
 from ..types import Selection, TokenScores
-from .partial_teacher import check_rule, check_scope, loss_weights, nearest, seed_of, select_rollouts
+from .partial_teacher import check_rule, check_scope, loss_weights, seed_of, select_rollouts
 
 try:
     from verl.trainer.distillation import losses as verl_losses

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..score.served import unavailable
+from ..score.top_k_teacher import unavailable
 from ..select import rule_fields
 from ..types import TeacherLogprobs
 from ..vocabulary import check_served_tokenizer

@@ -384,15 +384,13 @@ def test_ranks_of_likeliest_tokens_are_exact_where_enough_are_known():
 def test_what_likeliest_tokens_cannot_tell_is_refused():
     student, teacher, sampled = pair()
     given = served_by(teacher, sampled, 8)
-    with pytest.raises(ValueError, match="'gradient_norm' cannot be had"):
-        served_scores(student, given, ["entropy", "gradient_norm"])
+    with pytest.raises(ValueError, match="'signal_to_curvature' cannot be had"):
+        served_scores(student, given, ["entropy", "signal_to_curvature"])
     with pytest.raises(ValueError, match=r"temperature = 0\.7 needs the teacher's whole vocabulary"):
         served_scores(student, given, ["entropy"], temperature=0.7)
     with pytest.raises(ValueError, match="of 22 tokens, not 23"):
         served_scores(student, given.map(lambda value: value[1:]), ["entropy"])
-    assert unavailable(ALL, 5) == [
-        *("gradient_norm", "signal_to_curvature", "top16_forward_kl", "top16_teacher_mass", "top16_overlap")
-    ]
+    assert unavailable(ALL, 5) == [*("signal_to_curvature", "top16_forward_kl", "top16_teacher_mass", "top16_overlap")]
     assert unavailable([name for name in OF_TOP_K if OF_TOP_K[name].gives == LOWER_BOUND], 1) == []
 
 
@@ -413,3 +411,82 @@ def test_nan_logits_name_the_token(monkeypatch):
             served_scores(student, given, ["entropy"])
         with pytest.raises(NonFiniteLogitsError, match="token 13 of 23"):
             served_divergence_loss(student, given, torch.ones(N), denominator=1.0)
+
+
+# Both fronts.
+
+
+def of_logits(logits):
+    """A head whose hidden states are the logits, so that a gradient at one is a gradient at the other."""
+    return Head(logits, torch.eye(logits.shape[1], dtype=logits.dtype))
+
+
+def with_sampled(ids, logprobs, teacher, sampled=None):
+    """A server's answer: the likeliest tokens, the likeliest first, and the sampled one where it is not among them."""
+    order = logprobs.argsort(1, descending=True)
+    ids, logprobs = ids.gather(1, order), logprobs.gather(1, order)
+    sampled = ids[:, 0] if sampled is None else sampled
+    inside = (ids == sampled[:, None]).any(1, keepdim=True)
+    of_sampled = teacher.gather(1, sampled[:, None])
+    return TeacherLogprobs(
+        torch.cat([logprobs, torch.where(inside, -math.inf, of_sampled)], 1),
+        torch.cat([ids, torch.where(inside, -1, sampled[:, None])], 1),
+        of_sampled[:, 0],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_both_fronts_give_the_same_statistics(dtype):
+    logits, teacher, ids, logprobs = models(dtype=dtype)
+    teacher, logprobs = teacher.to(dtype), logprobs.to(dtype)
+    from_logits = top_k_scores(logits, ids, logprobs, FROM_LOGITS)
+    from_hidden = served_scores(of_logits(logits.detach()), with_sampled(ids, logprobs, teacher), FROM_LOGITS)
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+    for name in FROM_LOGITS:
+        torch.testing.assert_close(from_hidden.require(name), from_logits.require(name), **tolerance, msg=name)
+    divergence, _ = tail_reverse_kl(logits, ids, logprobs)
+    head = of_logits(logits.detach().requires_grad_())
+    loss, _ = served_divergence_loss(head, with_sampled(ids, logprobs, teacher), torch.ones(13), denominator=1.0)
+    loss.backward()
+    (gradient,) = torch.autograd.grad(divergence.sum(), logits)
+    torch.testing.assert_close(head.hidden.grad, gradient, **tolerance)
+
+
+@pytest.mark.parametrize("tokens", ["some", "all", "one", "sampled-outside", "teacher-longer"])
+def test_gradient_norm_is_that_of_the_served_loss_at_the_logits(tokens):
+    k = {"one": 1, "all": 37}.get(tokens, 9)
+    logits, teacher, ids, logprobs = models(k=k)
+    sampled = teacher.argmin(1) if tokens == "sampled-outside" else None
+    given = with_sampled(ids, logprobs, teacher, sampled)
+    if tokens == "teacher-longer":  # two of its likeliest tokens are padding rows that the student does not have
+        given.token_ids[:, 1:3] += 1000
+    head = of_logits(logits.detach().requires_grad_())
+    loss, scores = served_divergence_loss(
+        head, given, torch.ones(13, dtype=torch.float64), denominator=1.0, fields=("gradient_norm",)
+    )
+    loss.backward()
+    torch.testing.assert_close(scores.gradient_norm, head.hidden.grad.norm(dim=1), rtol=1e-9, atol=1e-12)
+    apart = served_scores(head, given, ["gradient_norm"]).gradient_norm
+    torch.testing.assert_close(apart, scores.gradient_norm, rtol=0, atol=0)
+
+
+def test_gradient_norm_bounds_that_of_the_whole_vocabulary_from_neither_side():
+    logits, teacher, ids, logprobs = models(rows=200, k=5)
+    norm = top_k_scores(logits, ids, logprobs, ["gradient_norm"]).gradient_norm
+    heads = of_logits(logits.detach()), of_logits(teacher)
+    whole = reference.token_scores(*heads, "reverse_kl", 0.5, 1.0, None, ["gradient_norm"]).gradient_norm
+    assert (norm > 1.5 * whole).any()
+    assert (whole > 1.5 * norm).any()
+
+
+def test_an_infinite_divergence_has_an_infinite_gradient():
+    logits, teacher, ids, logprobs = models()
+    logprobs[2, 3] = -math.inf
+    norms = (
+        top_k_scores(logits, ids, logprobs, ["gradient_norm"]).gradient_norm,
+        served_scores(
+            of_logits(logits.detach()), with_sampled(ids, logprobs, teacher), ["gradient_norm"]
+        ).gradient_norm,
+    )
+    for norm in norms:
+        assert norm.isinf().tolist() == [row == 2 for row in range(13)]

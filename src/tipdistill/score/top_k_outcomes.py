@@ -96,7 +96,6 @@ def unavailable(fields: Iterable[str], top_k: int | None, server: bool = True) -
         or OF_TOP_K[name].gives == REFUSED
         or (OF_TOP_K[name].server_only and not server)
         or (top_k is not None and OF_TOP_K[name].least > top_k)
-        or (name == "gradient_norm" and server)
     ]
 
 
@@ -235,7 +234,9 @@ def lower_bounds(
 
 
 def gradient_norm(log_p: Tensor, log_q: Tensor, of_tail: Tensor) -> Tensor:
-    """‖∂D/∂z‖₂ [n] of the reverse KL on k + 1 outcomes, ∂D/∂z_v = P_S(v) · (log P_o/Q_o − D).
+    """‖∂D/∂z‖₂ [n] of the reverse KL on k + 1 outcomes, ∂D/∂z_v = P_S(v) · (log P_o/Q_o − D); ∞ where D is.
+
+    Exact of the loss that is trained on, and of the whole vocabulary's reverse KL neither a lower nor an upper bound.
 
     Args:
         log_p, log_q: [n, k + 1], of student and teacher.
@@ -247,10 +248,12 @@ def gradient_norm(log_p: Tensor, log_q: Tensor, of_tail: Tensor) -> Tensor:
         0.2379
     """
     p, ratio = log_p.exp(), log_p - log_q
-    excess = _weighted(p, ratio - _weighted(p, ratio).sum(1, keepdim=True))
-    # the tail's share of the gradient is spread over its tokens ∝ P_S
-    within = of_tail.norm(dim=1) / p[:, -1]
-    return torch.cat([excess[:, :-1], (excess[:, -1] * within)[:, None]], 1).norm(dim=1)
+    divergence = _weighted(p, ratio).sum(1, keepdim=True)
+    excess = _weighted(p, ratio - divergence)
+    # the tail's share of the gradient is spread over its tokens ∝ P_S; a tail without any has none
+    within = of_tail.norm(dim=1) / p[:, -1].clamp(min=torch.finfo(p.dtype).tiny)
+    norm = torch.cat([excess[:, :-1], (excess[:, -1] * within)[:, None]], 1).norm(dim=1)
+    return norm.masked_fill(divergence[:, 0] > INFINITE, math.inf)
 
 
 def of_ranks(student: Tensor, likeliest: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:

@@ -341,11 +341,13 @@ def _of_head(
     statistics = dict(reference.of_logprobs(log_s, None, divergence, beta, sampled_ids, own).present())
     # the teacher's padding rows count as others, as −1 does
     known = (teacher.token_ids >= 0) & (teacher.token_ids < log_s.shape[1])
-    log_p, _ = student_by_autograd(log_s, teacher.token_ids, known)
+    log_p, of_tail = student_by_autograd(log_s, teacher.token_ids, known)
     log_q = teacher_outcomes(
         torch.where(known, teacher.logprob.to(dtype), NEGATIVE), all_known=known.sum(1) >= log_s.shape[1]
     )
     statistics |= dict(lower_bounds(log_p, log_q, fields, divergence, beta).present())
+    if "gradient_norm" in fields:
+        statistics["gradient_norm"] = gradient_norm(log_p.detach(), log_q, of_tail.detach().exp())
     if "teacher_logprob" in fields:
         statistics["teacher_logprob"] = teacher.sampled.to(dtype)
     return TokenScores(**statistics | of_ranks(log_s.detach(), teacher.token_ids, fields))

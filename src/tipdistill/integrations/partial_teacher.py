@@ -7,7 +7,9 @@ engine averages by itself, and draws that do not depend on how it splits its bat
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,6 +195,66 @@ def loss_weights(selection: Selection, rollout: Tensor, over: str) -> Tensor:
     )
     factor = torch.where(total > 0, tokens / total.clamp(min=1e-300), 0.0)
     return (weight.double() * factor[group]).to(weight.dtype)
+
+
+def select_over_ranks(
+    scores: TokenScores,
+    rollout: Tensor,
+    seeds: Sequence[int],
+    rule: str,
+    retention: float,
+    scope: str,
+    over: str,
+    group: Any = None,
+) -> tuple[Tensor, TokenScores, Tensor]:
+    """A selection over the tokens of all ranks of an optimiser step, and this rank's `loss_weights`.
+
+    Rollouts are put in the order of their seeds, so that neither the number of ranks nor the engine's balancing of
+    their load decides which of two equal tokens is kept, or what is drawn.
+
+    Args:
+        scores, rollout, seeds, rule, retention, scope: of this rank, as in `select_rollouts`.
+        over: as in `loss_weights`.
+        group: the ranks, a process group of torch.distributed.
+
+    Returns:
+        float [N], the weights of this rank's tokens; then of all ranks' tokens, in one order on every rank, the scores
+        and the mask of the kept.
+
+    Example:
+        >>> scores = TokenScores(entropy_norm=torch.tensor([0.9, 0.1, 0.5, 0.2]))
+        >>> arguments = torch.tensor([0, 0, 1, 1]), [7, 8], "entropy", 0.5, "rollout", "batch"
+        >>> select_over_ranks(scores, *arguments)[0].tolist()
+        [2.0, 0.0, 2.0, 0.0]
+    """
+    names = [name for name, _ in scores.present()]
+    device = scores.require(names[0]).device
+    own = (torch.stack([scores.require(name).float() for name in names], 1).cpu(), rollout.cpu(), list(seeds))
+    rank, ranks = 0, 1
+    if torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    of_ranks: list[Any] = [own]
+    if ranks > 1:
+        of_ranks = [None] * ranks
+        torch.distributed.all_gather_object(of_ranks, own, group=group)
+    values, numbers, rank_seeds = zip(*of_ranks, strict=True)
+    all_seeds = [seed for of_rank in rank_seeds for seed in of_rank]
+    # a rollout's number among all: the place of its seed
+    place = torch.empty(len(all_seeds), dtype=torch.int64)
+    place[sorted(range(len(all_seeds)), key=all_seeds.__getitem__)] = torch.arange(len(all_seeds))
+    first = [0, *itertools.accumulate(len(of_rank) for of_rank in rank_seeds)]
+    number = torch.cat([place[of_rank + start] for of_rank, start in zip(numbers, first, strict=False)])
+    order = number.argsort(stable=True)
+    number = number[order].to(device)
+    if not len(number):
+        return torch.zeros(0, device=device), scores, torch.zeros(0, dtype=torch.bool, device=device)
+    columns = torch.cat(values)[order].to(device).unbind(1)
+    of_all = TokenScores(**dict(zip(names, columns, strict=True)))
+    picked = select_rollouts(of_all, number, sorted(all_seeds), rule, retention, scope)
+    weights = torch.empty(len(number), device=device)
+    weights[order.to(device)] = loss_weights(picked, number, over).float()
+    start = sum(len(of_rank) for of_rank in values[:rank])
+    return weights[start : start + len(rollout)], of_all, picked.mask
 
 
 def seed_of(token_ids: Tensor, seed: int = 0) -> int:

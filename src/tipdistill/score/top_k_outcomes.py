@@ -24,15 +24,16 @@ from .chunked import INFINITE, NEGATIVE
 from .reference import _weighted
 
 EXACT, LOWER_BOUND, REFUSED = "exact", "lower bound", "refused"
-# ‖∂D/∂z‖ of the reverse KL on k + 1 outcomes. Of the whole vocabulary's gradient it is neither bound.
-EXACT_OF_LOSS = "exact, of the loss on k + 1 outcomes"
+# The norm of the gradient of the reverse KL on k + 1 outcomes, the loss that is trained on at beta = 1. Of the whole
+# vocabulary's it is neither a lower nor an upper bound.
+EXACT_ON_OUTCOMES = "exact, on k + 1 outcomes"
 
 
 class FromTopK(NamedTuple):
     """What a teacher's k likeliest tokens give of a statistic.
 
     Attributes:
-        gives: `EXACT`, `EXACT_OF_LOSS`, `LOWER_BOUND` or `REFUSED`.
+        gives: `EXACT`, `EXACT_ON_OUTCOMES`, `LOWER_BOUND` or `REFUSED`.
         least: the smallest k.
         server_only: given by the front from hidden states alone, whose server is also asked for the sampled token.
         why_not: why the others do not give it.
@@ -57,7 +58,7 @@ OF_TOP_K = {
     ),
     "argmax_in_top5": FromTopK(EXACT, least=5),
     "top16_overlap": FromTopK(EXACT, least=16),
-    "gradient_norm": FromTopK(EXACT_OF_LOSS),
+    "gradient_norm": FromTopK(EXACT_ON_OUTCOMES),
     "reverse_kl": FromTopK(LOWER_BOUND),
     "forward_kl": FromTopK(LOWER_BOUND),
     "jsd": FromTopK(LOWER_BOUND),
@@ -236,7 +237,7 @@ def lower_bounds(
 def gradient_norm(log_p: Tensor, log_q: Tensor, of_tail: Tensor) -> Tensor:
     """‖∂D/∂z‖₂ [n] of the reverse KL on k + 1 outcomes, ∂D/∂z_v = P_S(v) · (log P_o/Q_o − D); ∞ where D is.
 
-    Exact of the loss that is trained on, and of the whole vocabulary's reverse KL neither a lower nor an upper bound.
+    The gradient that is trained with at beta = 1; the norm of the whole vocabulary's may be smaller or larger.
 
     Args:
         log_p, log_q: [n, k + 1], of student and teacher.

@@ -43,7 +43,7 @@ test: lint
 # verl wants an environment of its own: with TRL 1 beside it its workers do not start (docs/verl.md).
 test-verl: $(VERL_VENV)/.installed
 	$(VERL_VENV)/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_partial_teacher.py \
-		tests/contract/test_verl.py tests/score/test_bounds.py tests/golden/test_golden_verl.py
+		tests/contract/test_verl.py tests/score/test_top_k_teacher.py tests/golden/test_golden_verl.py
 
 # A real vLLM on the CPU, in an environment of its own: it pins older packages. Its torchvision, torchaudio and torchcodec
 # are left out (they break transformers' imports), and torch is a CPU build, from PyTorch's CPU index or a local wheel.

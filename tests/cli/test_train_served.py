@@ -110,14 +110,16 @@ def test_what_the_server_cannot_serve_is_refused_in_one_line(arguments, served, 
         assert error.splitlines()[-1].startswith("tipdistill train: ")
         return error
 
-    assert "reads gradient_norm, which cannot be had" in refused("--selection_rule", "gradient_norm", "--dry_run")
+    assert "reads signal_to_curvature, which cannot be had" in refused(
+        "--selection_rule", "signal_to_curvature", "--dry_run"
+    )
     assert "does not serve 'other'; it serves teacher" in refused("--teacher_served_name", "other", "--dry_run")
     assert "name two teachers" in refused("--teacher_model_name_or_path", arguments[1], "--dry_run")
     monkeypatch.setattr("tipdistill.cli.train._DRY_RUN_PATIENCE", 0.2)
     nobody = ["--teacher_url", "http://127.0.0.1:9/v1"]
     assert "refused" in refused(*nobody, "--dry_run")
     # the run itself says the same, before it loads weights
-    assert "reads gradient_norm, which cannot be had" in refused("--selection_rule", "gradient_norm")
+    assert "which cannot be had" in refused("--selection_rule", "signal_to_curvature")
     assert "gave no answer" in refused(*nobody, "--teacher_time_limit", "0.2")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 

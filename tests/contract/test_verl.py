@@ -16,12 +16,12 @@ from tipdistill.integrations import verl as ours
 @pytest.mark.parametrize("path", ours.TOUCHED)
 def test_functions_keep_their_parameters(path):
     module, _, name = path.partition(":")
-    found = importlib.import_module(module)
+    touched = importlib.import_module(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
-        assert found is not None, f"verl no longer has {path}"
+        touched = getattr(touched, part, None)
+        assert touched is not None, f"verl no longer has {path}"
     expected = ours.TOUCHED[path]
-    parameters = tuple(inspect.signature(inspect.unwrap(found)).parameters)
+    parameters = tuple(inspect.signature(inspect.unwrap(touched)).parameters)
     assert parameters[: len(expected)] == expected, f"verl's {path} now takes {parameters}, we rely on {expected}"
 
 

@@ -28,7 +28,7 @@ import tipdistill as tip
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.cli import main
 from tipdistill.records import open_records
-from tipdistill.score.bounds import tail_reverse_kl, top_k_scores
+from tipdistill.score.top_k_teacher import tail_reverse_kl, top_k_scores
 
 HERE = Path(__file__).parent
 # figures of the clock and of the machine, and not of the run

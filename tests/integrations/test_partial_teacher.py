@@ -121,14 +121,14 @@ def test_inverse_probabilities_make_the_engines_mean_right_on_average(normalizat
     """Not at every draw, as a division by Σ w would: the mean of many draws is the mean over all tokens."""
     scores, rollout = scores_and_rollouts()
     losses = scores.require("gradient_norm").double().square()
-    found = []
+    means = []
     for draw in range(1000):
         seeds = [seed + 1000 * draw for seed in SEEDS]
         picked = select_rollouts(scores, rollout, seeds, "gradient_norm_sampling", 0.3, normalization=normalization)
         assert picked.inverse_probability
         over = "rollout" if normalization == "rollout" else "batch"
-        found.append((losses * loss_weights(replace(picked, weight=picked.weight.double()), rollout, over)).mean())
-    values = torch.stack(found)
+        means.append((losses * loss_weights(replace(picked, weight=picked.weight.double()), rollout, over)).mean())
+    values = torch.stack(means)
     assert values.std() > 0
     assert abs(values.mean() - losses.mean()) < 5 * values.std() / 1000**0.5
 

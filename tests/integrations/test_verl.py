@@ -24,7 +24,7 @@ from verl_run import VOCABULARY, mini_batch, step
 
 from tipdistill import select
 from tipdistill.integrations import verl as ours
-from tipdistill.integrations import verl_check
+from tipdistill.integrations import verl_check, verl_refusals
 from tipdistill.integrations.verl import TARGET, SelectedLossConfig
 
 TESTS = Path(__file__).parents[1]
@@ -104,21 +104,21 @@ def reference(model, batch, rule, retention, scope="rollout", normalization="bat
 
 def figures(metrics):
     """Figures of a run as plain numbers, summed over micro-batches as verl does."""
-    found = {}
+    plain = {}
     for name, value in metrics.items():
         while isinstance(value, list) and len(value) == 1:
             value = value[0]
         if isinstance(value, list) and isinstance(value[0], Metric):
             value = Metric.aggregate_dp(value)
-        found[name] = value.aggregate() if isinstance(value, Metric) else value
-    return found
+        plain[name] = value.aggregate() if isinstance(value, Metric) else value
+    return plain
 
 
-def assert_same_gradients(found, expected, rtol=2e-4):
-    assert found.keys() == expected.keys()
+def assert_same_gradients(gradients, expected, rtol=2e-4):
+    assert gradients.keys() == expected.keys()
     for name in expected:
         scale = expected[name].abs().max()
-        assert (found[name] - expected[name]).abs().max() <= rtol * scale, name
+        assert (gradients[name] - expected[name]).abs().max() <= rtol * scale, name
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -184,9 +184,9 @@ def test_every_aggregation_of_verl_does_not_depend_on_the_micro_batch_size(model
         for normalization in ("batch", "rollout")
         for micro_batch in (1, 4)
     ]
-    for one, other in (runs[:2], runs[2:]):
-        assert other[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
-        assert_same_gradients(other[1], one[1])
+    for by_one, by_four in (runs[:2], runs[2:]):
+        assert by_four[0]["loss"] == pytest.approx(by_one[0]["loss"], rel=1e-5)
+        assert_same_gradients(by_four[1], by_one[1])
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_rollout_of_which_nothing_is_kept_adds_nothing(monkeypatch, model):
 )
 def test_two_ranks_are_one(model, tmp_path, settings):
     loss = OURS | {"retention": 0.4} | settings
-    one = step(model, loss, 2)
+    of_one_rank, alone, _ = step(model, loss, 2)
     (tmp_path / "settings.json").write_text(json.dumps({"loss": loss, "micro_batch": 2}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(
@@ -307,9 +307,9 @@ def test_two_ranks_are_one(model, tmp_path, settings):
         timeout=300,
     )
     metrics, gradients = torch.load(tmp_path / "result.pt")
-    assert metrics["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
-    assert metrics["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
-    assert_same_gradients(gradients, one[1])
+    assert metrics["loss"] == pytest.approx(of_one_rank["loss"], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(of_one_rank["grad_norm"], rel=1e-4)
+    assert_same_gradients(gradients, alone)
 
 
 @pytest.mark.parametrize("normalization", ["batch", "rollout"])
@@ -405,9 +405,9 @@ def test_a_run_that_would_be_wrong_stops_at_its_first_step(config, data, message
     class Actor:
         strategy = config.get("strategy", "fsdp2")
 
-    found = Distillation().distillation_loss
+    loss_config = Distillation().distillation_loss
     with pytest.raises(ValueError, match=message):
-        ours._check_run(Actor, data, found)
+        ours._check_run(Actor, data, loss_config)
 
 
 def test_a_loss_that_is_not_in_force_stops_the_run(monkeypatch, model):
@@ -429,8 +429,8 @@ def test_a_loss_that_is_not_in_force_stops_the_run(monkeypatch, model):
 def test_an_entropy_that_verl_did_not_compute_is_asked_for():
     config = SelectedLossConfig(loss_mode="tip_k3", use_policy_gradient=False, topk=None)
     with pytest.raises(ValueError, match="calculate_entropy=True"):
-        ours._check_entropy(False, config)
-    ours._check_entropy(True, config)
+        verl_refusals.check_entropy(False, config)
+    verl_refusals.check_entropy(True, config)
 
 
 def test_scores_of_sampled_tokens_are_of_them():
@@ -517,7 +517,7 @@ def test_the_example_launches_what_it_checks(environment, status):
 
 
 def test_a_trl_that_breaks_verls_workers_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(ours, "version", lambda _: "1.16.0")
+    monkeypatch.setattr(verl_refusals, "version", lambda _: "1.16.0")
     assert verl_check.main(LAUNCH) == 2
     assert "pip uninstall trl" in capsys.readouterr().err
 

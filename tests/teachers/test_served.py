@@ -325,8 +325,8 @@ def test_processes_that_wait_for_one_that_waits_do_not_take_it_for_dead(given, e
 
 def test_what_the_server_cannot_serve_is_refused_before_weights_are_loaded(make, served, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    with pytest.raises(ValueError, match=r"selection_rule = gradient_norm reads gradient_norm, which cannot be had"):
-        make(selection_rule="gradient_norm")
+    with pytest.raises(ValueError, match=r"reads signal_to_curvature, which cannot be had"):
+        make(selection_rule="signal_to_curvature")
     with pytest.raises(ValueError, match=r"temperature = 0\.5 needs the teacher's whole vocabulary"):
         make(temperature=0.5)
     with pytest.raises(ValueError, match="name two teachers"):

@@ -6,15 +6,17 @@ engine averages by itself, and draws that do not depend on how it splits its bat
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..score.bounds import LEAST_TOP, OF_TOP_K
+from ..score.top_k_teacher import OF_TOP_K, unavailable
 from ..select import RULES, SCOPES, Rule, resolve_rule, select
+from ..text import check_known
 from ..types import Selection, TokenScores
 
 NORMALIZATIONS = ("batch", "rollout")
@@ -26,12 +28,9 @@ OF_SAMPLED = {
     "teacher_logprob": "exact",
     "reverse_kl": "one-sample estimate",
 }
-GIVEN = {"top_k": OF_TOP_K, "sampled": OF_SAMPLED}
-_WHY_NOT = {
-    "teacher_logprob": "the sampled token need not be among them; a loss on the sampled tokens has it",
-    "signal_to_curvature": "it needs the teacher's probability of every token, the tail's one by one",
-    "top16_forward_kl": "it needs the teacher's probability of the student's likeliest tokens, whichever they are",
-    "top16_teacher_mass": "it needs the teacher's probability of the student's likeliest tokens, whichever they are",
+GIVEN = {
+    "top_k": {name: told.gives for name, told in OF_TOP_K.items() if not unavailable([name], None, server=False)},
+    "sampled": OF_SAMPLED,
 }
 
 
@@ -62,35 +61,37 @@ def check_rule(rule: str, given: str, k: int | None = None) -> Rule:
         )
     missing = [name for name in resolved.fields if name not in GIVEN[given]]
     if missing:
-        why = "; ".join(dict.fromkeys(_WHY_NOT[name] for name in missing if name in _WHY_NOT and given == "top_k"))
+        reasons = [OF_TOP_K[name].why_not for name in missing if given == "top_k"]
+        why = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
         raise ValueError(
             f"selection_rule={rule!r} reads {', '.join(map(repr, missing))}, which {told} not give"
             f"{f' ({why})' if why else ''}. Rules that can be had: {', '.join(available_rules(given, k))}."
         )
-    for name in resolved.fields:
-        if given == "top_k" and k is not None and k < LEAST_TOP.get(name, 1):
-            raise ValueError(
-                f"selection_rule={rule!r} reads '{name}', which needs the teacher's {LEAST_TOP[name]} likeliest "
-                f"tokens: topk={k} is too few."
-            )
+    if too_few := _not_given(resolved, given, k):
+        raise ValueError(
+            f"selection_rule={rule!r} reads '{too_few[0]}', which needs the teacher's {OF_TOP_K[too_few[0]].least} "
+            f"likeliest tokens: topk={k} is too few."
+        )
     return resolved
 
 
 def available_rules(given: str, k: int | None = None) -> list[str]:
     """Names in `tipdistill.RULES` that `check_rule` lets pass.
 
+    Args:
+        given, k: as in `check_rule`.
+
     Example:
         >>> "soft_or" in available_rules("sampled"), "q3" in available_rules("sampled")
         (True, False)
     """
-    return [
-        name
-        for name, rule in RULES.items()
-        if all(
-            field in GIVEN[given] and (given != "top_k" or k is None or k >= LEAST_TOP.get(field, 1))
-            for field in rule.fields or ()
-        )
-    ]
+    return [name for name, rule in RULES.items() if not _not_given(rule, given, k)]
+
+
+def _not_given(rule: Rule, given: str, k: int | None) -> list[str]:
+    if given == "top_k":
+        return unavailable(rule.fields or (), k, server=False)
+    return [name for name in rule.fields or () if name not in OF_SAMPLED]
 
 
 def check_scope(scope: str, normalization: str, rule: Rule) -> None:
@@ -102,12 +103,8 @@ def check_scope(scope: str, normalization: str, rule: Rule) -> None:
     Example:
         >>> check_scope("rollout", "batch", RULES["soft_or"])
     """
-    for name, value, allowed in (
-        ("selection_scope", scope, SCOPES),
-        ("normalization", normalization, NORMALIZATIONS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(value, allowed)}")
+    check_known("selection_scope", scope, SCOPES)
+    check_known("normalization", normalization, NORMALIZATIONS)
     if scope == "batch" and normalization == "rollout" and rule.budget != "all":
         raise ValueError(
             "selection_scope='batch' spends one budget over all tokens of an optimiser step, so every token must be "
@@ -200,6 +197,66 @@ def loss_weights(selection: Selection, rollout: Tensor, over: str) -> Tensor:
     return (weight.double() * factor[group]).to(weight.dtype)
 
 
+def select_over_ranks(
+    scores: TokenScores,
+    rollout: Tensor,
+    seeds: Sequence[int],
+    rule: str,
+    retention: float,
+    scope: str,
+    over: str,
+    group: Any = None,
+) -> tuple[Tensor, TokenScores, Tensor]:
+    """A selection over the tokens of all ranks of an optimiser step, and this rank's `loss_weights`.
+
+    Rollouts are put in the order of their seeds, so that neither the number of ranks nor the engine's balancing of
+    their load decides which of two equal tokens is kept, or what is drawn.
+
+    Args:
+        scores, rollout, seeds, rule, retention, scope: of this rank, as in `select_rollouts`.
+        over: as in `loss_weights`.
+        group: the ranks, a process group of torch.distributed.
+
+    Returns:
+        float [N], the weights of this rank's tokens; then of all ranks' tokens, in one order on every rank, the scores
+        and the mask of the kept.
+
+    Example:
+        >>> scores = TokenScores(entropy_norm=torch.tensor([0.9, 0.1, 0.5, 0.2]))
+        >>> arguments = torch.tensor([0, 0, 1, 1]), [7, 8], "entropy", 0.5, "rollout", "batch"
+        >>> select_over_ranks(scores, *arguments)[0].tolist()
+        [2.0, 0.0, 2.0, 0.0]
+    """
+    names = [name for name, _ in scores.present()]
+    device = scores.require(names[0]).device
+    own = (torch.stack([scores.require(name).float() for name in names], 1).cpu(), rollout.cpu(), list(seeds))
+    rank, ranks = 0, 1
+    if torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    of_ranks: list[Any] = [own]
+    if ranks > 1:
+        of_ranks = [None] * ranks
+        torch.distributed.all_gather_object(of_ranks, own, group=group)
+    values, numbers, rank_seeds = zip(*of_ranks, strict=True)
+    all_seeds = [seed for of_rank in rank_seeds for seed in of_rank]
+    # a rollout's number among all: the place of its seed
+    place = torch.empty(len(all_seeds), dtype=torch.int64)
+    place[sorted(range(len(all_seeds)), key=all_seeds.__getitem__)] = torch.arange(len(all_seeds))
+    first = [0, *itertools.accumulate(len(of_rank) for of_rank in rank_seeds)]
+    number = torch.cat([place[of_rank + start] for of_rank, start in zip(numbers, first, strict=False)])
+    order = number.argsort(stable=True)
+    number = number[order].to(device)
+    if not len(number):
+        return torch.zeros(0, device=device), scores, torch.zeros(0, dtype=torch.bool, device=device)
+    columns = torch.cat(values)[order].to(device).unbind(1)
+    of_all = TokenScores(**dict(zip(names, columns, strict=True)))
+    picked = select_rollouts(of_all, number, sorted(all_seeds), rule, retention, scope)
+    weights = torch.empty(len(number), device=device)
+    weights[order.to(device)] = loss_weights(picked, number, over).float()
+    start = sum(len(of_rank) for of_rank in values[:rank])
+    return weights[start : start + len(rollout)], of_all, picked.mask
+
+
 def seed_of(token_ids: Tensor, seed: int = 0) -> int:
     """A seed in [0, 2⁶²) from the tokens of a prompt and its rollout: the same wherever the rollout is processed.
 
@@ -211,14 +268,3 @@ def seed_of(token_ids: Tensor, seed: int = 0) -> int:
     """
     text = token_ids.to("cpu", torch.int64).numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8, key=str(seed).encode()).digest(), "big") >> 2
-
-
-def nearest(name: object, allowed: Iterable[str]) -> str:
-    """ " Did you mean …?", or nothing where no allowed name is near.
-
-    Example:
-        >>> nearest("bach", ["batch", "rollout"])
-        " Did you mean 'batch'?"
-    """
-    near = difflib.get_close_matches(str(name), list(allowed), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

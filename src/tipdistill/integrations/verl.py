@@ -19,22 +19,30 @@ log-probability (the others), so the student's entropy is exact and every diverg
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..score.bounds import TAIL_FLOOR, tail_reverse_kl, top_k_scores
+from ..score.top_k_outcomes import TAIL_FLOOR
+from ..score.top_k_teacher import tail_reverse_kl, top_k_scores
 from ..select import DRAWN, resolve_rule, rule_fields
-from ..types import Selection, TokenScores
-from .partial_teacher import check_rule, check_scope, loss_weights, nearest, seed_of, select_rollouts
+from ..text import nearest
+from ..types import TokenScores
+from .partial_teacher import check_rule, check_scope, loss_weights, seed_of, select_over_ranks, select_rollouts
+from .verl_refusals import (
+    check_entropy,
+    check_fused,
+    check_sequence_parallel,
+    check_strategy,
+    check_temperature,
+    check_trl,
+)
 
 try:
     from verl.trainer.distillation import losses as verl_losses
@@ -57,7 +65,6 @@ MODES = {
     **{f"tip_{name}": "sampled" for name in ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")},
 }
 TARGET = "tipdistill.integrations.verl.SelectedLossConfig"
-STRATEGIES = ("fsdp", "fsdp2")
 # In verl's `module:name`, with the parameters that we rely on; tests/contract/test_verl.py compares them.
 TOUCHED = {
     "verl.trainer.distillation.losses:compute_topk_loss": (
@@ -212,16 +219,19 @@ def check_launch(config: Any) -> SelectedLossConfig:
         loss = omega_conf_to_dataclass(config.distillation).distillation_loss
     except InstantiationException as error:  # Hydra's, around the one that says why
         raise ValueError(str(error.__cause__ or error)) from error
-    _check_trl()
+    check_trl()
     actor, rollout, model = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "model"))
-    _check_strategy(actor.strategy)
-    _check_temperature(rollout.temperature)
-    _check_fused(bool(model.get("use_fused_kernels", False)), loss)
-    _check_sequence_parallel(
+    check_strategy(actor.strategy)
+    check_temperature(rollout.temperature)
+    check_fused(bool(model.get("use_fused_kernels", False)), loss)
+    check_sequence_parallel(
         max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.get("ulysses_sequence_parallel_size", 1))
     )
-    _check_entropy(bool(actor.calculate_entropy) or actor.entropy_coeff != 0, loss)
+    check_entropy(bool(actor.calculate_entropy) or actor.entropy_coeff != 0, loss)
     return loss
+
+
+# The loss and the statistics of logits, inside the forward of a micro-batch.
 
 
 def topk_loss(
@@ -244,16 +254,16 @@ def topk_loss(
     if not isinstance(loss_config, SelectedLossConfig):
         return _verl_topk_loss(config, distillation_config, data, student_logits, data_format)
     _check_run(config, data, loss_config)
-    found = {} if WEIGHT in data else _statistics_of_logits(loss_config, data, student_logits)
+    statistics = {} if WEIGHT in data else _statistics_of_logits(loss_config, data, student_logits)
     if loss_config.loss_mode == "tip_forward_kl_topk":
-        return found | _verl_topk_loss(config, distillation_config, data, student_logits, data_format)
+        return statistics | _verl_topk_loss(config, distillation_config, data, student_logits, data_format)
     logits, token_ids, logprobs, rows = _packed(data, student_logits)
     # verl's cross-entropy of the sampled tokens may write its gradient over the logits, unseen by autograd
     overwritten = not tensordict_utils.get_non_tensor_data(data, "distillation_only", False)
     divergence, mass = tail_reverse_kl(logits, token_ids, logprobs, rows, overwritten)
     of_teacher = logprobs[rows].float().exp().sum(1)
     named = {"distillation_losses": divergence, "student_mass": mass, "teacher_mass": of_teacher}
-    return found | {name: _spread(values, rows, len(logits))[None] for name, values in named.items()}
+    return statistics | {name: _spread(values, rows, len(logits))[None] for name, values in named.items()}
 
 
 def _statistics_of_logits(loss_config: SelectedLossConfig, data: Any, student_logits: Tensor) -> dict[str, Tensor]:
@@ -292,6 +302,9 @@ def _response_rows(data: Any) -> tuple[Tensor, Tensor]:
     return rows[trained], trained.nonzero()[:, 0]
 
 
+# Scores, and the loss that verl averages.
+
+
 def _scores(config: Any, loss_config: SelectedLossConfig, model_output: Any, data: Any, rows: Tensor) -> TokenScores:
     """What the rule reads, and what is logged, of the trained tokens of a (micro-)batch."""
     if loss_config.given == "top_k":
@@ -304,18 +317,18 @@ def _scores(config: Any, loss_config: SelectedLossConfig, model_output: Any, dat
     )
     difference = teacher.to(student.device) - student
     # an estimate from one token that is never negative and right on average (k3), cut where verl cuts it
-    found = {
+    statistics = {
         "student_logprob": student,
         "teacher_logprob": teacher.to(student.device),
         "reverse_kl": difference.clamp(max=20).expm1() - difference.clamp(max=20),
     }
     if "entropy" in model_output:
-        found["entropy"] = model_output["entropy"].values()[rows].detach().float()
+        statistics["entropy"] = model_output["entropy"].values()[rows].detach().float()
     if "entropy_norm" in loss_config.statistics:
-        _check_entropy("entropy" in model_output, loss_config)
+        check_entropy("entropy" in model_output, loss_config)
         vocabulary = config.model_config.hf_config.get_text_config().vocab_size
-        found["entropy_norm"] = found["entropy"] / math.log(vocabulary)
-    return TokenScores(**found)
+        statistics["entropy_norm"] = statistics["entropy"] / math.log(vocabulary)
+    return TokenScores(**statistics)
 
 
 def _seeds(data: Any, loss_config: SelectedLossConfig) -> list[int]:
@@ -364,7 +377,15 @@ def selected_loss(config: Any, distillation_config: Any, model_output: Any, data
         if len(rows):
             draws = resolve_rule(loss_config.selection_rule).budget in DRAWN
             seeds = _seeds(data, loss_config) if draws else [0] * len(data["input_ids"].offsets().diff())
-            picked = _pick(loss_config, scores, rollout, seeds)
+            picked = select_rollouts(
+                scores,
+                rollout,
+                seeds,
+                loss_config.selection_rule,
+                loss_config.retention,
+                loss_config.selection_scope,
+                loss_config.normalization,
+            )
             weights, mask = loss_weights(picked, rollout, "rollout"), picked.mask
         weight = _nested_like(data["input_ids"], _spread(weights, rows, len(data["input_ids"].values())))
         share = data["dp_size"] / data["batch_num_tokens"]
@@ -383,9 +404,8 @@ def _of_every_token(
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's own final loss function: losses [B, T] of all tokens, and its metrics."""
     loss_config = distillation_config.distillation_loss
-    if not len(
-        _response_rows(data)[0]
-    ):  # a micro-batch of verl's padding samples, where its metrics would stop the run
+    if not len(_response_rows(data)[0]):
+        # a micro-batch of verl's padding samples, where its metrics would stop the run
         computed = model_output["distillation_losses" if loss_config.given == "top_k" else "log_probs"]
         return no_padding_2_padding(computed, data) * 0, _neutral(_OF_NO_TOKEN[loss_config.given])
     if loss_config.given == "top_k":  # computed from the logits, by `topk_loss`
@@ -410,16 +430,7 @@ def loss_range(distillation_losses: Tensor, response_mask: Tensor) -> dict[str, 
     return _neutral(("distillation/loss_min", "distillation/loss_max"))
 
 
-def _pick(loss_config: SelectedLossConfig, scores: TokenScores, rollout: Tensor, seeds: Sequence[int]) -> Selection:
-    return select_rollouts(
-        scores,
-        rollout,
-        seeds,
-        loss_config.selection_rule,
-        loss_config.retention,
-        loss_config.selection_scope,
-        loss_config.normalization,
-    )
+# A mini-batch scored as a whole, before its first micro-batch.
 
 
 def _nested_like(nested: Any, values: Tensor) -> Tensor:
@@ -431,6 +442,9 @@ def _train_batch(engine: Any, data: Any, loss_function: functools.partial) -> An
     config, distillation_config = (loss_function.keywords[name] for name in ("config", "distillation_config"))
     loss_config = distillation_config.distillation_loss
 
+    # verl calls the loss one micro-batch after the other, and a rule's percentiles and the mean over kept tokens are of
+    # them all. So one forward over all of them first, whose "loss" hands back statistics; then the weights travel as a
+    # column of the batch to where `selected_loss` reads them.
     def only_score(model_output=None, data=None, dp_group=None, student_logits=None, data_format="thd"):
         if student_logits is not None:
             _check_run(config, data, loss_config)
@@ -445,58 +459,32 @@ def _train_batch(engine: Any, data: Any, loss_function: functools.partial) -> An
     rows, rollout = _response_rows(data)
     scores = _scores(config, loss_config, output, data, rows)
     over = "batch" if config.loss_agg_mode in ("token-mean", "token-sum") else "rollout"
-    weights, figures = _over_all_ranks(
-        loss_config, scores, rollout, _seeds(data, loss_config), over, engine.get_data_parallel_group()
+    weights, all_scores, kept = select_over_ranks(
+        scores,
+        rollout,
+        _seeds(data, loss_config),
+        loss_config.selection_rule,
+        loss_config.retention,
+        loss_config.selection_scope,
+        over,
+        engine.get_data_parallel_group(),
     )
     input_ids = data["input_ids"]
     data[WEIGHT] = _nested_like(input_ids, _spread(weights.to(input_ids.device), rows, len(input_ids.values())))
     trained = type(engine).train_batch(engine, data, loss_function=loss_function)
     if engine.is_mp_src_rank_with_outputs():
-        trained["metrics"] |= {name: [value] for name, value in figures.items()}
+        tokens = len(kept)
+        sums = _figures(all_scores, kept) if tokens else {}
+        trained["metrics"] |= {name: [float(value) / tokens] for name, value in sums.items()}
     return trained
-
-
-def _over_all_ranks(
-    loss_config: SelectedLossConfig, scores: TokenScores, rollout: Tensor, seeds: list[int], over: str, group: Any
-) -> tuple[Tensor, dict[str, float]]:
-    """Weights [n] of this rank's tokens from a selection over those of all ranks, and what is logged of all.
-
-    Rollouts are put in the order of their seeds, so that neither the number of ranks nor verl's balancing of their
-    load decides which of two equal tokens is kept, or what is drawn.
-    """
-    names = [name for name, _ in scores.present()]
-    device = scores.require(names[0]).device
-    mine = (torch.stack([scores.require(name).float() for name in names], 1).cpu(), rollout.cpu(), seeds)
-    ranks = torch.distributed.get_world_size(group) if torch.distributed.is_initialized() else 1
-    everyone: list[Any] = [mine]
-    if ranks > 1:
-        everyone = [None] * ranks
-        torch.distributed.all_gather_object(everyone, mine, group=group)
-    own = torch.distributed.get_rank(group) if ranks > 1 else 0
-    all_seeds = [seed for _, _, of_rank in everyone for seed in of_rank]
-    place = torch.empty(len(all_seeds), dtype=torch.int64)
-    place[sorted(range(len(all_seeds)), key=all_seeds.__getitem__)] = torch.arange(len(all_seeds))
-    first = [0, *itertools.accumulate(len(of_rank) for _, _, of_rank in everyone)]
-    number = torch.cat([place[of_rank + start] for (_, of_rank, _), start in zip(everyone, first, strict=False)])
-    order = number.argsort(stable=True)
-    packed, number = torch.cat([values for values, _, _ in everyone])[order].to(device), number[order].to(device)
-    if not len(number):
-        return torch.zeros(0, device=device), {}
-    gathered = TokenScores(**dict(zip(names, packed.unbind(1), strict=True)))
-    picked = _pick(loss_config, gathered, number, sorted(all_seeds))
-    weights = torch.empty(len(number), device=device)
-    weights[order.to(device)] = loss_weights(picked, number, over).float()
-    start = sum(len(values) for values, _, _ in everyone[:own])
-    figures = {name: float(value) / len(number) for name, value in _figures(gathered, picked.mask).items()}
-    return weights[start : start + len(rollout)], figures
 
 
 def _check_run(config: Any, data: Any, loss_config: SelectedLossConfig) -> None:
     """What `check_launch` checks, from inside a step; and that our function is the one in force."""
-    _check_strategy(config.strategy)
-    _check_temperature(data.get("temperature", 1.0))
-    _check_fused(bool(tensordict_utils.get_non_tensor_data(data, "use_fused_kernels", False)), loss_config)
-    _check_sequence_parallel(tensordict_utils.get_non_tensor_data(data, "sp_size", 1))
+    check_strategy(config.strategy)
+    check_temperature(data.get("temperature", 1.0))
+    check_fused(bool(tensordict_utils.get_non_tensor_data(data, "use_fused_kernels", False)), loss_config)
+    check_sequence_parallel(tensordict_utils.get_non_tensor_data(data, "sp_size", 1))
     if verl_losses.compute_topk_loss is not topk_loss:
         raise RuntimeError(
             "verl.trainer.distillation.losses.compute_topk_loss was bound to another function after tipdistill's, so "
@@ -504,67 +492,13 @@ def _check_run(config: Any, data: Any, loss_config: SelectedLossConfig) -> None:
         )
 
 
-def _check_trl() -> None:
-    try:
-        found = version("trl")
-    except PackageNotFoundError:
-        return
-    if int(found.split(".")[0]) >= 1:
-        raise ValueError(
-            f"TRL {found} is installed, and verl's FSDP workers import AutoModelForCausalLMWithValueHead from it, "
-            "which TRL 1 does not have: pip uninstall trl (tipdistill's verl integration does not need it)."
-        )
-
-
-def _check_strategy(strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"actor.strategy={strategy} is not supported: Megatron shards the vocabulary's logits and VeOmni may fuse "
-            f"them. Set actor_rollout_ref.actor.strategy to one of {', '.join(STRATEGIES)}."
-        )
-
-
-def _check_temperature(temperature: Any) -> None:
-    temperature = temperature if isinstance(temperature, Tensor) else torch.tensor(float(_unwrapped(temperature)))
-    if bool((temperature != 1).any()):
-        raise ValueError(
-            f"rollout.temperature must be 1.0, got {temperature.unique().tolist()}: verl divides the student's logits "
-            "by it and not the teacher's, so their divergence would be of two different temperatures."
-        )
-
-
-def _unwrapped(value: Any) -> Any:
-    return getattr(value, "data", value)  # tensordict's NonTensorData
-
-
-def _check_fused(fused: bool, loss_config: SelectedLossConfig) -> None:
-    if fused and loss_config.given == "top_k":
-        raise ValueError(
-            f"loss_mode={loss_config.loss_mode} needs the student's logits, and with fused kernels there are none: set "
-            "actor_rollout_ref.model.use_fused_kernels=False."
-        )
-
-
-def _check_sequence_parallel(size: int) -> None:
-    if size > 1:
-        raise ValueError(
-            f"ulysses_sequence_parallel_size={size} is not supported: a rank then holds a part of each rollout. Set it "
-            "to 1; packing (use_remove_padding) and dynamic micro-batches are fine."
-        )
-
-
-def _check_entropy(computed: bool, loss_config: SelectedLossConfig) -> None:
-    reads = rule_fields(loss_config.selection_rule) or ()
-    if loss_config.given == "sampled" and not computed and not {"entropy", "entropy_norm"}.isdisjoint(reads):
-        raise ValueError(
-            f"selection_rule={loss_config.selection_rule!r} reads the student's entropy, which verl computes beside "
-            f"loss_mode={loss_config.loss_mode} only on request: set actor_rollout_ref.actor.calculate_entropy=True."
-        )
+# Our functions in verl's places.
 
 
 def _loss_config_of(loss_function: Any) -> SelectedLossConfig | None:
-    found = getattr(getattr(loss_function, "keywords", {}).get("distillation_config"), "distillation_loss", None)
-    return found if isinstance(found, SelectedLossConfig) else None
+    distillation_config = getattr(loss_function, "keywords", {}).get("distillation_config")
+    loss_config = getattr(distillation_config, "distillation_loss", None)
+    return loss_config if isinstance(loss_config, SelectedLossConfig) else None
 
 
 def _bind() -> None:

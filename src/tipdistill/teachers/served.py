@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .. import http
-from ..score.served import DEFAULT_FIELDS, served_divergence_loss, served_scores, unavailable
+from ..score.top_k_teacher import DEFAULT_FIELDS, served_divergence_loss, served_scores, unavailable
 from ..select import rule_fields
 from ..types import Head, TeacherLogprobs, TokenScores
 from ..vocabulary import check_served_tokenizer

@@ -16,9 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from ..provenance import environment
-from ..records import PART_TOKENS, About, RecordsWriter, open_records
-from ..types import Rollout, Scored, TokenScores, TopTokens
+from tipdistill.provenance import environment
+from tipdistill.records import PART_TOKENS, About, RecordsWriter, open_records
+from tipdistill.types import Rollout, Scored, TokenScores, TopTokens
+
+from . import measure
 
 SIZES = (128_000, 2_048_000)
 ROLLOUT_LENGTH = 1000
@@ -53,7 +55,7 @@ def run_records(
     torch.set_num_threads(threads)
     tokenizer = _tokenizer(vocabulary)
     about = About("student", "teacher", vocabulary, rules=("soft_or", "q3", "gradient_norm"))
-    found = {}
+    entries = {}
     for size in sizes:
         before = _peak_gib()
         with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +72,7 @@ def run_records(
             writer.close()
             closing = time.perf_counter() - begun
             records = open_records(folder)
-            found[str(size)] = {
+            entries[str(size)] = {
                 "seconds": {
                     "start": starting,
                     "write": writing,
@@ -82,14 +84,14 @@ def run_records(
                 "tokens_read_back": records.tokens.metadata.num_rows,
                 "report": _report(Path(folder), threads),
             }
-        entry = found[str(size)]
+        entry = entries[str(size)]
         say(f"{size} tokens: written in {entry['seconds']['total']:.1f} s, shown in {entry['report']['seconds']:.1f} s")
     return {
         "benchmark": "records",
         "preset": "cpu",
         **environment("cpu", threads),
         "settings": {"rollout_length": ROLLOUT_LENGTH, "batch": BATCH, "vocabulary": vocabulary, "part": PART_TOKENS},
-        "sizes": found,
+        "sizes": entries,
     }
 
 
@@ -134,3 +136,16 @@ def _batch(about: About, count: int, vocabulary: int, generator: torch.Generator
         for _ in range(2)
     ]
     return rollouts, Scored(TokenScores(**scores), *tops)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time writing and showing token records, and write the JSON."""
+    parser = measure.parser("records", __doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of tokens")
+    parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--threads", type=int)
+    return measure.run("records", run_records, parser, argv)
+
+
+if __name__ == "__main__":
+    measure.end(main)

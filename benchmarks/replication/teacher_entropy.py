@@ -1,6 +1,6 @@
 """Rules that look at the teacher's entropy alone, for the paper's claim that it says almost nothing.
 
-PYTHONPATH=benchmarks tipdistill sweep benchmarks/replication/teacher/modular.yaml
+PYTHONPATH=. tipdistill sweep benchmarks/replication/teacher/modular.yaml
 """
 
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Rules for small budgets that were tried beside `gradient_norm_sampling` and did not do better.
 
-PYTHONPATH=benchmarks tipdistill sweep benchmarks/replication/screening/candidates.yaml
+PYTHONPATH=. tipdistill sweep benchmarks/replication/screening/candidates.yaml
 """
 
 import torch

@@ -12,12 +12,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..config import TIPConfig
-from ..plan import Setup, memory, peak, setup_of
-from ..provenance import environment
-from ..tasks.arithmetic import build_tokenizer
-from ..trainer import TIPTrainer
-from .measure import named, peak_bytes
+from tipdistill.config import TIPConfig
+from tipdistill.plan import Setup, memory, peak, setup_of
+from tipdistill.provenance import environment
+from tipdistill.tasks.arithmetic import build_tokenizer
+from tipdistill.text import check_known
+from tipdistill.trainer import TIPTrainer
+
+from . import measure as measuring
+from .measure import peak_bytes
 
 # What the plan is held to.
 TOLERANCE = 0.15
@@ -198,13 +201,31 @@ def run_plan(cases: list[str] | None = None, steps: int = 2, say: Callable[[str]
     if steps < 2:
         raise ValueError(f"steps must be at least 2, got {steps}: the optimizer's state is made in the first.")
     torch.set_num_threads(1)
-    names = [named("case", name, CASES) for name in (CASES if cases is None else cases)]
-    found: dict[str, Any] = {}
+    names = list(CASES if cases is None else cases)
+    for name in names:
+        check_known("case", name, CASES)
+    entries: dict[str, Any] = {}
     for name in names:
         case = CASES[name]
         measured = measure(case, steps)
         phase, predicted = expected(case)
         ratio = predicted / measured
-        found[name] = {**asdict(case), "phase": phase, "predicted": predicted, "measured": measured, "ratio": ratio}
+        entries[name] = {**asdict(case), "phase": phase, "predicted": predicted, "measured": measured, "ratio": ratio}
         say(f"{name}: {predicted / 2**20:.1f} MiB expected ({phase}), {measured / 2**20:.1f} measured, {ratio:.3f}")
-    return {"benchmark": "plan", "preset": "cpu", **environment("cpu", 1), "steps": steps, "cases": found}
+    return {"benchmark": "plan", "preset": "cpu", **environment("cpu", 1), "steps": steps, "cases": entries}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Hold the plan against measured steps, and write the JSON.
+
+    Raises:
+        ValueError: an unknown case (the nearest is given), or fewer than two steps.
+    """
+    parser = measuring.parser("plan", __doc__)
+    parser.add_argument("--cases", nargs="+", help=f"{', '.join(CASES)} (default all)")
+    parser.add_argument("--steps", type=int, help="of each training, at least 2")
+    return measuring.run("plan", run_plan, parser, argv)
+
+
+if __name__ == "__main__":
+    measuring.end(main)

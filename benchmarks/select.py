@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from ..provenance import environment
-from ..select import RULES, select
-from ..types import TokenScores
-from .measure import growth, named, spread, timed
+from tipdistill.provenance import environment
+from tipdistill.select import RULES, select
+from tipdistill.text import check_known
+from tipdistill.types import TokenScores
+
+from . import measure
+from .measure import growth, spread, timed
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 ROLLOUT_LENGTH = 1000
@@ -44,7 +47,9 @@ def run_select(
         >>> sorted(result["rules"]["entropy"])
         ['growth', 'seconds', 'seconds_per_million']
     """
-    rules = [named("rule", rule, RULES) for rule in rules or RULES]
+    rules = list(rules or RULES)
+    for rule in rules:
+        check_known("rule", rule, RULES)
     torch.set_num_threads(threads)
     taken: dict[tuple[str, int], list[float]] = {}
     for size in sizes:
@@ -57,11 +62,11 @@ def run_select(
                 if number:
                     taken.setdefault((rule, size), []).append(seconds)
         say(f"{size} tokens: " + ", ".join(f"{rule} {min(taken[rule, size]):.3g} s" for rule in rules))
-    found = {}
+    entries = {}
     for rule in rules:
         spreads = {size: spread(taken[rule, size]) for size in sizes}
         medians = [spreads[size]["median"] for size in sizes]
-        found[rule] = {
+        entries[rule] = {
             "seconds": {str(size): value for size, value in spreads.items()},
             "seconds_per_million": {str(size): spreads[size]["median"] / size * 1e6 for size in sizes},
             "growth": growth(sizes, medians) if len(sizes) > 1 else None,
@@ -71,7 +76,7 @@ def run_select(
         "preset": device,
         **environment(device, threads),
         "settings": {"sizes": list(sizes), "rollout_length": ROLLOUT_LENGTH, "retention": RETENTION, "device": device},
-        "rules": found,
+        "rules": entries,
     }
 
 
@@ -83,3 +88,22 @@ def _scores(size: int, device: str) -> tuple[TokenScores, torch.Tensor]:
         if field.name != "divergence"
     }
     return TokenScores(**values), torch.arange(size, device=device) // ROLLOUT_LENGTH
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time the rules and write the JSON.
+
+    Raises:
+        ValueError: an unknown rule; the nearest is given.
+    """
+    parser = measure.parser("select", __doc__)
+    parser.add_argument("--rounds", type=int, help="timed runs of each rule and size")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of tokens")
+    parser.add_argument("--rules", nargs="+", help="names of rules")
+    parser.add_argument("--device", help="cpu or cuda")
+    parser.add_argument("--threads", type=int)
+    return measure.run("select", run_select, parser, argv)
+
+
+if __name__ == "__main__":
+    measure.end(main)

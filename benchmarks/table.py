@@ -1,4 +1,4 @@
-"""Markdown tables from the results, between markers in README.md and docs/, so that no number is typed by hand.
+"""Markdown tables from the results, between marks in the documents, so that no number is typed by hand.
 
 <!-- bench:head-cpu -->
 (the table)
@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .measure import named
+from tipdistill.files import write_text
+from tipdistill.text import check_known, markdown_table, replace_blocks
+
+from . import measure
 
 NOT_MEASURED = "not measured"
-_BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
+DOCUMENTS = (
+    *("README.md", "docs/engine.md", "docs/probe.md", "docs/report.md"),
+    *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
+)
+WHOLE = ".whole"  # behind a result's name: every column of it
 
 
 def update(document: Path, results: Path) -> bool:
@@ -28,12 +35,12 @@ def update(document: Path, results: Path) -> bool:
         results: the folder of the JSON files.
 
     Raises:
-        ValueError: a marker names no table; the nearest is given.
+        ValueError: a mark names no table; the nearest is given.
     """
     before = document.read_text(encoding="utf-8")
     after = rendered(before, results, document.parent)
     if after != before:
-        document.write_text(after, encoding="utf-8")
+        write_text(document, after)
     return after != before
 
 
@@ -51,25 +58,25 @@ def rendered(text: str, results: Path, folder: Path) -> str:
         not measured
         <!-- /bench -->
     """
-    return _BLOCK.sub(lambda block: f"{block[1]}{table(block[2], results, folder)}\n{block[3]}", text)
+    return replace_blocks(text, "bench", partial(table, results=results, folder=folder))
 
 
 def table(name: str, results: Path, folder: Path) -> str:
     """One table by name, "not measured" where there is no result.
 
     Args:
-        name: a key of TABLES, that is the name of the result's file.
+        name: a key of TABLES, that is the name of the result's file, and `WHOLE` behind it for every column.
         results, folder: as in `rendered`.
 
     Raises:
         ValueError: an unknown name; the nearest is given.
     """
-    make = TABLES[named("table", name, TABLES)]
-    path = results / f"{name}.json"
+    check_known("table", name, TABLES)
+    path = results / f"{name.removesuffix(WHOLE)}.json"
     if not path.is_file():
         return NOT_MEASURED
     result = json.loads(path.read_text(encoding="utf-8"))
-    return make(result) + "\n\n" + _footnote(result, path.name, os.path.relpath(path, folder))
+    return TABLES[name](result) + "\n\n" + _footnote(result, path.name, os.path.relpath(path, folder))
 
 
 def _footnote(result: dict[str, Any], name: str, link: str) -> str:
@@ -78,11 +85,6 @@ def _footnote(result: dict[str, Any], name: str, link: str) -> str:
     packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "trl") if package in versions)
     commit = f", commit {result['commit']}" if result["commit"] else ""
     return f"*{machine}; {packages}{commit}, {result['measured']}; [{name}]({link})*"
-
-
-def _rows(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 _LABELS = {
@@ -100,25 +102,45 @@ def _label(entry: dict[str, Any]) -> str:
 
 
 def _head(result: dict[str, Any]) -> str:
+    """What a reader asks first: time and memory, beside plain PyTorch and TRL."""
+    rows = []
+    for entry in result["variants"].values():
+        if "seconds" not in entry:
+            rows.append([_label(entry), f"refused: {entry['refused']}", *[""] * 4])
+            continue
+        rows.append([_label(entry), *_times(entry), f"{entry['extra_bytes'] / 2**20:.0f}", _memory_ratio(entry)])
+    return markdown_table(["", "seconds", "time / plain", "time / TRL", "memory (MiB)", "memory / plain"], rows)
+
+
+def _whole_head(result: dict[str, Any]) -> str:
     rows = []
     for entry in result["variants"].values():
         if "seconds" not in entry:
             rows.append([_label(entry), f"refused: {entry['refused']}", *[""] * 6])
             continue
-        ratio, memory = entry.get("ratio", {}), entry.get("memory_ratio", {})
         rows.append(
             [
                 _label(entry),
-                f"{entry['seconds']['median']:.3g}",
-                *(f"{ratio[peer]['median']:.2f}" if peer in ratio else "" for peer in ("plain", "trl")),
+                *_times(entry),
                 f"{entry['extra_bytes'] / 2**20:.0f}",
                 f"{(entry['extra_bytes'] - entry['gradient_bytes']) / 2**20:.0f}",
-                f"{memory['plain']:.2f}" if "plain" in memory else "",
+                _memory_ratio(entry),
                 f"{entry['over_floor']['median']:.2f}",
             ]
         )
-    memories = ["extra memory (MiB)", "beside gradients (MiB)", "memory / plain"]
-    return _rows(["", "seconds", "time / plain", "time / TRL", *memories, "time / floor"], rows)
+    memories = ["memory (MiB)", "without the gradients (MiB)", "memory / plain"]
+    return markdown_table(["", "seconds", "time / plain", "time / TRL", *memories, "time / floor"], rows)
+
+
+def _times(entry: dict[str, Any]) -> list[str]:
+    ratio = entry.get("ratio", {})
+    ratios = [f"{ratio[peer]['median']:.2f}" if peer in ratio else "" for peer in ("plain", "trl")]
+    return [f"{entry['seconds']['median']:.3g}", *ratios]
+
+
+def _memory_ratio(entry: dict[str, Any]) -> str:
+    ratio = entry.get("memory_ratio", {})
+    return f"{ratio['plain']:.2f}" if "plain" in ratio else ""
 
 
 def _scaling(result: dict[str, Any]) -> str:
@@ -139,7 +161,9 @@ def _scaling(result: dict[str, Any]) -> str:
             ]
         )
     names = [_label(entry) for entry in result["points"][0]["variants"].values()]
-    return _rows(["", *(cell for name in names for cell in (f"{name}: processor s", "MiB beside gradients"))], rows)
+    return markdown_table(
+        ["", *(cell for name in names for cell in (f"{name}: processor s", "MiB without the gradients"))], rows
+    )
 
 
 def _select(result: dict[str, Any]) -> str:
@@ -152,7 +176,9 @@ def _select(result: dict[str, Any]) -> str:
         ]
         for rule, entry in result["rules"].items()
     ]
-    return _rows(["seconds per million tokens", *(f"N = {size:,}" for size in sizes), "grows as N to the"], rows)
+    return markdown_table(
+        ["seconds per million tokens", *(f"N = {size:,}" for size in sizes), "grows as N to the"], rows
+    )
 
 
 def _step(result: dict[str, Any]) -> str:
@@ -173,7 +199,7 @@ def _step(result: dict[str, Any]) -> str:
             ]
         )
     header = ["", "step (s)", "without rollout (s)", "without rollout / TRL", "score", "forward, loss, backward"]
-    return _rows([*header, "optimizer", "peak memory (MiB)"], rows)
+    return markdown_table([*header, "optimizer", "peak memory (MiB)"], rows)
 
 
 def _records(result: dict[str, Any]) -> str:
@@ -190,7 +216,7 @@ def _records(result: dict[str, Any]) -> str:
         for size, entry in result["sizes"].items()
     ]
     header = ["tokens", "written in (s)", "bytes per token", "report (s)", "its processor time (s)", "its memory (GiB)"]
-    return _rows([*header, "the page (MB)"], rows)
+    return markdown_table([*header, "the page (MB)"], rows)
 
 
 def _plan(result: dict[str, Any]) -> str:
@@ -204,7 +230,7 @@ def _plan(result: dict[str, Any]) -> str:
         ]
         for name, entry in result["cases"].items()
     ]
-    return _rows(["", "expected (MiB)", "in the phase", "measured (MiB)", "expected / measured"], rows)
+    return markdown_table(["", "expected (MiB)", "in the phase", "measured (MiB)", "expected / measured"], rows)
 
 
 _OF_PROBE = {
@@ -217,31 +243,29 @@ _OF_PROBE = {
 
 
 def _agreement(result: dict[str, Any]) -> str:
-    by_prompts = {count: found["spearman_with_trained_accuracy"] for count, found in result["prompts"].items()}
+    by_prompts = {count: agreement["spearman_with_trained_accuracy"] for count, agreement in result["prompts"].items()}
     rows = [
         [
             label,
             *(
                 cell
-                for found in by_prompts.values()
+                for correlation in by_prompts.values()
                 for cell in (
-                    f"{found[name]['of_the_mean_over_probes']:.2f}",
-                    " ".join(f"{value:.2f}" for value in found[name]["per_probe"]),
+                    f"{correlation[name]['of_the_mean_over_probes']:.2f}",
+                    " ".join(f"{value:.2f}" for value in correlation[name]["per_probe"]),
                 )
             ),
         ]
         for name, label in _OF_PROBE.items()
     ]
     header = [cell for count in by_prompts for cell in (f"{count} prompts", "each")]
-    return _rows(["figure of the probe", *header], rows)
+    return markdown_table(["figure of the probe", *header], rows)
 
 
+HEADS = ("head-cpu", "head-qwen3-4k", "head-qwen3-8k", "head-qwen3-16k", "head-qwen3-32k")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "head-cpu": _head,
-    "head-qwen3-4k": _head,
-    "head-qwen3-8k": _head,
-    "head-qwen3-16k": _head,
-    "head-qwen3-32k": _head,
+    **dict.fromkeys(HEADS, _head),
+    **{f"{name}{WHOLE}": _whole_head for name in HEADS},
     "head-scaling": _scaling,
     "plan-cpu": _plan,
     "probe-agreement": _agreement,
@@ -252,3 +276,23 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "step-qwen3-1.7b-0.6b": _step,
     "step-qwen3-8b-4b": _step,
 }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the marked tables of documents.
+
+    Raises:
+        ValueError: a mark names no table; the nearest is given.
+    """
+    parser = measure.parser("table", __doc__)
+    parser.add_argument("documents", nargs="*", help=f"Markdown files (default {', '.join(DOCUMENTS)})")
+    parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of the JSON files")
+    options = parser.parse_args(argv)
+    for document in options.documents or [measure.ROOT / name for name in DOCUMENTS]:
+        changed = update(Path(document), options.results)
+        print(f"{document}: {'rewritten' if changed else 'as the results have it'}")
+    return 0
+
+
+if __name__ == "__main__":
+    measure.end(main)

@@ -4,15 +4,14 @@
         --dataset runs/modular/prompts.jsonl --max_prompts 256 --max_new_tokens 35 --output_dir runs/tokens/modular
     tipdistill eval --model runs/modular/models/teacher --tasks "modular[64:]" --num_samples 4 \\
         --output_dir runs/teachers/modular
-    python benchmarks/tokens_before.py runs/tokens runs/teachers
+    python -m benchmarks.replication.tokens_before runs/tokens runs/teachers
 
-Each folder has one of each task, named as in benchmarks/replicate.py; what is written goes to
+Each folder has one of each task, named as in results.py; what is written goes to
 benchmarks/results/replication/tokens/before.json. `make replicate` runs all of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -22,11 +21,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tipdistill.bench.measure import write
 from tipdistill.provenance import environment
 from tipdistill.records import open_records
 
-RESULT = Path(__file__).parent / "results" / "replication" / "tokens" / "before.json"
+from .. import measure
+from .tables import BEFORE
+
 DRAWS, LEVEL = 10_000, 0.95
 
 
@@ -45,9 +45,9 @@ def mean_over_rollouts(value: np.ndarray, rollout: np.ndarray, seed: int = 0) ->
     return {"mean": float(value.mean()), "interval": [float(end) for end in interval]}
 
 
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Spearman's, ties sharing their mean rank."""
-    return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
+    return float(pd.Series(first).rank().corr(pd.Series(second).rank()))
 
 
 def measured(directory: Path, teacher_metrics: Path) -> dict[str, Any]:
@@ -84,20 +84,20 @@ def measured(directory: Path, teacher_metrics: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("records", type=Path)
-    parser.add_argument("teachers", type=Path)
+    parser = measure.parser("replication.tokens_before", __doc__)
+    parser.add_argument("records", type=Path, help="a folder with the records of each task")
+    parser.add_argument("teachers", type=Path, help="a folder with the evaluation of each task's teacher")
     options = parser.parse_args()
-    found = {
+    by_task = {
         path.name: measured(path, options.teachers / path.name / "metrics.json")
         for path in sorted(options.records.iterdir())
         if path.is_dir()
     }
-    if not found:
-        raise SystemExit(f"{options.records} holds no folder of records: run tipdistill score as above.")
-    write(RESULT, {"tasks": found, **environment("cpu", torch.get_num_threads())})
-    print(f"wrote {RESULT}")
+    if not by_task:
+        raise ValueError(f"{options.records} holds no folder of records: run tipdistill score as above.")
+    measure.write(BEFORE, {"tasks": by_task, **environment("cpu", torch.get_num_threads())})
+    print(f"written: {BEFORE}")
 
 
 if __name__ == "__main__":
-    main()
+    measure.end(main)

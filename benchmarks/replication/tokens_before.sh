@@ -1,5 +1,5 @@
 #!/bin/sh
-# What benchmarks/tokens_before.py reads of the three tasks, and then that. Argument: the folder of the programs.
+# What tokens_before.py reads of the three tasks, and then that. From the root; argument: the folder of the programs.
 set -e
 before() { # name in the tables, folder of the models, task, tokens of a completion, samples
     "$bin/tipdistill" score --model "runs/$2/models/student" --teacher "runs/$2/models/teacher" --dataset "runs/$2/prompts.jsonl" \
@@ -12,4 +12,4 @@ bin=${1:-.venv/bin}
 before planted demo arithmetic 43 4
 before modular modular modular 35 4
 before machine machine machine 205 2
-"$bin/python" benchmarks/tokens_before.py runs/tokens runs/teachers
+"$bin/python" -m benchmarks.replication.tokens_before runs/tokens runs/teachers

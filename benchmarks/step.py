@@ -23,11 +23,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
-from ..config import TIPConfig
-from ..provenance import environment
-from ..tasks.arithmetic import build_tokenizer
-from ..trainer import TIPTrainer
-from .measure import Worker, named, spread
+from tipdistill.config import TIPConfig
+from tipdistill.provenance import environment
+from tipdistill.tasks.arithmetic import build_tokenizer
+from tipdistill.text import check_known
+from tipdistill.trainer import TIPTrainer
+
+from . import measure
+from .measure import Worker, spread
 
 # hidden size, layers, heads, intermediate size, tied embeddings: those of the models' config.json
 ARCHITECTURES: dict[str, tuple[int, int, int, int, bool]] = {
@@ -173,19 +176,19 @@ class StepWork:
             trainer.train()
             history = [entry for entry in trainer.state.log_history if "loss" in entry]
         steps = clock.steps[1:]
-        found: dict[str, Any] = {part: median(step[part] for step in steps) for part in steps[0]}
-        found["training"] = median(step["step"] - step["rollout"] for step in steps)
+        figures: dict[str, Any] = {part: median(step[part] for step in steps) for part in steps[0]}
+        figures["training"] = median(step["step"] - step["rollout"] for step in steps)
         for part in ("score", "select", "loss"):
             if f"time/{part}" in history[-1]:
-                found[part] = median(entry[f"time/{part}"] for entry in history[1:])
-        if "loss" not in found:
-            found["loss"] = median(step["step"] - step["rollout"] - step["optimizer"] for step in steps)
+                figures[part] = median(entry[f"time/{part}"] for entry in history[1:])
+        if "loss" not in figures:
+            figures["loss"] = median(step["step"] - step["rollout"] - step["optimizer"] for step in steps)
         if self.settings.device == "cuda":
-            found["peak_bytes"] = torch.cuda.max_memory_allocated()
+            figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         else:
-            found["peak_bytes"] = _peak_resident_bytes() - before
-        found["first_loss"] = history[0]["loss"]
-        return found
+            figures["peak_bytes"] = _peak_resident_bytes() - before
+        figures["first_loss"] = history[0]["loss"]
+        return figures
 
     def _trainer(self, folder: str, clock: _StepClock) -> Any:
         settings, variant = self.settings, self.variant
@@ -282,35 +285,36 @@ def run_step(
     Example:
         >>> run_step("tiny", rounds=1, steps=1, variants=[StepVariant("trl")])  # doctest: +SKIP
     """
-    settings = PRESETS[named("preset", preset, PRESETS)]
+    check_known("preset", preset, PRESETS)
+    settings = PRESETS[preset]
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"the preset {preset!r} needs a GPU, and torch sees none here. On the CPU: --preset tiny.")
     chosen = variants_of() if variants is None else variants
-    found: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in chosen}
+    entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in chosen}
     taken: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number in range(rounds):
         for variant in chosen:
-            if "refused" in found[variant.name]:
+            if "refused" in entries[variant.name]:
                 continue
             worker = Worker(StepWork, settings, variant, steps)
             try:
                 run = worker.ask("round")
             except RuntimeError as error:
-                found[variant.name]["refused"] = str(error).strip().splitlines()[-1]
-                say(f"{variant.name}: {found[variant.name]['refused']}")
+                entries[variant.name]["refused"] = str(error).strip().splitlines()[-1]
+                say(f"{variant.name}: {entries[variant.name]['refused']}")
                 continue
             finally:
                 worker.close()
             taken[variant.name].append(run)
             say(f"round {number + 1} of {rounds}: {variant.name} {run['step']:.3g} s, training {run['training']:.3g} s")
     for variant in chosen:
-        _summarise(variant, found[variant.name], taken, TOLERANCES[settings.dtype])
+        _summarise(variant, entries[variant.name], taken, TOLERANCES[settings.dtype])
     return {
         "benchmark": "step",
         "preset": preset,
         **environment(settings.device, settings.threads),
         "settings": asdict(settings),
-        "variants": found,
+        "variants": entries,
     }
 
 
@@ -338,3 +342,20 @@ def _summarise(
             entry.setdefault("memory_ratio", {})[name] = entry["peak_bytes"] / max(
                 run["peak_bytes"] for run in taken[name]
             )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure one preset and write its JSON; 1 where a variant was refused.
+
+    Raises:
+        ValueError: an unknown preset; the nearest is given.
+    """
+    parser = measure.parser("step", __doc__)
+    parser.add_argument("--preset", help=f"{', '.join(PRESETS)} (default tiny)")
+    parser.add_argument("--rounds", type=int, help="trainings of each variant, taking turns")
+    parser.add_argument("--steps", type=int, help="timed steps of one training")
+    return measure.run("step", run_step, parser, argv)
+
+
+if __name__ == "__main__":
+    measure.end(main)

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: the paper's pairs and a teacher of 671B parameters, on 1 to 1,024 GPUs.
+"""What `tipdistill plan` says of the paper's pairs and of a teacher of 671B parameters, on 1 to 1,024 GPUs, as tables.
 
 <!-- plan:qwen3-8b-4b -->
 (the tables)
@@ -7,25 +7,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
-from . import setup_of
-from .memory import Setup, memory, peak
-from .report import _table, changes, fits, plan, retention_table
-from .time import MACHINES, step_time
+from tipdistill.files import write_text
+from tipdistill.plan import setup_of
+from tipdistill.plan.memory import Setup, memory, peak
+from tipdistill.plan.report import changes, fits, plan, retention_table
+from tipdistill.plan.time import MACHINES, step_time
+from tipdistill.text import check_known, markdown_table, replace_blocks
 
+from . import measure
+
+DOCUMENTS = ("docs/scaling.md", "benchmarks/results/plan.md")
 GPUS = (1, 8, 64, 1024)
 MACHINE = MACHINES["h200"]
 # Rollouts of a step: 8 prompts × 16 (the paper's Table 9), and one per GPU where there are more GPUs.
 ROLLOUTS = 128
 _GIB, _GB = 2**30, 1e9
-_BLOCK = re.compile(r"(<!-- plan:([\w.-]+) -->\n).*?(<!-- /plan -->)", re.S)
 
 # name: (student, teacher, how more than one GPU shares them, GPUs that share vLLM's copy)
 PAIRS = {
@@ -93,7 +96,7 @@ def scale_table(name: str) -> str:
             ]
         )
     header = ["GPUs", "rollouts", "peak (GiB)", "fits", "step (s)", "most of it", "Soft-OR 0.1, batch", "micro_batch"]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _saving(setup: Setup, batch_normalization: bool) -> str:
@@ -117,14 +120,14 @@ def memory_beside_paper() -> str:
         for retention in (1.0, 0.5, 0.1):
             setup = scenario(name, gpus)
             setup = replace(setup, rule="all" if retention == 1 else "soft_or", retention=retention)
-            found = memory(setup)
-            del found["rollout"]
-            phase, taken = peak(found)
+            by_phase = memory(setup)
+            del by_phase["rollout"]
+            phase, taken = peak(by_phase)
             ours.append(f"{taken / _GB:.1f}")
             phases.append(phase)
         rows.append([name, str(gpus), *(f"{value:.1f}" for value in published), *ours, phases[1]])
     header = ["pair", "GPUs", "paper: 100 %", "50 %", "10 %", "plan: all tokens", "Soft-OR 0.5", "0.1", "in the phase"]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def retention_of(name: str, gpus: int = 64) -> str:
@@ -132,43 +135,53 @@ def retention_of(name: str, gpus: int = 64) -> str:
     return retention_table(plan(scenario(name, gpus), MACHINE, (1.0, 0.5, 0.2, 0.1)))
 
 
+# Each takes a minute of a core, and stands in two documents at most.
 BLOCKS: dict[str, Callable[[], str]] = {
-    **{name: partial(scale_table, name) for name in PAIRS},
-    "paper": memory_beside_paper,
-    "retention": partial(retention_of, "qwen3-8b-4b", 8),
+    **{name: cache(partial(scale_table, name)) for name in PAIRS},
+    "paper": cache(memory_beside_paper),
+    "retention": cache(partial(retention_of, "qwen3-8b-4b", 8)),
 }
 
 
-def rendered(text: str, only: str | None = None) -> str:
+def rendered(text: str) -> str:
     """The text of a document with its tables as the plan gives them now.
 
     Args:
         text: Markdown.
-        only: the one block to make anew; None: all.
 
     Raises:
-        ValueError: a marker names no table.
+        ValueError: a mark names no table; the nearest is given.
 
     Example:
-        >>> rendered("no marker")
-        'no marker'
+        >>> rendered("no mark")
+        'no mark'
     """
 
-    def block(match: re.Match[str]) -> str:
-        name = match[2]
-        if name not in BLOCKS:
-            raise ValueError(f"there is no plan {name!r}; there are {', '.join(BLOCKS)}.")
-        return match[0] if only not in (None, name) else f"{match[1]}{BLOCKS[name]()}\n{match[3]}"
+    def block(name: str) -> str:
+        check_known("plan", name, BLOCKS)
+        return BLOCKS[name]()
 
-    return _BLOCK.sub(block, text)
+    return replace_blocks(text, "plan", block)
 
 
-def update(document: Path) -> bool:
-    """Rewrite the marked tables of a document; whether anything changed."""
-    before = document.read_text(encoding="utf-8")
-    after = rendered(before)
-    if after != before:
-        partial_file = document.with_name(f".{document.name}.partial")
-        partial_file.write_text(after, encoding="utf-8")
-        partial_file.replace(document)
-    return after != before
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the marked tables of documents.
+
+    Raises:
+        ValueError: a mark names no table; the nearest is given.
+    """
+    parser = measure.parser("plan_tables", __doc__)
+    parser.add_argument("documents", nargs="*", help=f"Markdown files (default {', '.join(DOCUMENTS)})")
+    options = parser.parse_args(argv)
+    for name in options.documents or [measure.ROOT / document for document in DOCUMENTS]:
+        document = Path(name)
+        before = document.read_text(encoding="utf-8")
+        after = rendered(before)
+        if after != before:
+            write_text(document, after)
+        print(f"{document}: {'rewritten' if after != before else 'as the plan has it'}")
+    return 0
+
+
+if __name__ == "__main__":
+    measure.end(main)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tipdistill.bench import head
-from tipdistill.bench.head import HeadSettings, HeadWork, Variant, run_head, run_scaling, variants_of
+from benchmarks import head
+from benchmarks.head import HeadSettings, HeadWork, Variant, run_head, run_scaling, variants_of
 from tipdistill.score import chunked
 
 SMALL = {"tokens": 24, "vocabulary": 67, "student_width": 8, "teacher_width": 12, "rollout_length": 7}
@@ -48,9 +48,9 @@ def test_a_wrong_gradient_is_an_error(name):
     run = wrong.run
 
     def spoiled():
-        found = run()
+        loss_and_mask = run()
         getattr(wrong.student, name).grad[0, 0] += 1.0
-        return found
+        return loss_and_mask
 
     wrong.run = spoiled
     errors = wrong.errors()
@@ -124,11 +124,11 @@ def test_time_is_linear_in_tokens_and_extra_memory_flat(monkeypatch):
 @pytest.mark.parametrize(
     ("preset", "sizes", "message"),
     [
-        ("cpus", {}, "there is no preset 'cpus'; .* Did you mean 'cpu'"),
+        ("cpus", {}, "preset must be one of cpu, .*, got 'cpus'. Did you mean 'cpu'"),
         ("qwen3-4", {}, "Did you mean 'qwen3-4k'"),
         ("cpu", {"tokens": 0}, "tokens must be positive, got 0"),
         ("cpu", {"vocabulary": 1}, "vocabulary must be positive"),
-        ("cpu", {"dtype": "float23"}, "there is no dtype 'float23'.*Did you mean 'float32'"),
+        ("cpu", {"dtype": "float23"}, "dtype must be one of .*, got 'float23'. Did you mean 'float32'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(preset, sizes, message):

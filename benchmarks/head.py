@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss import fused_divergence_loss, selected_loss
-from ..provenance import environment
-from ..score import IMPLEMENTATIONS, token_scores
-from ..select import RULES, kept_counts, needs_teacher, rule_fields, select
-from ..types import Head
-from .measure import Worker, growth, matmul_rate, named, peak_bytes, spread, time_split, timed
+from tipdistill.loss import fused_divergence_loss, selected_loss
+from tipdistill.provenance import environment
+from tipdistill.score import IMPLEMENTATIONS, token_scores
+from tipdistill.select import RULES, kept_counts, needs_teacher, rule_fields, select
+from tipdistill.text import check_known
+from tipdistill.types import Head
+
+from . import measure as measuring
+from .measure import Worker, growth, matmul_rate, peak_bytes, spread, time_split, timed
 
 PEERS = ("plain", "trl", "liger")
 RETENTIONS = (0.5, 0.2, 0.1)
@@ -57,8 +60,8 @@ class HeadSettings:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        named("dtype", self.dtype, TOLERANCES)
-        named("device", self.device, ("cpu", "cuda"))
+        check_known("dtype", self.dtype, TOLERANCES)
+        check_known("device", self.device, ("cpu", "cuda"))
         for name in ("tokens", "vocabulary", "student_width", "teacher_width", "rollout_length", "threads"):
             if getattr(self, name) < (2 if name == "vocabulary" else 1):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -174,7 +177,7 @@ class HeadWork:
     def errors(self) -> dict[str, float]:
         """Relative errors of loss and gradients against float64, and the share of tokens that were ranked wrongly."""
         loss, mask = self.run()
-        found = [self.student.hidden.grad, self.student.weight.grad]
+        gradients = [self.student.hidden.grad, self.student.weight.grad]
         self.student.hidden.grad = self.student.weight.grad = None
         student, teacher = _double(self.student), _double(self.teacher)
         misranked = 0.0
@@ -190,7 +193,7 @@ class HeadWork:
             part.backward()
             truth += part.detach()
         errors = {"loss": _relative(loss, truth), "misranked": misranked}
-        for name, value, exact in zip(("hidden", "weight"), found, (student.hidden, student.weight), strict=True):
+        for name, value, exact in zip(("hidden", "weight"), gradients, (student.hidden, student.weight), strict=True):
             errors[name] = float("inf") if value is None or exact.grad is None else _relative(value, exact.grad)
         return errors
 
@@ -298,37 +301,38 @@ def growth_along(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     Args:
         points: those of `run_scaling`'s result. Time is one thread's processor time, which other work leaves alone.
     """
-    found: dict[str, dict[str, Any]] = {}
+    exponents: dict[str, dict[str, Any]] = {}
     for axis in SCALING:
         along = [point for point in points if point["axis"] == axis]
         sizes = [point["size"] for point in along]
         for name in along[0]["variants"]:
             measured = [point["variants"][name] for point in along]
             if all("processor_seconds" in entry for entry in measured):
-                found.setdefault(name, {})[axis] = {
+                exponents.setdefault(name, {})[axis] = {
                     "time": growth(sizes, [entry["processor_seconds"]["median"] for entry in measured]),
                     "memory": growth(sizes, [entry["extra_bytes"] - entry["gradient_bytes"] for entry in measured]),
                 }
-    return found
+    return exponents
 
 
 def settings_of(preset: str, sizes: dict[str, Any]) -> HeadSettings:
     """Settings of a preset with some fields replaced; ValueError names the nearest preset."""
-    return HeadSettings(**{**PRESETS[named("preset", preset, PRESETS)], **sizes})
+    check_known("preset", preset, PRESETS)
+    return HeadSettings(**{**PRESETS[preset], **sizes})
 
 
 def measure(
     settings: HeadSettings, variants: list[Variant], rounds: int, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Errors, memory, times and ratios of each variant, by name."""
-    found: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in variants}
+    entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in variants}
     taken: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
     with _workers(settings, variants) as workers:
         for name in list(workers):
-            refusal = _examine(workers[name], found[name], TOLERANCES[settings.dtype])
+            refusal = _examine(workers[name], entries[name], TOLERANCES[settings.dtype])
             if refusal is not None:
                 say(f"{name}: refused, {refusal}")
-                found[name]["refused"] = refusal
+                entries[name]["refused"] = refusal
                 workers.pop(name).close()
             else:
                 say(f"{name}: agrees with float64")
@@ -341,7 +345,7 @@ def measure(
         runs = taken[variant.name]
         if not runs:
             continue
-        entry = found[variant.name]
+        entry = entries[variant.name]
         entry["floor"] = variant.floor(settings.teacher_width / settings.student_width)
         for key in ("seconds", "processor_seconds", "matmul_rate"):
             entry[key] = spread([run[key] for run in runs])
@@ -353,8 +357,8 @@ def measure(
                 entry.setdefault("processor_ratio", {})[peer] = spread(
                     [own["processor_seconds"] / its["processor_seconds"] for own, its in pairs]
                 )
-                entry.setdefault("memory_ratio", {})[peer] = entry["extra_bytes"] / found[peer]["extra_bytes"]
-    return found
+                entry.setdefault("memory_ratio", {})[peer] = entry["extra_bytes"] / entries[peer]["extra_bytes"]
+    return entries
 
 
 @contextmanager
@@ -420,5 +424,29 @@ def _take(student: Head, teacher: Head, rows: Tensor) -> tuple[Head, Head]:
     return Head(student.hidden[rows], student.weight), Head(teacher.hidden[rows], teacher.weight)
 
 
-def _relative(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+def _relative(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure one preset and write its JSON; 1 where a variant was refused.
+
+    Raises:
+        ValueError: an unknown preset (the nearest is given), or sizes that make no sense.
+    """
+    parser = measuring.parser("head", __doc__)
+    parser.add_argument("--preset", help=f"{', '.join(PRESETS)} (default cpu)")
+    parser.add_argument("--rounds", type=int, help="timed runs of each variant, taking turns")
+    for name in ("tokens", "vocabulary", "student_width", "teacher_width", "rollout_length", "threads"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dtype", help=" or ".join(TOLERANCES))
+    parser.add_argument("--device", help="cpu or cuda")
+    return measuring.run("head", _run_preset, parser, argv)
+
+
+def _run_preset(preset: str = "cpu", **given: Any) -> dict[str, Any]:
+    return run_scaling(**given) if preset == "scaling" else run_head(preset, **given)
+
+
+if __name__ == "__main__":
+    measuring.end(main)

@@ -5,17 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from tipdistill.bench.table import NOT_MEASURED, TABLES, rendered, table, update
+import benchmarks.table
+from benchmarks.table import NOT_MEASURED, TABLES, rendered, table, update
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [*ROOT.glob("README.md"), *(ROOT / "docs").glob("*.md")]
+DOCUMENTS = [*ROOT.glob("README.md"), *(ROOT / "docs").glob("*.md"), *RESULTS.glob("*.md")]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_tables_of_the_documents_are_what_the_results_give(path):
     text = path.read_text(encoding="utf-8")
-    assert rendered(text, RESULTS, path.parent) == text, f"run: tipdistill bench table {path.name}"
+    assert rendered(text, RESULTS, path.parent) == text, "run: python -m benchmarks.table"
+
+
+def test_the_command_rewrites_every_document_with_a_table():
+    marked = {path for path in DOCUMENTS if "<!-- bench:" in path.read_text(encoding="utf-8")}
+    assert marked == {ROOT / name for name in benchmarks.table.DOCUMENTS}
 
 
 def test_every_result_has_its_table():
@@ -48,10 +54,18 @@ def results(tmp_path):
 
 def test_a_table_shows_the_ratios_of_the_result(results):
     lines = table("head-cpu", results, results).splitlines()
+    assert "| plain PyTorch, all tokens | 4 |  |  | 32 |  |" in lines
+    assert "| `chunked`, Soft-OR 0.5 | 1 | 0.25 |  | 32 | 0.06 |" in lines
+    assert any(line.startswith("| TRL, all tokens | refused: it does not agree |") for line in lines)
+    assert "commit abc" in lines[-1]
+    assert "(head-cpu.json)" in lines[-1]
+
+
+def test_a_whole_table_has_the_floor_and_the_memory_without_gradients(results):
+    lines = table("head-cpu.whole", results, results).splitlines()
     assert "| plain PyTorch, all tokens | 4 |  |  | 32 | 12 |  | 1.50 |" in lines
     assert "| `chunked`, Soft-OR 0.5 | 1 | 0.25 |  | 32 | 12 | 0.06 | 1.10 |" in lines
     assert any(line.startswith("| TRL, all tokens | refused: it does not agree |") for line in lines)
-    assert "commit abc" in lines[-1]
     assert "(head-cpu.json)" in lines[-1]
 
 
@@ -70,5 +84,5 @@ def test_a_document_is_rewritten_between_its_markers_only(results, tmp_path):
 
 
 def test_an_unknown_table_names_the_nearest(results):
-    with pytest.raises(ValueError, match=r"there is no table 'head-cpus'.*Did you mean 'head-cpu'"):
+    with pytest.raises(ValueError, match=r"table must be one of .*, got 'head-cpus'. Did you mean 'head-cpu'"):
         rendered("<!-- bench:head-cpus -->\n<!-- /bench -->", results, results)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import json
 import math
 import multiprocessing
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from ..score import chunked
+from tipdistill import files
+from tipdistill.score import chunked
 
-RESULTS = Path("benchmarks") / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Worker:
@@ -75,10 +78,10 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, float, Any]:
     if device == "cuda":
         torch.cuda.synchronize()
     wall, processor = time.perf_counter(), time.process_time()
-    found = run()
+    returned = run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor, found
+    return time.perf_counter() - wall, time.process_time() - processor, returned
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
@@ -93,10 +96,10 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 
@@ -175,35 +178,69 @@ def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
     return round(slope, 3)
 
 
-def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result as JSON with four digits of each number, in full or not at all."""
+def write(path: Path, result: Any, digits: int = 4) -> Path:
+    """Write a result as JSON with so many digits of each fraction, in full or not at all; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    return files.write_text(path, json.dumps(rounded(result, digits), indent=1) + "\n")
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def named(kind: str, name: str, known: Iterable[str]) -> str:
-    """`name` where it is known.
-
-    Raises:
-        ValueError: it is not; the nearest is given.
+def rounded(value: Any, digits: int) -> Any:
+    """The same with so many digits of every float inside.
 
     Example:
-        >>> named("preset", "cpu", ["cpu"])
-        'cpu'
+        >>> rounded({"a": [1 / 3, 12345.678], "n": 12345}, 4)
+        {'a': [0.3333, 12350.0], 'n': 12345}
     """
-    known = list(known)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(known)}.{hint}")
-    return name
+    if isinstance(value, Mapping):
+        return {key: rounded(entry, digits) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(entry, digits) for entry in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+# What every command shares.
+
+
+def parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m benchmarks.MODULE`.
+
+    Args:
+        module: its name after the package's.
+        text: its docstring, of which the first paragraph is shown.
+    """
+    description = (text or "").split("\n\n")[0]
+    return argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description, allow_abbrev=False)
+
+
+def run(
+    module: str,
+    measurement: Callable[..., dict[str, Any]],
+    options: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Measure with the options that are given, write the result, say where it is; 1 where a variant was refused.
+
+    Args:
+        module: as in `parser`; the file is named after it and the result's "preset".
+        measurement: takes the options by name.
+        options: the parser of what the measurement takes; --output is added here.
+        argv: the arguments; None: the process's own.
+    """
+    options.add_argument("--output", type=Path, help=f"the JSON file (default benchmarks/results/{module}-NAME.json)")
+    given = {name: value for name, value in vars(options.parse_args(argv)).items() if value is not None}
+    output = given.pop("output", None)
+    result = measurement(**given)
+    path = write(output or RESULTS / f"{module}-{result['preset']}.json", result)
+    refused = [name for name, entry in result.get("variants", {}).items() if "refused" in entry]
+    print(f"written: {path}" + (f"; refused: {', '.join(refused)}" if refused else ""))
+    return 1 if refused else 0
+
+
+def end(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command on the process's arguments and end with its code: 2 and one line where it refuses them."""
+    try:
+        code = main() or 0
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).stem}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)

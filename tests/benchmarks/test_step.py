@@ -1,25 +1,25 @@
 import pytest
 import torch
 
-from tipdistill.bench.step import PRESETS, StepVariant, run_step, variants_of
+from benchmarks.step import PRESETS, StepVariant, run_step, variants_of
 
 
 @pytest.mark.slow
 def test_a_training_step_is_timed_by_its_parts():
     variants = [StepVariant("plain"), StepVariant("trl"), StepVariant("tip"), StepVariant("tip", 0.1, True)]
-    found = run_step(rounds=1, steps=1, say=lambda line: None, variants=variants)["variants"]
-    assert not [entry["refused"] for entry in found.values() if "refused" in entry]
+    entries = run_step(rounds=1, steps=1, say=lambda line: None, variants=variants)["variants"]
+    assert not [entry["refused"] for entry in entries.values() if "refused" in entry]
     # the same rollout and the same loss, three ways
-    losses = [found[name]["first_loss"] for name in ("plain", "trl", "tip all")]
+    losses = [entries[name]["first_loss"] for name in ("plain", "trl", "tip all")]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
-    for name, entry in found.items():
+    for name, entry in entries.items():
         split = entry["split"]
         assert entry["training_seconds"]["median"] < entry["step_seconds"]["median"]
         assert split["rollout"] > 0
         assert split["loss"] > 0
         assert ("score" in split) == name.startswith("tip")
         assert entry["peak_bytes"] > 0
-    assert found["tip soft_or 0.1, teacher_offload"]["split"]["score"] > 0
+    assert entries["tip soft_or 0.1, teacher_offload"]["split"]["score"] > 0
 
 
 def test_variants_are_the_peers_and_four_retentions_twice():
@@ -30,7 +30,7 @@ def test_variants_are_the_peers_and_four_retentions_twice():
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ValueError, match=r"there is no preset 'tinny'.*Did you mean 'tiny'"):
+    with pytest.raises(ValueError, match=r"preset must be one of .*, got 'tinny'. Did you mean 'tiny'"):
         run_step("tinny")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan_tables import BLOCKS, DOCUMENTS, rendered
+from benchmarks.plan_tables import BLOCKS, DOCUMENTS, PAIRS, rendered
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +27,27 @@ def test_every_mark_of_the_documents_names_a_table():
         names = re.findall(r"<!-- plan:(.+) -->", (ROOT / document).read_text(encoding="utf-8"))
         assert names
         assert set(names) <= set(BLOCKS)
+
+
+def rows(name):
+    """Cells of a table of benchmarks/results/plan.md, one list for each number of GPUs."""
+    text = (ROOT / "benchmarks" / "results" / "plan.md").read_text(encoding="utf-8")
+    block = re.search(rf"<!-- plan:{re.escape(name)} -->\n(.*?)<!-- /plan -->", text, re.S)[1]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_the_page_says_of_the_bottleneck(name):
+    """docs/scaling.md: the rollout's share rises, and a teacher of 671B parameters fits nowhere."""
+    fits, most = [row[3] for row in rows(name)], [row[5] for row in rows(name)]
+    assert len(fits) == 4
+    if name.startswith("moe-671b"):
+        assert all(text.startswith("no: ") for text in fits)
+        return
+    assert fits[1:] == ["yes"] * 3
+    shares = [int(re.search(r"rollout (\d+)%", text)[1]) for text in most]
+    assert shares == sorted(shares)
+    assert most[-1].startswith("rollout")
 
 
 def test_an_unknown_table_is_refused():

@@ -11,13 +11,13 @@ VLLM_VENV ?= .venv-vllm
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
 
-# docs/replication.md from nothing; hours on a core, and it goes on where it was stopped.
+# docs/replication.md and benchmarks/results/replication.md from nothing; hours on a core, and it goes on where it was stopped.
 replicate: runs/demo/results.json
 	for task in modular machine; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
 	failed=; for grid in benchmarks/replication/*.yaml benchmarks/replication/teacher/*.yaml benchmarks/replication/rates/*.yaml; do \
-		PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/tipdistill sweep $$grid || failed=1; done; test -z "$$failed"
-	sh benchmarks/tokens_before.sh $(BIN)
-	$(BIN)/python benchmarks/replicate.py --collect runs/replication
+		PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/tipdistill sweep $$grid || failed=1; done; test -z "$$failed"
+	sh benchmarks/replication/tokens_before.sh $(BIN)
+	$(BIN)/python -m benchmarks.replication --collect runs/replication
 
 # Its main rows, in minutes.
 replicate-small: runs/demo/results.json
@@ -28,14 +28,15 @@ runs/demo/results.json: | $(VENV)/.installed
 
 # Everything that is measured on a CPU; half an hour on an idle machine, and worth nothing on a busy one.
 bench: $(VENV)/.installed
-	$(BIN)/tipdistill bench head
-	$(BIN)/tipdistill bench head --preset scaling
-	$(BIN)/tipdistill bench select
-	$(BIN)/tipdistill bench records
-	$(BIN)/tipdistill bench step
-	$(BIN)/tipdistill bench plan
-	$(BIN)/python benchmarks/plot_engine.py
-	$(BIN)/tipdistill bench table
+	$(BIN)/python -m benchmarks.head
+	$(BIN)/python -m benchmarks.head --preset scaling
+	$(BIN)/python -m benchmarks.select
+	$(BIN)/python -m benchmarks.records
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.plot_engine
+	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.plan_tables
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal

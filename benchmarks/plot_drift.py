@@ -2,13 +2,12 @@
 
     tipdistill train --config laptop --selection_rule q3 --retention 0.02 --selection_scope batch \\
         --learning_rate 1e-3 --record_rollouts 16 --score_logging_steps 5 --output_dir runs/drift/arithmetic/q3-batch-2
-    python benchmarks/plot_drift.py runs/drift docs/drift.png
+    python -m benchmarks.plot_drift runs/drift docs/drift.png
 
 The folder holds one folder per task, with a run of `tipdistill train` in each of theirs; the table goes beside the
 picture as JSON.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from tipdistill.records import open_records
 from tipdistill.report.figures import COLOURS, DASHES
 from tipdistill.report.tip_map import FAINT, INK
 from tipdistill.tasks import arithmetic, machine, modular
+
+from . import measure
 
 # task → kind of token → its places in a solution
 ARITHMETIC = {
@@ -46,12 +47,12 @@ KINDS = {"arithmetic": ARITHMETIC, "modular": MODULAR, "machine": MACHINE}
 
 def measured(run: Path, kinds: dict[str, list[int]]) -> dict:
     """Per recorded step: of each kind of token the mean divergence of what is dropped (nats) and the share kept."""
-    found = {}
+    by_step = {}
     for step, directory in sorted((int(path.name.removeprefix("step-")), path) for path in run.glob("records/step-*")):
         table = open_records(directory).read(["position", "reverse_kl", "kept"])
         position, divergence, kept = (table[name].to_numpy() for name in ("position", "reverse_kl", "kept"))
         total = divergence[~kept].sum()
-        found[step] = {
+        by_step[step] = {
             kind: {
                 "dropped_divergence": float(divergence[of_kind & ~kept].mean()) if (of_kind & ~kept).any() else None,
                 "share_of_dropped": float(divergence[of_kind & ~kept].sum() / total) if total else None,
@@ -62,7 +63,7 @@ def measured(run: Path, kinds: dict[str, list[int]]) -> dict:
         }
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     accuracy = [value for entry in state for name, value in entry.items() if "/mean_at_" in name]
-    return {"accuracy": accuracy[-1] if accuracy else None, "first_step": first_step(run, state), "steps": found}
+    return {"accuracy": accuracy[-1] if accuracy else None, "first_step": first_step(run, state), "steps": by_step}
 
 
 def first_step(run: Path, log: list[dict]) -> dict:
@@ -113,9 +114,9 @@ def draw(table: dict[str, dict[str, dict]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("picture", type=Path)
+    parser = measure.parser("plot_drift", __doc__)
+    parser.add_argument("runs", type=Path, help="a folder with a folder of runs for each task")
+    parser.add_argument("picture", type=Path, help="the PNG; the table goes beside it as JSON")
     options = parser.parse_args()
     table = {
         task: {run.name: measured(run, KINDS[task]) for run in sorted(folder.iterdir()) if (run / "records").is_dir()}
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.end(main)

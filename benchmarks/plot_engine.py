@@ -1,6 +1,6 @@
-"""Draw docs/engine.svg from the results of `tipdistill bench head` (presets cpu and scaling).
+"""Draw docs/engine.svg from the results of `python -m benchmarks.head` (presets cpu and scaling).
 
-python benchmarks/plot_engine.py
+python -m benchmarks.plot_engine
 """
 
 import json
@@ -11,8 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from . import measure
+from .measure import RESULTS, ROOT
+
 SHOWN = {
     "trl": "TRL, all tokens",
     "plain": "plain PyTorch, all tokens",
@@ -57,10 +58,13 @@ def draw_memory(axes, result, axis, label):
     axes.set_xticks([point["size"] for point in points], [f"{point['size']:,}" for point in points], fontsize=8)
     axes.minorticks_off()
     axes.set_xlabel(label)
-    axes.set_ylabel("MiB beside the gradients")
+    axes.set_ylabel("MiB without the gradients")
 
 
 def main():
+    parser = measure.parser("plot_engine", __doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "engine.svg")
+    options = parser.parse_args()
     head = json.loads((RESULTS / "head-cpu.json").read_text(encoding="utf-8"))
     scaling = json.loads((RESULTS / "head-scaling.json").read_text(encoding="utf-8"))
     figure, (time, tokens, vocabulary) = plt.subplots(
@@ -73,8 +77,8 @@ def main():
     for axes in (time, tokens, vocabulary):
         axes.spines[["top", "right"]].set_visible(False)
     plt.rcParams["svg.hashsalt"] = "engine"  # the same picture, byte for byte, from the same results
-    figure.savefig(ROOT / "docs" / "engine.svg", metadata={"Date": None})
+    figure.savefig(options.output, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    main()
+    measure.end(main)

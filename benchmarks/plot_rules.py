@@ -1,12 +1,12 @@
 """Draw docs/rules/*.png: which tokens each rule keeps, over entropy and divergence, on rollouts of the demo's student.
 
 tipdistill demo                      # leaves both models in runs/demo/models
-python benchmarks/plot_rules.py      # --models DIRECTORY for others of the addition task
+python -m benchmarks.plot_rules      # --models DIRECTORY for others of the addition task
 """
 
-import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from tipdistill.select.normalize import clipped_entropy
 from tipdistill.select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD
 from tipdistill.tasks import arithmetic
 
-ROOT = Path(__file__).parents[1]
+from . import measure
+from .measure import ROOT
+
 RETENTION = 0.2
 PROMPTS = 256
 # from hardly ever to always kept: pale blue, violet, vermilion, which differ in lightness as well
@@ -35,7 +37,7 @@ def scored(models: Path) -> tuple[TokenScores, torch.Tensor]:
     return arithmetic.score(student, teacher, prompts, 0, fields=sorted(fields))
 
 
-def draw(axes, scores: TokenScores, rollout: torch.Tensor, rule: str):
+def draw(axes: Any, scores: TokenScores, rollout: torch.Tensor, rule: str) -> Any:
     """Hexagons of the map, coloured by the share of their tokens that is kept, or by their mean weight."""
     picked = select(scores, rule, RETENTION, rollout=rollout, generator=torch.Generator().manual_seed(0))
     # the weights of an importance sample undo how often a token is drawn
@@ -67,7 +69,7 @@ def draw(axes, scores: TokenScores, rollout: torch.Tensor, rule: str):
     return cells
 
 
-def legend(figure: Figure, cells, axes) -> None:
+def legend(figure: Figure, cells: Any, axes: Any) -> None:
     bar = figure.colorbar(cells, ax=axes, shrink=0.7, aspect=25)
     bar.set_label("share of a hexagon's tokens kept, or weight / the largest", fontsize=7, color=FAINT)
     bar.ax.tick_params(labelsize=7, colors=FAINT)
@@ -75,7 +77,7 @@ def legend(figure: Figure, cells, axes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measure.parser("plot_rules", __doc__)
     parser.add_argument("--models", type=Path, default=ROOT / "runs/demo/models")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs/rules")
     options = parser.parse_args()
@@ -103,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.end(main)

@@ -1,18 +1,19 @@
 """Does the probe's ranking agree with what training comes to? On the laptop's addition task, rule by rule.
 
-    python benchmarks/probe_agreement.py train --seeds 0 1        # about ten minutes of a core per seed
-    python benchmarks/probe_agreement.py probe --seeds 0 1 2 3    # writes benchmarks/results/probe-agreement.json
+    python -m benchmarks.probe_agreement train --seeds 0 1        # about ten minutes of a core per seed
+    python -m benchmarks.probe_agreement probe --seeds 0 1 2 3    # writes benchmarks/results/probe-agreement.json
 
 `train` distils the demo's student on every cell below and keeps the outcomes; `probe` asks the probe about the same
 student before any training, with prompts and rollouts of several seeds, and compares the two rankings by Spearman's
 rank correlation.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+
+from . import measure
 
 CELLS = (
     ("all", 1.0),
@@ -26,7 +27,7 @@ CELLS = (
     ("complement:soft_or", 0.5),
 )
 OUTCOMES = Path("runs/probe-agreement/outcomes.json")
-RESULT = Path("benchmarks/results/probe-agreement.json")
+RESULT = measure.RESULTS / "probe-agreement.json"
 
 
 def train(seeds, workers, directory):
@@ -60,7 +61,7 @@ def ask(seeds, directory, prompts):
     tokenizer = AutoTokenizer.from_pretrained(models / "student")
     rules = dict.fromkeys(rule for rule, _ in CELLS if rule not in ("all", "random"))
     retentions = sorted({retention for _, retention in CELLS if retention < 1}, reverse=True)
-    found = []
+    results = []
     for seed in seeds:
         settings = Settings(rules=tuple(rules), retentions=tuple(retentions), seed=seed)
         # prompts that no training of seed 0 or 1 has seen
@@ -70,9 +71,9 @@ def ask(seeds, directory, prompts):
         )
         rollouts = [rollout for batch in batches for rollout in batch]
         scores = score_rollouts(student, teacher, rollouts, settings.fields()).scores
-        found.append(probe(student, teacher, rollouts, scores, settings))
-        print(f"seed {seed}: {found[-1]['recommendation']}", flush=True)
-    return found
+        results.append(probe(student, teacher, rollouts, scores, settings))
+        print(f"seed {seed}: {results[-1]['recommendation']}", flush=True)
+    return results
 
 
 def ranks(values):
@@ -81,8 +82,8 @@ def ranks(values):
     return [mean(place for place, other in enumerate(ordered, 1) if other == value) for value in values]
 
 
-def spearman(one, two):
-    x, y = ranks(one), ranks(two)
+def spearman(first, second):
+    x, y = ranks(first), ranks(second)
     mx, my = mean(x), mean(y)
     return (
         sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
@@ -131,7 +132,7 @@ def compare(outcomes, probes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measure.parser("probe_agreement", __doc__)
     parser.add_argument("what", choices=("train", "probe"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=1)
@@ -141,7 +142,6 @@ def main():
     if options.what == "train":
         train(options.seeds, options.workers, options.directory)
         return
-    from tipdistill.bench.measure import write
     from tipdistill.provenance import environment
 
     outcomes = json.loads(OUTCOMES.read_text())
@@ -155,9 +155,9 @@ def main():
             for prompts in options.prompts
         },
     }
-    write(RESULT, result)
+    measure.write(RESULT, result)
     print(f"written: {RESULT}")
 
 
 if __name__ == "__main__":
-    main()
+    measure.end(main)

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tipdistill.bench import measure
+from benchmarks import measure
 
 
 def matmul_flops(function):

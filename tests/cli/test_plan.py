@@ -70,5 +70,5 @@ def test_help_names_the_flags():
     shown = subprocess.run(
         [sys.executable, "-m", "tipdistill.cli", "plan", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for flag in ("--gpus", "--memory", "--json", "--teacher_place", "--markdown"):
+    for flag in ("--gpus", "--memory", "--json", "--teacher_place"):
         assert flag in shown

@@ -22,7 +22,6 @@ ORDER = [
     {"report"},
     {"plan"},
     {"probe", "estimate"},
-    {"bench"},
     {"sweep"},
     {"cli"},
 ]

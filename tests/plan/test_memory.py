@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tipdistill.bench.plan import CASES, TOLERANCE, Case, expected, measure
+from benchmarks.plan import CASES, TOLERANCE, Case, expected, measure
 from tipdistill.plan import MACHINES, memory, peak, plan, read_config, replay, setup_of, step_time
 from tipdistill.plan.memory import fused_workspace
 from tipdistill.plan.models import PUBLISHED, sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from dataclasses import replace
 from enum import Enum
@@ -13,9 +14,8 @@ import torch
 import yaml
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from ..bench.measure import write
+from ..files import write_text
 from ..plan import MACHINES, Machine, Setup, as_text, plan, read_config, setup_of
-from ..plan.document import update
 from ..plan.memory import ENGINES, OPTIMIZERS, SHARDING, TEACHERS
 from ..select import resolve_rule
 from ..text import nearest
@@ -47,11 +47,6 @@ def main(argv: list[str]) -> int:
         ValueError: an unknown flag, key or name (the nearest is given), or a size that cannot be.
     """
     own, rest = _parser().parse_known_args(argv)
-    if own.markdown:
-        if rest:
-            raise ValueError(f"--markdown rewrites a document and takes nothing else, got {' '.join(rest)}.")
-        print(f"{own.markdown}: {'rewritten' if update(own.markdown) else 'as the plan has it'}")
-        return 0
     _check_numbers(own)
     values = read_values(rest)
     machine = _machine(own)
@@ -59,7 +54,8 @@ def main(argv: list[str]) -> int:
     head = f"{values.model_name_or_path} from {values.teacher_model_name_or_path} on {own.gpus:,} × {own.gpu.upper()}"
     print(f"{head}\n\n{as_text(found)}")
     if own.json:
-        write(own.json, found)
+        own.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(own.json, json.dumps(found, indent=1) + "\n")
         print(f"\nwritten: {own.json}")
     return 0
 
@@ -80,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher_place", help=f"{', '.join(TEACHERS)} (default: as teacher_offload and the sharding have it)")
     add("--prompt_tokens", type=int, help="tokens of a prompt (default: max_prompt_length, else 1024)")
     add("--json", type=Path, help="write the plan to this file as well")
-    add("--markdown", type=Path, metavar="DOCUMENT", help="rewrite the tables of a document such as docs/scaling.md")
     for name, what in _RATES.items():
         add(f"--{name}", type=int if name == "node" else float, help=f"{what} (default: the GPU's)")
     return parser

@@ -1,0 +1,452 @@
+"""Score + select + loss of two lm_heads, forward and backward: ours, plain PyTorch, TRL's, Liger's, on the same inputs.
+
+Every variant has a process of its own; rounds go through all of them in turn, and a ratio is the median over rounds of
+what two variants took in the same round, so that a machine that is busy for a while is busy for both. A variant that
+does not agree with the float64 reference is refused: it has no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tipdistill.loss import fused_divergence_loss, selected_loss
+from tipdistill.provenance import environment
+from tipdistill.score import IMPLEMENTATIONS, token_scores
+from tipdistill.select import RULES, kept_counts, needs_teacher, rule_fields, select
+from tipdistill.text import check_known
+from tipdistill.types import Head
+
+from . import measure as measuring
+from .measure import Worker, growth, matmul_rate, peak_bytes, spread, time_split, timed
+
+PEERS = ("plain", "trl", "liger")
+RETENTIONS = (0.5, 0.2, 0.1)
+# Relative errors against float64 from the same inputs: loss and Frobenius norm of the gradients. Float32 sums of 10⁵
+# terms lose two or three of seven digits; bf16 gradients are rounded to 2⁻⁹, and a peer with bf16 logits loses more.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+# Scores closer than this may be ranked either way by a float32 score.
+RANKING_TOLERANCE = 1e-4
+# Elements of the reference's float64 tensors, so that its many steps do not each map fresh memory.
+REFERENCE_ELEMENTS = {"cpu": 3 * 2**20, "cuda": 2**27}
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """Sizes of the two heads, and how they are run.
+
+    Attributes:
+        tokens, vocabulary, student_width, teacher_width: N, V, H_S and H_T.
+        rollout_length: tokens of one rollout, inside which the budget is spent.
+        dtype: of hidden states and weights, a key of TOLERANCES.
+        device: "cpu" or "cuda".
+        threads: torch's threads on the CPU.
+    """
+
+    tokens: int = 1024
+    vocabulary: int = 50_000
+    student_width: int = 512
+    teacher_width: int = 1024
+    rollout_length: int = 128
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_known("dtype", self.dtype, TOLERANCES)
+        check_known("device", self.device, ("cpu", "cuda"))
+        for name in ("tokens", "vocabulary", "student_width", "teacher_width", "rollout_length", "threads"):
+            if getattr(self, name) < (2 if name == "vocabulary" else 1):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("this preset needs a GPU, and torch sees none here. On the CPU: --preset cpu.")
+
+
+_QWEN3 = {"vocabulary": 151_936, "student_width": 2560, "teacher_width": 4096, "rollout_length": 1024} | {
+    "dtype": "bfloat16",
+    "device": "cuda",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "qwen3-4k": {**_QWEN3, "tokens": 4096},
+    "qwen3-8k": {**_QWEN3, "tokens": 8192},
+    "qwen3-16k": {**_QWEN3, "tokens": 16384},
+    "qwen3-32k": {**_QWEN3, "tokens": 32768},
+    "scaling": {"student_width": 256, "teacher_width": 512},
+}
+SCALING = {"tokens": (256, 512, 1024, 2048), "vocabulary": (8192, 16384, 32768, 65536)}
+SCALING_FIXED = {"tokens": 512, "vocabulary": 16384}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of doing the work: a peer, or an engine of ours with a rule and a retention."""
+
+    engine: str
+    rule: str = "all"
+    retention: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.engine if self.rule == "all" else f"{self.engine} {self.rule} {self.retention:g}"
+
+    def floor(self, width_ratio: float) -> float:
+        """Matmuls that cannot be left out, in student projections (2·N·V·H_S flops); width_ratio = H_T / H_S.
+
+        Example:
+            >>> Variant("chunked").floor(2.0), Variant("chunked", "entropy", 0.1).floor(2.0), Variant("trl").floor(2.0)
+            (5.0, 1.5, 8.0)
+        """
+        whole = 3 + width_ratio
+        if self.engine == "trl":
+            return 2 * (1 + width_ratio) + 2
+        if self.rule == "all":
+            return whole
+        return 1 + (width_ratio if needs_teacher(self.rule) else 0) + self.retention * whole
+
+
+def variants_of(device: str) -> list[Variant]:
+    """Every variant that can run on a device.
+
+    Example:
+        >>> [variant.name for variant in variants_of("cpu")][:4]
+        ['plain', 'trl', 'chunked', 'chunked soft_or 0.5']
+    """
+    peers = [Variant(name) for name in PEERS if name != "liger" or (device == "cuda" and find_spec("liger_kernel"))]
+    engines = [name for name in ("chunked", "triton") if name in IMPLEMENTATIONS]
+    engines = [name for name in engines if name == "chunked" or device == "cuda"]
+    rules = [("all", 1.0), *((rule, retention) for rule in ("soft_or", "entropy") for retention in RETENTIONS)]
+    return peers + [Variant(engine, *rule) for engine in engines for rule in rules]
+
+
+class HeadWork:
+    """The inputs of one variant, and what is asked about it; lives in the variant's own process."""
+
+    def __init__(self, settings: HeadSettings, variant: Variant) -> None:
+        torch.set_num_threads(settings.threads)
+        self.settings, self.variant = settings, variant
+        dtype = getattr(torch, settings.dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(settings.device, dtype)
+
+        # logits with a standard deviation of 2, as uncertain as those of a language model
+        students, teachers = settings.student_width, settings.teacher_width
+        hidden, weight = draw(settings.tokens, students), draw(settings.vocabulary, students, scale=2 / students**0.5)
+        teacher_weight = draw(settings.vocabulary, teachers, scale=2 / teachers**0.5)
+        self.student = Head(hidden.requires_grad_(), weight.requires_grad_())
+        self.teacher = Head(draw(settings.tokens, teachers), teacher_weight)
+        self.rollout = torch.arange(settings.tokens, device=settings.device) // settings.rollout_length
+        self.work: Callable[[], tuple[Tensor, Tensor | None]] = {
+            "plain": self._plain,
+            "trl": self._trl,
+            "liger": self._liger,
+        }.get(variant.engine, self._ours)
+
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """One forward and backward; the loss, and the mask of what was selected."""
+        self.student.hidden.grad = self.student.weight.grad = None
+        loss, mask = self.work()
+        loss.backward()
+        return loss.detach(), mask
+
+    def round(self) -> dict[str, float]:
+        """One timed run, and the rate of the machine's matmuls right before it."""
+        if self.settings.device == "cuda":
+            self.run()  # memory was given back to the other variants, and is claimed again before the clock starts
+        rate = matmul_rate(self.student.hidden, self.student.weight)
+        seconds, processor, _ = timed(self.run, self.settings.device)
+        return {"seconds": seconds, "processor_seconds": processor, "matmul_rate": rate}
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes that one run takes and that its gradients are, and the shares of its time by kind of operation."""
+        split = time_split(self.run, self.settings.device)
+        self.student.hidden.grad = self.student.weight.grad = None
+        gradients = self.student.hidden.nbytes + self.student.weight.nbytes
+        extra = peak_bytes(self.run, self.settings.device)
+        return {"extra_bytes": extra, "gradient_bytes": gradients, "time_split": split}
+
+    def errors(self) -> dict[str, float]:
+        """Relative errors of loss and gradients against float64, and the share of tokens that were ranked wrongly."""
+        loss, mask = self.run()
+        gradients = [self.student.hidden.grad, self.student.weight.grad]
+        self.student.hidden.grad = self.student.weight.grad = None
+        student, teacher = _double(self.student), _double(self.teacher)
+        misranked = 0.0
+        if mask is None:
+            mask = torch.ones_like(self.rollout, dtype=torch.bool)
+        else:
+            misranked = _misranked(self.variant, student, teacher, self.rollout, mask)
+        student.hidden.requires_grad_(), student.weight.requires_grad_()
+        truth = torch.zeros((), dtype=torch.float64, device=loss.device)
+        for rows in mask.nonzero()[:, 0].split(_reference_rows(student)):
+            scores = token_scores(*_take(student, teacher, rows), fields=["divergence"], impl="reference")
+            part = scores.require("divergence").sum() / mask.sum()
+            part.backward()
+            truth += part.detach()
+        errors = {"loss": _relative(loss, truth), "misranked": misranked}
+        for name, value, exact in zip(("hidden", "weight"), gradients, (student.hidden, student.weight), strict=True):
+            errors[name] = float("inf") if value is None or exact.grad is None else _relative(value, exact.grad)
+        return errors
+
+    def _plain(self) -> tuple[Tensor, None]:
+        log_s = torch.log_softmax((self.student.hidden @ self.student.weight.T).float(), -1)
+        with torch.no_grad():
+            log_t = torch.log_softmax((self.teacher.hidden @ self.teacher.weight.T).float(), -1)
+        return (log_s.exp() * (log_s - log_t)).sum(-1).mean(), None
+
+    def _trl(self) -> tuple[Tensor, None]:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        heads = (self.student.hidden, self.student.weight, None, self.teacher.hidden, self.teacher.weight, None)
+        divergence, _ = ChunkedDivergenceFunction.apply(*heads, 1.0)
+        return divergence.mean(), None
+
+    def _liger(self) -> tuple[Tensor, None]:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        student, teacher = self.student, self.teacher
+        loss = LigerFusedLinearJSD(jsd_beta=1.0)(student.hidden, student.weight, teacher.hidden, teacher.weight)
+        return loss, None
+
+    def _ours(self) -> tuple[Tensor, Tensor | None]:
+        engine, rule, retention = self.variant.engine, self.variant.rule, self.variant.retention
+        if rule == "all":
+            return fused_divergence_loss(self.student, self.teacher, impl=engine), None
+        fields = rule_fields(rule) or ()
+        if needs_teacher(rule):
+            scores = token_scores(self.student, self.teacher, fields=[*fields, "divergence"], impl=engine)
+            picked = select(scores, rule, retention, self.rollout)
+            return selected_loss(scores, picked), picked.mask
+        with torch.no_grad():
+            scores = token_scores(self.student, fields=fields, impl=engine)
+        mask = select(scores, rule, retention, self.rollout).mask
+        return fused_divergence_loss(*_take(self.student, self.teacher, mask), impl=engine), mask
+
+
+def run_head(
+    preset: str = "cpu",
+    rounds: int = 5,
+    say: Callable[[str], None] = print,
+    variants: list[Variant] | None = None,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """Measure every variant on heads of one size; the result as it is written to benchmarks/results.
+
+    Args:
+        preset: a key of PRESETS.
+        rounds: timed runs of each variant, after one that checks it and one that counts its memory.
+        say: takes one line of progress.
+        variants: None: all that the device can run.
+        sizes: fields of `HeadSettings` that differ from the preset's.
+
+    Raises:
+        ValueError: an unknown preset, sizes that are not positive, or no GPU where one is needed.
+
+    Example:
+        >>> result = run_head(rounds=1, tokens=4, vocabulary=8, student_width=2, teacher_width=2,  # doctest: +SKIP
+        ...                   variants=[Variant("plain"), Variant("chunked")])
+    """
+    settings = settings_of(preset, sizes)
+    chosen = variants_of(settings.device) if variants is None else variants
+    return {
+        "benchmark": "head",
+        "preset": preset,
+        **environment(settings.device, settings.threads),
+        "settings": asdict(settings),
+        "tolerance": TOLERANCES[settings.dtype],
+        "variants": measure(settings, chosen, rounds, say),
+    }
+
+
+def run_scaling(rounds: int = 3, say: Callable[[str], None] = print, **sizes: Any) -> dict[str, Any]:
+    """Time and memory over four numbers of tokens and four vocabularies, the other held fixed.
+
+    Args:
+        rounds, say, sizes: as in `run_head`; sizes may give "tokens" or "vocabulary" as the four to measure.
+
+    Example:
+        >>> result = run_scaling(rounds=1)  # doctest: +SKIP
+    """
+    axes = {axis: tuple(sizes.pop(axis, four)) for axis, four in SCALING.items()}
+    base = settings_of("scaling", sizes)
+    chosen = [Variant("plain"), Variant("chunked"), Variant("chunked", "soft_or", 0.5)]
+    points = []
+    for axis, values in axes.items():
+        for value in values:
+            settings = settings_of("scaling", {**asdict(base), **SCALING_FIXED, axis: value})
+            say(f"{axis} {value}")
+            points.append({"axis": axis, "size": value, "variants": measure(settings, chosen, rounds, say)})
+    return {
+        "benchmark": "scaling",
+        "preset": "scaling",
+        **environment(base.device, base.threads),
+        "settings": {**asdict(base), **SCALING_FIXED},
+        "points": points,
+        "growth": growth_along(points),
+    }
+
+
+def growth_along(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Exponents of time and of memory beside the gradients along each axis, by variant.
+
+    Args:
+        points: those of `run_scaling`'s result. Time is one thread's processor time, which other work leaves alone.
+    """
+    exponents: dict[str, dict[str, Any]] = {}
+    for axis in SCALING:
+        along = [point for point in points if point["axis"] == axis]
+        sizes = [point["size"] for point in along]
+        for name in along[0]["variants"]:
+            measured = [point["variants"][name] for point in along]
+            if all("processor_seconds" in entry for entry in measured):
+                exponents.setdefault(name, {})[axis] = {
+                    "time": growth(sizes, [entry["processor_seconds"]["median"] for entry in measured]),
+                    "memory": growth(sizes, [entry["extra_bytes"] - entry["gradient_bytes"] for entry in measured]),
+                }
+    return exponents
+
+
+def settings_of(preset: str, sizes: dict[str, Any]) -> HeadSettings:
+    """Settings of a preset with some fields replaced; ValueError names the nearest preset."""
+    check_known("preset", preset, PRESETS)
+    return HeadSettings(**{**PRESETS[preset], **sizes})
+
+
+def measure(
+    settings: HeadSettings, variants: list[Variant], rounds: int, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Errors, memory, times and ratios of each variant, by name."""
+    entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in variants}
+    taken: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
+    with _workers(settings, variants) as workers:
+        for name in list(workers):
+            refusal = _examine(workers[name], entries[name], TOLERANCES[settings.dtype])
+            if refusal is not None:
+                say(f"{name}: refused, {refusal}")
+                entries[name]["refused"] = refusal
+                workers.pop(name).close()
+            else:
+                say(f"{name}: agrees with float64")
+        for number in range(rounds):
+            for name, worker in workers.items():
+                taken[name].append(worker.ask("round"))
+            say(f"round {number + 1} of {rounds}: " + _summary({name: taken[name][-1] for name in workers}))
+    unit = 2 * settings.tokens * settings.vocabulary * settings.student_width
+    for variant in variants:
+        runs = taken[variant.name]
+        if not runs:
+            continue
+        entry = entries[variant.name]
+        entry["floor"] = variant.floor(settings.teacher_width / settings.student_width)
+        for key in ("seconds", "processor_seconds", "matmul_rate"):
+            entry[key] = spread([run[key] for run in runs])
+        entry["over_floor"] = spread([run["seconds"] * run["matmul_rate"] / unit / entry["floor"] for run in runs])
+        for peer in PEERS:
+            if peer != variant.name and taken.get(peer):
+                pairs = list(zip(runs, taken[peer], strict=True))
+                entry.setdefault("ratio", {})[peer] = spread([own["seconds"] / its["seconds"] for own, its in pairs])
+                entry.setdefault("processor_ratio", {})[peer] = spread(
+                    [own["processor_seconds"] / its["processor_seconds"] for own, its in pairs]
+                )
+                entry.setdefault("memory_ratio", {})[peer] = entry["extra_bytes"] / entries[peer]["extra_bytes"]
+    return entries
+
+
+@contextmanager
+def _workers(settings: HeadSettings, variants: list[Variant]) -> Iterator[dict[str, Worker]]:
+    workers = {variant.name: Worker(HeadWork, settings, variant) for variant in variants}
+    try:
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _examine(worker: Worker, entry: dict[str, Any], tolerance: float) -> str | None:
+    """Fill in errors and memory; the reason for a refusal, or None."""
+    try:
+        entry["errors"] = worker.ask("errors")
+        wrong = {name: error for name, error in entry["errors"].items() if not error <= tolerance}
+        if wrong:
+            return f"it does not agree with the float64 reference (allowed {tolerance:g}): " + ", ".join(
+                f"{name} {error:.1e}" for name, error in wrong.items()
+            )
+        entry |= worker.ask("memory")
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[-1]
+    return None
+
+
+def _summary(runs: dict[str, dict[str, float]]) -> str:
+    rate = median(run["matmul_rate"] for run in runs.values()) / 1e9 if runs else 0.0
+    return ", ".join(f"{name} {run['seconds']:.3g} s" for name, run in runs.items()) + f" ({rate:.0f} Gflop/s)"
+
+
+def _misranked(variant: Variant, student: Head, teacher: Head, rollout: Tensor, mask: Tensor) -> float:
+    """Share of the tokens that a top-k by float64 scores would decide otherwise, near ties aside."""
+    fields = rule_fields(variant.rule) or ()
+    parts = [
+        token_scores(*_take(student, teacher, rows), fields=fields, impl="reference")
+        for rows in torch.arange(len(mask), device=mask.device).split(_reference_rows(student))
+    ]
+    scores = parts[0].map(lambda value: value)
+    scores = type(scores)(**{name: torch.cat([getattr(part, name) for part in parts]) for name, _ in scores.present()})
+    score = RULES[variant.rule].score(scores)
+    wrong = 0
+    for number, count in enumerate(kept_counts(rollout.bincount(), variant.retention, variant.rule).tolist()):
+        inside = rollout == number
+        own, kept = score[inside], mask[inside]
+        if int(kept.sum()) != count:
+            return 1.0
+        cut = own.sort(descending=True).values[count - 1]
+        wrong += int((kept & (own < cut - RANKING_TOLERANCE)).sum() + (~kept & (own > cut + RANKING_TOLERANCE)).sum())
+    return wrong / len(mask)
+
+
+def _reference_rows(student: Head) -> int:
+    return max(1, REFERENCE_ELEMENTS[student.hidden.device.type] // len(student.weight))
+
+
+def _double(head: Head) -> Head:
+    return Head(head.hidden.detach().double(), head.weight.detach().double())
+
+
+def _take(student: Head, teacher: Head, rows: Tensor) -> tuple[Head, Head]:
+    return Head(student.hidden[rows], student.weight), Head(teacher.hidden[rows], teacher.weight)
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure one preset and write its JSON; 1 where a variant was refused.
+
+    Raises:
+        ValueError: an unknown preset (the nearest is given), or sizes that make no sense.
+    """
+    parser = measuring.parser("head", __doc__)
+    parser.add_argument("--preset", help=f"{', '.join(PRESETS)} (default cpu)")
+    parser.add_argument("--rounds", type=int, help="timed runs of each variant, taking turns")
+    for name in ("tokens", "vocabulary", "student_width", "teacher_width", "rollout_length", "threads"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dtype", help=" or ".join(TOLERANCES))
+    parser.add_argument("--device", help="cpu or cuda")
+    return measuring.run("head", _run_preset, parser, argv)
+
+
+def _run_preset(preset: str = "cpu", **given: Any) -> dict[str, Any]:
+    return run_scaling(**given) if preset == "scaling" else run_head(preset, **given)
+
+
+if __name__ == "__main__":
+    measuring.end(main)

@@ -1,0 +1,246 @@
+"""What every benchmark shares: processes that take turns, the machine and versions, time, memory, the matmul rate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NoReturn
+
+import torch
+
+from tipdistill import files
+from tipdistill.score import tiles
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Worker:
+    """A process that builds one piece of work and then does what it is asked, so that variants share no memory."""
+
+    def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, command: str) -> Any:
+        """The answer of the work's method `command`.
+
+        Raises:
+            RuntimeError: the method raised, or the process died.
+        """
+        try:
+            self._connection.send(command)
+            done, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise RuntimeError(f"the process ended with exit code {self._process.exitcode}") from error
+        if not done:
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+
+def _serve(connection: Any, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    work = None
+    while True:
+        try:
+            command = connection.recv()
+        except EOFError:
+            return
+        try:
+            work = build(*arguments) if work is None else work
+            connection.send((True, getattr(work, command)()))
+        except Exception:
+            connection.send((False, traceback.format_exc(limit=-3)))
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the other variants' processes share the device
+
+
+def timed(run: Callable[[], Any], device: str) -> tuple[float, float, Any]:
+    """Wall-clock and processor seconds of one run, and what it returned."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    wall, processor = time.perf_counter(), time.process_time()
+    returned = run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - processor, returned
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """The most memory, in bytes, that tensors allocated by one run held at once, its gradients included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+_KINDS = {
+    "matmul": ("mm", "addmm", "addmm_", "_linear_pointwise", "bmm"),
+    "exponential": ("exp", "exp_", "exp2", "exp2_", "_log_softmax", "_log_softmax_backward_data", "tanh_"),
+}
+
+
+def time_split(run: Callable[[], Any], device: str) -> dict[str, float]:
+    """Shares of one run's time on the device by kind of operation: matmul, exponential, other (passes and the rest).
+
+    Example:
+        >>> split = time_split(lambda: torch.randn(64, 64) @ torch.randn(64, 64), "cpu")
+        >>> sorted(split), round(sum(split.values()), 6)
+        (['exponential', 'matmul', 'other'], 1.0)
+    """
+    with torch.profiler.profile() as profile:
+        run()
+    taken = dict.fromkeys((*_KINDS, "other"), 0.0)
+    for event in profile.key_averages():
+        name = event.key.rsplit("::", 1)[-1]
+        kind = next((kind for kind, names in _KINDS.items() if name in names), "other")
+        taken[kind] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    total = sum(taken.values()) or 1.0
+    return {kind: microseconds / total for kind, microseconds in taken.items()}
+
+
+def matmul_rate(hidden: torch.Tensor, weight: torch.Tensor, seconds: float = 0.05) -> float:
+    """Flops per second of tiles of a projection, by whichever of torch's matmuls is faster here.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        seconds: how long each is tried.
+
+    Example:
+        >>> matmul_rate(torch.randn(8, 4), torch.randn(16, 4), seconds=0.001) > 0
+        True
+    """
+    tokens, columns = (4096, 16384) if hidden.is_cuda else (512, 512)
+    left, right = hidden.detach()[:tokens], weight.detach()[:columns]
+    flops = 2 * len(left) * len(right) * left.shape[1]
+    best = 0.0
+    for multiply in (lambda: torch.mm(left, right.t()), lambda: tiles.project(left, right)):
+        taken, runs = 0.0, 0
+        multiply()
+        while taken < seconds:
+            taken += timed(multiply, left.device.type)[0]
+            runs += 1
+        best = max(best, flops * runs / taken)
+    return best
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0])
+        {'median': 2.0, 'low': 1.0, 'high': 3.0, 'runs': 3}
+    """
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": median(values), "low": low, "high": high, "runs": len(values)}
+
+
+def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Exponent k of value ~ size^k by least squares in logarithms.
+
+    Example:
+        >>> growth([1, 10, 100], [2, 20, 200])
+        1.0
+    """
+    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return round(slope, 3)
+
+
+def write(path: Path, result: Any, digits: int = 4) -> Path:
+    """Write a result as JSON with so many digits of each fraction, in full or not at all; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return files.write_text(path, json.dumps(rounded(result, digits), indent=1) + "\n")
+
+
+def rounded(value: Any, digits: int) -> Any:
+    """The same with so many digits of every float inside.
+
+    Example:
+        >>> rounded({"a": [1 / 3, 12345.678], "n": 12345}, 4)
+        {'a': [0.3333, 12350.0], 'n': 12345}
+    """
+    if isinstance(value, Mapping):
+        return {key: rounded(entry, digits) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(entry, digits) for entry in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+# What every command shares.
+
+
+def parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m benchmarks.MODULE`.
+
+    Args:
+        module: its name after the package's.
+        text: its docstring, of which the first paragraph is shown.
+    """
+    description = (text or "").split("\n\n")[0]
+    return argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description, allow_abbrev=False)
+
+
+def run(
+    module: str,
+    measurement: Callable[..., dict[str, Any]],
+    options: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Measure with the options that are given, write the result, say where it is; 1 where a variant was refused.
+
+    Args:
+        module: as in `parser`; the file is named after it and the result's "preset".
+        measurement: takes the options by name.
+        options: the parser of what the measurement takes; --output is added here.
+        argv: the arguments; None: the process's own.
+    """
+    options.add_argument("--output", type=Path, help=f"the JSON file (default benchmarks/results/{module}-NAME.json)")
+    given = {name: value for name, value in vars(options.parse_args(argv)).items() if value is not None}
+    output = given.pop("output", None)
+    result = measurement(**given)
+    path = write(output or RESULTS / f"{module}-{result['preset']}.json", result)
+    refused = [name for name, entry in result.get("variants", {}).items() if "refused" in entry]
+    print(f"written: {path}" + (f"; refused: {', '.join(refused)}" if refused else ""))
+    return 1 if refused else 0
+
+
+def end(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command on the process's arguments and end with its code: 2 and one line where it refuses them."""
+    try:
+        code = main() or 0
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).stem}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)

@@ -1,0 +1,361 @@
+"""A whole training step of real architectures with random weights: plain PyTorch, TRL's trainer, ours.
+
+Every training runs in a process of its own; rounds go through the variants in turn. Completions have a fixed length, so
+that every variant trains on the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from tipdistill.config import TIPConfig
+from tipdistill.provenance import environment
+from tipdistill.tasks.arithmetic import build_tokenizer
+from tipdistill.text import check_known
+from tipdistill.trainer import TIPTrainer
+
+from . import measure
+from .measure import Worker, spread
+
+# hidden size, layers, heads, intermediate size, tied embeddings: those of the models' config.json
+ARCHITECTURES: dict[str, tuple[int, int, int, int, bool]] = {
+    "tiny-student": (64, 2, 4, 128, True),
+    "tiny-teacher": (128, 2, 4, 256, True),
+    "qwen3-0.6b": (1024, 28, 16, 3072, True),
+    "qwen3-1.7b": (2048, 28, 16, 6144, True),
+    "qwen3-4b": (2560, 36, 32, 9728, True),
+    "qwen3-8b": (4096, 36, 32, 12288, False),
+}
+# Losses of the first step against TRL's: the same rollout, float32 or bf16 hidden states.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """A pair and a batch: `rollouts` completions of `completion` tokens, all in one micro-batch unless accumulated."""
+
+    student: str
+    teacher: str
+    vocabulary: int = 151_936
+    rollouts: int = 16
+    accumulation: int = 1
+    completion: int = 1024
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    threads: int = 1
+
+
+PRESETS = {
+    "tiny": StepSettings("tiny-student", "tiny-teacher", 16_384, 8, 1, 64, "float32", "cpu"),
+    "qwen3-1.7b-0.6b": StepSettings("qwen3-0.6b", "qwen3-1.7b", rollouts=32, accumulation=4),
+    "qwen3-8b-4b": StepSettings("qwen3-4b", "qwen3-8b", rollouts=16, accumulation=4, completion=2048),
+}
+
+
+@dataclass(frozen=True)
+class StepVariant:
+    """A trainer, and for ours the retention of Soft-OR and whether the teacher leaves the device."""
+
+    trainer: str
+    retention: float = 1.0
+    teacher_offload: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.trainer != "tip":
+            return self.trainer
+        rule = "all" if self.retention == 1 else f"soft_or {self.retention:g}"
+        return f"tip {rule}" + (", teacher_offload" if self.teacher_offload else "")
+
+
+def variants_of() -> list[StepVariant]:
+    """The peers, and ours at four retentions with and without teacher_offload.
+
+    Example:
+        >>> [variant.name for variant in variants_of()][:4]
+        ['plain', 'trl', 'tip all', 'tip soft_or 0.5']
+    """
+    ours = [StepVariant("tip", retention, offload) for offload in (False, True) for retention in (1.0, 0.5, 0.2, 0.1)]
+    return [StepVariant("plain"), StepVariant("trl"), *ours]
+
+
+class _RolloutClock:
+    """Times the rollout of whatever trainer it is mixed into."""
+
+    rollout_seconds = 0.0
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        began = _now()
+        try:
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.rollout_seconds += _now() - began
+
+
+class _PlainTrainer(DistillationTrainer):
+    """TRL's trainer with the loss most people write first: full logits of both models."""
+
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        keep = inputs["completion_ids"].shape[1] + 1
+
+        def log_probabilities(model: Any) -> Tensor:
+            logits = model(input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=keep).logits
+            return torch.log_softmax(logits[:, :-1].float(), -1)
+
+        with self.accelerator.autocast():
+            log_s = log_probabilities(unwrapped_student)
+            with torch.no_grad():
+                log_t = log_probabilities(self.accelerator.unwrap_model(self.teacher_model))
+        mask = inputs["completion_mask"]
+        divergence = (log_s.exp() * (log_s - log_t)).sum(-1) * mask
+        return divergence.sum() / num_items_in_batch, torch.zeros((), device=ids.device), mask.sum()
+
+
+class _StepClock(TrainerCallback):
+    """Wall-clock time of each step, and of its optimizer."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.trainer: Any = None
+        self.began = self.optimizer = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began, self.trainer.rollout_seconds = _now(), 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.optimizer = _now()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.optimizer = _now() - self.optimizer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = _now() - self.began
+        self.steps.append({"step": seconds, "rollout": self.trainer.rollout_seconds, "optimizer": self.optimizer})
+        if len(self.steps) == 1 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class StepWork:
+    """One training of one variant, in the variant's own process."""
+
+    def __init__(self, settings: StepSettings, variant: StepVariant, steps: int) -> None:
+        torch.set_num_threads(settings.threads)
+        self.settings, self.variant, self.steps = settings, variant, steps
+
+    def round(self) -> dict[str, Any]:
+        """Seconds of each part (medians over the steps after the first), peak memory, and the first step's loss."""
+        with tempfile.TemporaryDirectory() as folder:
+            clock = _StepClock()
+            trainer = self._trainer(folder, clock)
+            before = _resident_bytes()
+            trainer.train()
+            history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        steps = clock.steps[1:]
+        figures: dict[str, Any] = {part: median(step[part] for step in steps) for part in steps[0]}
+        figures["training"] = median(step["step"] - step["rollout"] for step in steps)
+        for part in ("score", "select", "loss"):
+            if f"time/{part}" in history[-1]:
+                figures[part] = median(entry[f"time/{part}"] for entry in history[1:])
+        if "loss" not in figures:
+            figures["loss"] = median(step["step"] - step["rollout"] - step["optimizer"] for step in steps)
+        if self.settings.device == "cuda":
+            figures["peak_bytes"] = torch.cuda.max_memory_allocated()
+        else:
+            figures["peak_bytes"] = _peak_resident_bytes() - before
+        figures["first_loss"] = history[0]["loss"]
+        return figures
+
+    def _trainer(self, folder: str, clock: _StepClock) -> Any:
+        settings, variant = self.settings, self.variant
+        options: dict[str, Any] = {
+            "output_dir": folder,
+            "max_steps": 1 + self.steps,
+            "per_device_train_batch_size": settings.rollouts // settings.accumulation,
+            "gradient_accumulation_steps": settings.accumulation,
+            "max_completion_length": settings.completion,
+            "generation_kwargs": {"min_new_tokens": settings.completion},
+            "beta": 1.0,
+            "bf16": settings.dtype == "bfloat16",
+            "use_cpu": settings.device == "cpu",
+            "gradient_checkpointing": settings.device == "cuda",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": 0,
+        }
+        if variant.trainer == "tip":
+            rule = "all" if variant.retention == 1 else "soft_or"
+            config: DistillationConfig = TIPConfig(
+                **options,
+                selection_rule=rule,
+                retention=variant.retention,
+                teacher_offload=variant.teacher_offload,
+                drift_factor=0,
+            )
+        else:
+            config = DistillationConfig(**options)
+        base = {"tip": TIPTrainer, "plain": _PlainTrainer, "trl": DistillationTrainer}[variant.trainer]
+        trainer = type(base.__name__, (_RolloutClock, base), {})(
+            model=_random_model(settings.student, settings, seed=0),
+            teacher_model=_random_model(settings.teacher, settings, seed=1),
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": ["12+34="] * settings.rollouts * (1 + self.steps)}),
+            processing_class=build_tokenizer(),
+            callbacks=[clock],
+        )
+        clock.trainer = trainer
+        return trainer
+
+
+def _random_model(name: str, settings: StepSettings, seed: int) -> Any:
+    width, layers, heads, intermediate, tied = ARCHITECTURES[name]
+    config = Qwen3Config(
+        vocab_size=settings.vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=min(8, heads // 2),
+        head_dim=128 if width > 512 else width // heads,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32_768,
+    )
+    torch.manual_seed(seed)
+    with torch.device(settings.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+
+
+def _peak_resident_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return _peak_resident_bytes()
+
+
+def run_step(
+    preset: str = "tiny",
+    rounds: int = 3,
+    steps: int = 4,
+    say: Callable[[str], None] = print,
+    variants: list[StepVariant] | None = None,
+) -> dict[str, Any]:
+    """Measure a training step of every variant; the result as it is written to benchmarks/results.
+
+    Args:
+        preset: a key of PRESETS.
+        rounds: trainings of each variant, taking turns.
+        steps: timed steps of a training, after one that is not.
+        say: takes one line of progress.
+        variants: None: all.
+
+    Raises:
+        ValueError: an unknown preset (the nearest is given), or no GPU where one is needed.
+
+    Example:
+        >>> run_step("tiny", rounds=1, steps=1, variants=[StepVariant("trl")])  # doctest: +SKIP
+    """
+    check_known("preset", preset, PRESETS)
+    settings = PRESETS[preset]
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"the preset {preset!r} needs a GPU, and torch sees none here. On the CPU: --preset tiny.")
+    chosen = variants_of() if variants is None else variants
+    entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in chosen}
+    taken: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for number in range(rounds):
+        for variant in chosen:
+            if "refused" in entries[variant.name]:
+                continue
+            worker = Worker(StepWork, settings, variant, steps)
+            try:
+                run = worker.ask("round")
+            except RuntimeError as error:
+                entries[variant.name]["refused"] = str(error).strip().splitlines()[-1]
+                say(f"{variant.name}: {entries[variant.name]['refused']}")
+                continue
+            finally:
+                worker.close()
+            taken[variant.name].append(run)
+            say(f"round {number + 1} of {rounds}: {variant.name} {run['step']:.3g} s, training {run['training']:.3g} s")
+    for variant in chosen:
+        _summarise(variant, entries[variant.name], taken, TOLERANCES[settings.dtype])
+    return {
+        "benchmark": "step",
+        "preset": preset,
+        **environment(settings.device, settings.threads),
+        "settings": asdict(settings),
+        "variants": entries,
+    }
+
+
+def _summarise(
+    variant: StepVariant, entry: dict[str, Any], taken: dict[str, list[dict[str, Any]]], tolerance: float
+) -> None:
+    runs, peer = taken[variant.name], taken["trl"]
+    if "refused" in entry or not runs:
+        return
+    entry["first_loss"] = runs[0]["first_loss"]
+    if variant.retention == 1 and peer:
+        truth = peer[0]["first_loss"]
+        if not abs(entry["first_loss"] - truth) <= tolerance * abs(truth):
+            entry["refused"] = f"its first loss, {entry['first_loss']:.5g}, is not TRL's, {truth:.5g}"
+            return
+    entry["step_seconds"] = spread([run["step"] for run in runs])
+    entry["training_seconds"] = spread([run["training"] for run in runs])
+    parts = ("rollout", "score", "select", "loss", "optimizer")
+    entry["split"] = {part: median(run[part] for run in runs) for part in parts if part in runs[0]}
+    entry["peak_bytes"] = max(run["peak_bytes"] for run in runs)
+    for name in ("plain", "trl"):
+        if name != variant.name and len(taken[name]) == len(runs):
+            pairs = list(zip(runs, taken[name], strict=True))
+            entry.setdefault("ratio", {})[name] = spread([own["training"] / its["training"] for own, its in pairs])
+            entry.setdefault("memory_ratio", {})[name] = entry["peak_bytes"] / max(
+                run["peak_bytes"] for run in taken[name]
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure one preset and write its JSON; 1 where a variant was refused.
+
+    Raises:
+        ValueError: an unknown preset; the nearest is given.
+    """
+    parser = measure.parser("step", __doc__)
+    parser.add_argument("--preset", help=f"{', '.join(PRESETS)} (default tiny)")
+    parser.add_argument("--rounds", type=int, help="trainings of each variant, taking turns")
+    parser.add_argument("--steps", type=int, help="timed steps of one training")
+    return measure.run("step", run_step, parser, argv)
+
+
+if __name__ == "__main__":
+    measure.end(main)

@@ -1,0 +1,298 @@
+"""Markdown tables from the results, between marks in the documents, so that no number is typed by hand.
+
+<!-- bench:head-cpu -->
+(the table)
+<!-- /bench -->
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tipdistill.files import write_text
+from tipdistill.text import check_known, markdown_table, replace_blocks
+
+from . import measure
+
+NOT_MEASURED = "not measured"
+DOCUMENTS = (
+    *("README.md", "docs/engine.md", "docs/probe.md", "docs/report.md"),
+    *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
+)
+WHOLE = ".whole"  # behind a result's name: every column of it
+
+
+def update(document: Path, results: Path) -> bool:
+    """Rewrite every marked table of a document; whether anything changed.
+
+    Args:
+        document: a Markdown file.
+        results: the folder of the JSON files.
+
+    Raises:
+        ValueError: a mark names no table; the nearest is given.
+    """
+    before = document.read_text(encoding="utf-8")
+    after = rendered(before, results, document.parent)
+    if after != before:
+        write_text(document, after)
+    return after != before
+
+
+def rendered(text: str, results: Path, folder: Path) -> str:
+    """The text of a document with its tables as the results give them.
+
+    Args:
+        text: Markdown.
+        results: the folder of the JSON files.
+        folder: that of the document, from which links start.
+
+    Example:
+        >>> print(rendered("<!-- bench:select-cpu -->\\n<!-- /bench -->", Path("no/such/folder"), Path()))
+        <!-- bench:select-cpu -->
+        not measured
+        <!-- /bench -->
+    """
+    return replace_blocks(text, "bench", partial(table, results=results, folder=folder))
+
+
+def table(name: str, results: Path, folder: Path) -> str:
+    """One table by name, "not measured" where there is no result.
+
+    Args:
+        name: a key of TABLES, that is the name of the result's file, and `WHOLE` behind it for every column.
+        results, folder: as in `rendered`.
+
+    Raises:
+        ValueError: an unknown name; the nearest is given.
+    """
+    check_known("table", name, TABLES)
+    path = results / f"{name.removesuffix(WHOLE)}.json"
+    if not path.is_file():
+        return NOT_MEASURED
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return TABLES[name](result) + "\n\n" + _footnote(result, path.name, os.path.relpath(path, folder))
+
+
+def _footnote(result: dict[str, Any], name: str, link: str) -> str:
+    hardware, versions = result["hardware"], result["versions"]
+    machine = hardware["gpu"] or f"{hardware['cpu']} ({hardware['cpu_capability']}), {hardware['threads']} thread(s)"
+    packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "trl") if package in versions)
+    commit = f", commit {result['commit']}" if result["commit"] else ""
+    return f"*{machine}; {packages}{commit}, {result['measured']}; [{name}]({link})*"
+
+
+_LABELS = {
+    "plain": "plain PyTorch, all tokens",
+    "trl": "TRL, all tokens",
+    "liger": "Liger, all tokens",
+}
+
+
+def _label(entry: dict[str, Any]) -> str:
+    if entry["engine"] in _LABELS:
+        return _LABELS[entry["engine"]]
+    rule = {"all": "all tokens", "soft_or": "Soft-OR"}.get(entry["rule"], entry["rule"])
+    return f"`{entry['engine']}`, {rule}" + ("" if entry["rule"] == "all" else f" {entry['retention']:g}")
+
+
+def _head(result: dict[str, Any]) -> str:
+    """What a reader asks first: time and memory, beside plain PyTorch and TRL."""
+    rows = []
+    for entry in result["variants"].values():
+        if "seconds" not in entry:
+            rows.append([_label(entry), f"refused: {entry['refused']}", *[""] * 4])
+            continue
+        rows.append([_label(entry), *_times(entry), f"{entry['extra_bytes'] / 2**20:.0f}", _memory_ratio(entry)])
+    return markdown_table(["", "seconds", "time / plain", "time / TRL", "memory (MiB)", "memory / plain"], rows)
+
+
+def _whole_head(result: dict[str, Any]) -> str:
+    rows = []
+    for entry in result["variants"].values():
+        if "seconds" not in entry:
+            rows.append([_label(entry), f"refused: {entry['refused']}", *[""] * 6])
+            continue
+        rows.append(
+            [
+                _label(entry),
+                *_times(entry),
+                f"{entry['extra_bytes'] / 2**20:.0f}",
+                f"{(entry['extra_bytes'] - entry['gradient_bytes']) / 2**20:.0f}",
+                _memory_ratio(entry),
+                f"{entry['over_floor']['median']:.2f}",
+            ]
+        )
+    memories = ["memory (MiB)", "without the gradients (MiB)", "memory / plain"]
+    return markdown_table(["", "seconds", "time / plain", "time / TRL", *memories, "time / floor"], rows)
+
+
+def _times(entry: dict[str, Any]) -> list[str]:
+    ratio = entry.get("ratio", {})
+    ratios = [f"{ratio[peer]['median']:.2f}" if peer in ratio else "" for peer in ("plain", "trl")]
+    return [f"{entry['seconds']['median']:.3g}", *ratios]
+
+
+def _memory_ratio(entry: dict[str, Any]) -> str:
+    ratio = entry.get("memory_ratio", {})
+    return f"{ratio['plain']:.2f}" if "plain" in ratio else ""
+
+
+def _scaling(result: dict[str, Any]) -> str:
+    rows = []
+    for point in result["points"]:
+        entries = point["variants"]
+        rows.append(
+            [
+                f"{'N' if point['axis'] == 'tokens' else 'V'} = {point['size']}",
+                *(
+                    cell
+                    for entry in entries.values()
+                    for cell in (
+                        f"{entry['processor_seconds']['median']:.3g}",
+                        f"{(entry['extra_bytes'] - entry['gradient_bytes']) / 2**20:.0f}",
+                    )
+                ),
+            ]
+        )
+    names = [_label(entry) for entry in result["points"][0]["variants"].values()]
+    return markdown_table(
+        ["", *(cell for name in names for cell in (f"{name}: processor s", "MiB without the gradients"))], rows
+    )
+
+
+def _select(result: dict[str, Any]) -> str:
+    sizes = result["settings"]["sizes"]
+    rows = [
+        [
+            f"`{rule}`",
+            *(f"{entry['seconds_per_million'][str(size)]:.3f}" for size in sizes),
+            "" if entry["growth"] is None else f"{entry['growth']:.2f}",
+        ]
+        for rule, entry in result["rules"].items()
+    ]
+    return markdown_table(
+        ["seconds per million tokens", *(f"N = {size:,}" for size in sizes), "grows as N to the"], rows
+    )
+
+
+def _step(result: dict[str, Any]) -> str:
+    rows = []
+    for name, entry in result["variants"].items():
+        if "refused" in entry:
+            rows.append([name, f"refused: {entry['refused']}", *[""] * 6])
+            continue
+        split = entry["split"]
+        rows.append(
+            [
+                name,
+                f"{entry['step_seconds']['median']:.3g}",
+                f"{entry['training_seconds']['median']:.3g}",
+                f"{entry['ratio']['trl']['median']:.2f}" if "trl" in entry.get("ratio", {}) else "",
+                *(f"{split[part]:.3g}" if part in split else "" for part in ("score", "loss", "optimizer")),
+                f"{entry['peak_bytes'] / 2**20:.0f}",
+            ]
+        )
+    header = ["", "step (s)", "without rollout (s)", "without rollout / TRL", "score", "forward, loss, backward"]
+    return markdown_table([*header, "optimizer", "peak memory (MiB)"], rows)
+
+
+def _records(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{int(size):,}",
+            f"{entry['seconds']['total']:.1f}",
+            f"{entry['bytes_per_token']:.0f}",
+            f"{entry['report']['seconds']:.1f}",
+            f"{entry['report']['processor_seconds']:.1f}",
+            f"{entry['report']['peak_memory_gib']:.2f}",
+            f"{entry['report']['page_bytes'] / 1e6:.1f}",
+        ]
+        for size, entry in result["sizes"].items()
+    ]
+    header = ["tokens", "written in (s)", "bytes per token", "report (s)", "its processor time (s)", "its memory (GiB)"]
+    return markdown_table([*header, "the page (MB)"], rows)
+
+
+def _plan(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{entry['predicted'] / 2**20:.0f}",
+            entry["phase"],
+            f"{entry['measured'] / 2**20:.0f}",
+            f"{entry['ratio']:.2f}",
+        ]
+        for name, entry in result["cases"].items()
+    ]
+    return markdown_table(["", "expected (MiB)", "in the phase", "measured (MiB)", "expected / measured"], rows)
+
+
+_OF_PROBE = {
+    "descent": "descent",
+    "cosine": "cosine",
+    "divergence_share": "share of the divergence",
+    "q3_share": "share of Q3",
+    "kept": "tokens kept",
+}
+
+
+def _agreement(result: dict[str, Any]) -> str:
+    by_prompts = {count: agreement["spearman_with_trained_accuracy"] for count, agreement in result["prompts"].items()}
+    rows = [
+        [
+            label,
+            *(
+                cell
+                for correlation in by_prompts.values()
+                for cell in (
+                    f"{correlation[name]['of_the_mean_over_probes']:.2f}",
+                    " ".join(f"{value:.2f}" for value in correlation[name]["per_probe"]),
+                )
+            ),
+        ]
+        for name, label in _OF_PROBE.items()
+    ]
+    header = [cell for count in by_prompts for cell in (f"{count} prompts", "each")]
+    return markdown_table(["figure of the probe", *header], rows)
+
+
+HEADS = ("head-cpu", "head-qwen3-4k", "head-qwen3-8k", "head-qwen3-16k", "head-qwen3-32k")
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    **dict.fromkeys(HEADS, _head),
+    **{f"{name}{WHOLE}": _whole_head for name in HEADS},
+    "head-scaling": _scaling,
+    "plan-cpu": _plan,
+    "probe-agreement": _agreement,
+    "records-cpu": _records,
+    "select-cpu": _select,
+    "select-cuda": _select,
+    "step-tiny": _step,
+    "step-qwen3-1.7b-0.6b": _step,
+    "step-qwen3-8b-4b": _step,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the marked tables of documents.
+
+    Raises:
+        ValueError: a mark names no table; the nearest is given.
+    """
+    parser = measure.parser("table", __doc__)
+    parser.add_argument("documents", nargs="*", help=f"Markdown files (default {', '.join(DOCUMENTS)})")
+    parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of the JSON files")
+    options = parser.parse_args(argv)
+    for document in options.documents or [measure.ROOT / name for name in DOCUMENTS]:
+        changed = update(Path(document), options.results)
+        print(f"{document}: {'rewritten' if changed else 'as the results have it'}")
+    return 0
+
+
+if __name__ == "__main__":
+    measure.end(main)

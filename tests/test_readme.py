@@ -38,7 +38,7 @@ def test_the_two_figures_of_the_head_stage_are_the_measured_ones():
     said = f"take {time:.2f} of the time and {memory:.2f} of the extra memory of plain PyTorch"
     assert said in in_one_line(README)
     assert f"vocabulary of {result['settings']['vocabulary']:,} on a CPU" in in_one_line(README)
-    # "Most of the memory is saved by working in tiles, with all tokens too"
+    # "Most of that memory is saved ... without selection too"
     assert 1 - everything["memory_ratio"]["plain"] > 0.9 * (1 - memory)
 
 

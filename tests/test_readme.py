@@ -1,48 +1,84 @@
-"""What README.md says of the tree is what is on the disk."""
+"""README.md is short, and what it shows is what the files say."""
 
+import ast
+import json
 import re
 from pathlib import Path
+
+import tipdistill
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def tree_of_readme() -> list[str]:
-    """Paths of the tree block: each line is 'name  comment', nested by two spaces."""
-    block = re.search(r"```text\n(src/tipdistill/\n.*?)```", README, re.S)
-    assert block, "README.md has no file tree"
-    paths, parents = [], []
-    for line in block.group(1).splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        parents[depth:] = [name]
-        paths.append("".join(parents))
-    return paths
+def in_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
-def test_every_path_of_the_tree_exists():
-    missing = [path for path in tree_of_readme() if not (ROOT / path).exists()]
-    assert missing == []
+def test_it_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= 120
 
 
-def test_every_source_file_is_in_the_tree():
-    shown = set(tree_of_readme())
-    source = ROOT / "src" / "tipdistill"
-    files = [path.relative_to(ROOT).as_posix() for path in source.rglob("*.py") if path.name != "__init__.py"]
-    absent = [path for path in files if path not in shown and f"{path.rsplit('/', 1)[0]}/" not in shown]
-    assert absent == []
-    # a folder stands for its files only where the tree does not open it
-    opened = {path.rsplit("/", 1)[0] + "/" for path in shown if path.endswith(".py")}
-    assert [path for path in files if path not in shown and f"{path.rsplit('/', 1)[0]}/" in opened] == []
-
-
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README) + re.findall(r'src="(?!https?:)([^"]+)"', README)
-    assert len(targets) > 5
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def test_it_explains_the_quadrants_and_soft_or_before_it_uses_them():
+    first = {name: README.index(name) for name in ("**Entropy**", "**Divergence**", "| Q2:", "**Soft-OR**", "Q3")}
+    assert first["**Entropy**"] < first["**Divergence**"] < first["| Q2:"] < first["Q3"] < first["**Soft-OR**"]
+    assert README.index("Soft-OR") == first["**Soft-OR**"] + 2
 
 
 def test_the_result_table_is_the_one_the_demo_wrote():
     written = (ROOT / "docs" / "demo" / "results.md").read_text(encoding="utf-8").strip()
     assert len(written.splitlines()) > 6
-    assert written in README
+    assert written in README, "copy docs/demo/results.md into README.md"
+
+
+def test_the_two_figures_of_the_head_stage_are_the_measured_ones():
+    result = json.loads((ROOT / "benchmarks" / "results" / "head-cpu.json").read_text(encoding="utf-8"))
+    tenth, everything = result["variants"]["chunked soft_or 0.1"], result["variants"]["chunked"]
+    time, memory = tenth["ratio"]["plain"]["median"], tenth["memory_ratio"]["plain"]
+    said = f"take {time:.2f} of the time and {memory:.2f} of the extra memory of plain PyTorch"
+    assert said in in_one_line(README)
+    assert f"vocabulary of {result['settings']['vocabulary']:,} on a CPU" in in_one_line(README)
+    # "Most of that memory is saved ... without selection too"
+    assert 1 - everything["memory_ratio"]["plain"] > 0.9 * (1 - memory)
+
+
+def test_its_requirements_are_those_of_the_package():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    said = in_one_line(README)
+    for package, version in (("torch", "torch {} or newer"), ("transformers", "transformers {}"), ("trl", "TRL {}")):
+        least = re.search(rf'"{package}>=([\d.]+)', project)
+        assert least, package
+        assert version.format(least[1].removesuffix(".0")) in said, package
+    python = re.search(r'requires-python = ">=([\d.]+)"', project)
+    assert python
+    assert f"Python {python[1]} or newer" in said
+
+
+def test_its_code_is_python_and_names_what_is_public():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        ast.parse(block)
+    assert set(re.findall(r"\btip\.(\w+)", "".join(blocks))) <= set(tipdistill.__all__)
+
+
+def test_the_code_without_a_trainer_runs():
+    import torch
+
+    block = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+    names = {
+        "hidden": torch.randn(12, 8, requires_grad=True),
+        "lm_head": torch.randn(30, 8, requires_grad=True),
+        "teacher_hidden": torch.randn(12, 16),
+        "teacher_lm_head": torch.randn(30, 16),
+        "rollout_ids": torch.arange(3).repeat_interleave(4),
+    }
+    exec(block, names)
+    assert names["picked"].mask.sum() == 6
+    assert (names["hidden"].grad.abs().sum(1) > 0).tolist() == names["picked"].mask.tolist()
+
+
+def test_every_command_has_its_line():
+    from tipdistill.cli import COMMANDS
+
+    assert set(COMMANDS) - {"demo"} == set(re.findall(r"^    tipdistill (\w+)", README, re.M))

@@ -15,7 +15,8 @@ import torch
 from heads import FIELDS, error, gradients, incoming_of, leaves, make_pair, reference, to, tokens_of
 
 import tipdistill as tip
-from tipdistill import Head, divergence
+from tipdistill import Head
+from tipdistill.score import tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,8 +106,8 @@ def test_auto_takes_triton_where_it_can_be_had():
     from tipdistill.score import triton
 
     heads = pair(torch.bfloat16, 8, 300)
-    assert divergence._engine("auto", *heads) is triton
-    assert divergence._engine("auto", *doubles(heads)) is divergence.chunked
+    assert tokens._engine("auto", *heads) is triton
+    assert tokens._engine("auto", *doubles(heads)) is tokens.chunked
     ours, forced = (tip.token_scores(*heads, impl=impl).reverse_kl for impl in ("auto", "triton"))
     assert torch.equal(ours, forced)
 

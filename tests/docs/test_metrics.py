@@ -1,0 +1,81 @@
+"""docs/metrics.md names every figure that a training logs, and no figure of ours that none logs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from serving import serving
+from transformers import AutoModelForCausalLM
+
+from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.tasks import TASKS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+TINY = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_completion_length": 8,
+    "disable_tqdm": True,
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
+    "record_rollouts": 2,
+}
+SAMPLES = 2
+
+
+def section(title: str) -> str:
+    return PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def in_table(title: str) -> set[str]:
+    names = re.findall(r"^\| `([^`]+)` \|", section(title), re.M)
+    assert len(names) == len(set(names)), f"a name stands twice under {title}"
+    return {name.replace("TASK", "sums").replace("_K", f"_{SAMPLES}") for name in names}
+
+
+OURS = in_table("Ours, at every logged step")
+SERVED = in_table("With a teacher on a server")
+TASK = in_table("With `eval_tasks`")
+TRL = in_table("TRL's")
+
+
+def logged(trainer) -> set[str]:
+    trainer.train()
+    return {name for entry in trainer.state.log_history for name in entry}
+
+
+@pytest.fixture
+def pair(tiny_model_dir):
+    return str(tiny_model_dir("qwen3", "student")), str(tiny_model_dir("qwen3", "teacher"))
+
+
+@pytest.fixture
+def prompts(word_problems):
+    return Dataset.from_json(str(word_problems))
+
+
+def test_the_page_names_what_a_training_logs(pair, prompts, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "sums", {"problems": [("2 + 3 =", "5"), ("1 + 1 =", "2")]})
+    measured = {"eval_strategy": "steps", "eval_steps": 1, "eval_tasks": "sums", "eval_num_samples": SAMPLES}
+    args = TIPConfig(str(tmp_path), **TINY, **measured)
+    names = logged(TIPTrainer(*pair, args, prompts, eval_dataset=prompts.select(range(4))))
+    of_the_loss = {name for name in names if name.startswith("eval_") and not name.startswith("eval_sums")}
+    assert names - of_the_loss - OURS - TASK - TRL == set()
+    assert (OURS | TASK) - names == set()
+    # without tools there are none of theirs
+    assert {name for name in TRL - names if not name.startswith("tools/")} == set()
+    shown = re.findall(r"`(eval_[\w/…]+)`", section("TRL's"))
+    unknown = [name for name in of_the_loss if not any(name.startswith(known.rstrip("…")) for known in shown)]
+    assert unknown == []
+
+
+def test_the_page_names_what_a_served_teacher_adds(pair, prompts, tiny_tokenizer, tmp_path):
+    with serving(AutoModelForCausalLM.from_pretrained(pair[1]), tiny_tokenizer) as server:
+        args = TIPConfig(str(tmp_path), **{**TINY, "teacher_url": server.url, "record_rollouts": 0})
+        names = logged(TIPTrainer(pair[0], None, args, prompts))
+    assert names - OURS - TRL == SERVED

@@ -8,22 +8,25 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "tipdistill"
 # A module may import from its own row and from the rows above it.
 ORDER = [
-    {"types", "vocabulary", "data", "files", "text", "provenance"},
+    {"types", "vocabulary", "data", "files", "text", "provenance", "extras"},
     {"rollout"},
     {"score", "divergence"},
     {"select"},
     {"loss"},
     {"records"},
     {"config", "integrations", "teachers"},
+    {"pair"},
     {"evaluate"},
     {"tasks"},
     {"training"},
     {"trainer"},
+    {"recipes"},
     {"report"},
     {"plan"},
     {"probe", "estimate"},
     {"bench"},
     {"sweep"},
+    {"demo"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from tipdistill.cli import main
-from tipdistill.cli.arguments import parse
-from tipdistill.cli.recipes import recipe_head, recipe_names
+from tipdistill.recipes import recipe_head, recipe_names
+from tipdistill.recipes.read import parse
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for folder in ("src/tipdistill", "examples") for path in (ROOT / folder).rglob("*.yaml"))

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .workers import cores, process_pool
+from ..sweep.workers import cores, process_pool
 
 PLANTED = (
     "The student's errors were planted in the data it was taught from (dropped carries, wrong digit sums), so this "

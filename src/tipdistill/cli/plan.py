@@ -14,12 +14,13 @@ import yaml
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..bench.measure import write
-from ..data import nearest
+from ..extras import EXTRAS, require
 from ..plan import MACHINES, Machine, Setup, as_text, plan, read_config, setup_of
 from ..plan.document import update
 from ..plan.memory import ENGINES, OPTIMIZERS, SHARDING, TEACHERS
+from ..recipes.read import read_values
 from ..select import resolve_rule
-from .arguments import EXTRAS, read_values, require
+from ..text import nearest
 
 _DESCRIPTION = """\
 Memory and time per GPU of a recipe, from the models' configurations alone: nothing is loaded, no GPU is needed.

@@ -12,9 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..extras import require
+from ..files import write_text
+from ..pair import Pair, load_engine, load_models, read_pair
 from ..probe import PARAMETERS, RETENTIONS, RULES, Settings
-from ..records import RecordsWriter, write_text
-from .pair import Pair, load_engine, load_models, pair_parser, read_pair, require
+from ..records import RecordsWriter
+from .flags import pair_parser
 from .score import about_of
 
 PROBE_FILE = "probe.json"

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..pair import Pair, load_engine, load_models, read_pair
 from ..records import SIDECAR_FILE, TOKENS_FILE, About, Records, RecordsWriter, open_records
 from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
-from .pair import Pair, load_engine, load_models, pair_parser, read_pair
+from .flags import pair_parser
 
 
 def main(argv: list[str]) -> int:

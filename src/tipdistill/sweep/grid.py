@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from ..data import nearest
 from ..select import resolve_rule
 from ..tasks import load_task
+from ..text import nearest
 
 # fields of a run that the grid itself sets, and where it does
 SET_BY_GRID = {

@@ -78,7 +78,6 @@ def loads_nothing(monkeypatch):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("tipdistill.pair.load_models", load)
-    monkeypatch.setattr("tipdistill.cli.score.load_models", load)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+from ..pair import DTYPES, PairConfig
 from ..text import nearest
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +62,11 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     add("--use_vllm", action="store_true", help="sample with vLLM")
     add("--vllm_gpu_memory_utilization", type=_positive, default=0.3, help="share of the GPU's memory that vLLM takes")
     return parser
+
+
+def pair_of(options: argparse.Namespace) -> PairConfig:
+    """Models, prompts and sampling, of the flags of `pair_parser`."""
+    return PairConfig(**{field.name: getattr(options, field.name) for field in fields(PairConfig)})
 
 
 def _at_least(least: int) -> Any:

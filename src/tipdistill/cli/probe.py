@@ -14,11 +14,10 @@ from rich.table import Table
 
 from ..extras import require
 from ..files import write_text
-from ..pair import Pair, load_engine, load_models, read_pair
+from ..pair import Pair, PairConfig, about_of, load_models, read_pair, sampled
 from ..probe import PARAMETERS, RETENTIONS, RULES, Settings
-from ..records import RecordsWriter
-from .flags import pair_parser
-from .score import about_of
+from ..records import About, RecordsWriter
+from .flags import pair_of, pair_parser
 
 PROBE_FILE = "probe.json"
 _WIDTH = 126
@@ -37,15 +36,15 @@ def main(argv: list[str]) -> int:
             f"{directory} already holds a probe: choose another --output_dir, or replace it (--overwrite_output_dir)."
         )
     settings = _settings(options)
-    options.retention, options.scope = max(settings.retentions), settings.scope
-    about_of(options, settings.rules, vocabulary=0)
+    config = pair_of(options)
+    _about(config, settings, vocabulary=0)
     if settings.parameters == "lora":
         require("peft", "--parameters lora", 'pip install "tipdistill[peft]"')
-    pair = read_pair(options)
+    pair = read_pair(config)
     if len(pair.prompts) < 4:
         raise ValueError(f"a probe needs at least 4 prompts, half of them to be held out; got {len(pair.prompts)}.")
     print("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()), flush=True)
-    result = _run(options, pair, settings, directory)
+    result = _run(config, pair, settings, directory, options.per_device_train_batch_size)
     write_text(directory / PROBE_FILE, json.dumps(result, indent=2) + "\n")
     show(result)
     print(f"Look at it: tipdistill report {directory} · all figures: {directory / PROBE_FILE}")
@@ -94,40 +93,30 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _run(options: argparse.Namespace, pair: Pair, settings: Settings, directory: Path) -> dict[str, Any]:
+def _about(config: PairConfig, settings: Settings, vocabulary: int) -> About:
+    borders = settings.entropy_threshold, settings.divergence_threshold
+    return about_of(config, settings.rules, vocabulary, max(settings.retentions), settings.scope, *borders)
+
+
+def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path, micro_batch: int) -> dict[str, Any]:
     from ..estimate import step_estimate
     from ..probe import probe
-    from ..rollout import generate
     from ..score.models import score_rollouts
 
     def say(line: str) -> None:
         print(f"# {line}", flush=True)
 
-    student, teacher = load_models(options)
+    student, teacher = load_models(config)
     started = time.perf_counter()
-    rollouts = [
-        rollout
-        for batch in generate(
-            load_engine(options, student),
-            pair.tokenizer,
-            pair.prompts,
-            samples=options.num_generations,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            forbidden=pair.forbidden,
-        )
-        for rollout in batch
-    ]
-    about = about_of(options, settings.rules, pair.vocabulary)
+    rollouts = [rollout for batch in sampled(config, pair, student) for rollout in batch]
+    about = _about(config, settings, pair.vocabulary)
     scored = score_rollouts(
         student,
         teacher,
         rollouts,
         tuple(dict.fromkeys([*about.fields(), *settings.fields()])),
-        temperature=options.temperature,
-        tokens_per_forward=options.tokens_per_forward,
+        temperature=config.temperature,
+        tokens_per_forward=config.tokens_per_forward,
     )
     seconds = time.perf_counter() - started
     say(f"{len(scored.scores):,} tokens of {len(rollouts):,} rollouts sampled and scored in {seconds:.0f} s")
@@ -139,16 +128,16 @@ def _run(options: argparse.Namespace, pair: Pair, settings: Settings, directory:
         teacher,
         rollouts,
         (1.0, *sorted(settings.retentions, reverse=True)),
-        micro_batch=options.per_device_train_batch_size,
-        temperature=options.temperature,
+        micro_batch=micro_batch,
+        temperature=config.temperature,
         seconds_before=seconds,
     )
     at = {row["retention"]: row for row in estimate["rows"]}
     for row in result["rows"]:
         row |= {name: at[row["retention"]][name] for name in ("step_seconds", "peak_memory_gib")}
     return {
-        "student": options.model,
-        "teacher": options.teacher,
+        "student": config.model,
+        "teacher": config.teacher,
         **result,
         "estimate": estimate,
         "seconds": time.perf_counter() - started,

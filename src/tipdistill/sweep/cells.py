@@ -157,7 +157,8 @@ class Cells:
             first = next(iter(changed))
             raise ValueError(
                 f"{len(changed)} finished cells in {self.directory} were made with something else, {first} with "
-                f"another {', '.join(changed[first][:5])}: give --rerun_changed to run them again, or another --output_dir."
+                f"another {', '.join(changed[first][:5])}: give --rerun_changed to run them again, or another "
+                "--output_dir."
             )
         for key in changed:
             shutil.rmtree(self.directory / "cells" / key)

@@ -14,11 +14,12 @@ class Board:
 
     Args:
         grid: whose cells run.
+        finished: how many of them were finished before.
         workers: cells at a time.
         threads: of each.
     """
 
-    def __init__(self, grid: Grid, workers: int, threads: int) -> None:
+    def __init__(self, grid: Grid, finished: int, workers: int, threads: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -31,7 +32,8 @@ class Board:
             BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=self.console
         )
         self.bar = self.progress.add_task("", total=self.total)
-        self.say(f"{self.total} cells in {len(grid.rows)} rows; {workers} workers, {threads} threads each.")
+        before = f", {finished} finished before" if finished else ""
+        self.say(f"{self.total} cells in {len(grid.rows)} rows{before}; {workers} workers, {threads} threads each.")
 
     def __enter__(self) -> Board:
         if self.console.is_terminal:
@@ -73,7 +75,7 @@ class Board:
 
     def refresh(self) -> None:
         """Redraw the bar."""
-        self.progress.update(self.bar, completed=self.ended, description=f"{len(self.since)} running  {self._left()}")
+        self.progress.update(self.bar, completed=self.ended, description=self._now())
 
     def _ended(self, cell: Cell, text: str) -> None:
         self.ended += 1
@@ -82,6 +84,10 @@ class Board:
         elapsed = time.monotonic() - self.began
         left = f", {self._left()}" if self._left() else ""
         self.say(f"{elapsed:6.0f} s  {self.ended}/{self.total}  {cell.key}: {text} ({seconds:.0f} s){left}")
+
+    def _now(self) -> str:
+        elapsed = time.monotonic() - self.began
+        return f"{elapsed:.0f} s  {len(self.since)} running  {self._left()}"
 
     def _left(self) -> str:
         if not self.seconds:

@@ -83,7 +83,8 @@ def _run_cells(
     first = {key for keys in waiting.values() for key in keys}
     # seed by seed, so that whole rows can be compared early
     queue = deque(cell for row in zip(*(grid.first_cells(row) for row in grid.rows), strict=True) for cell in row)
-    board = Board(grid, workers, threads)
+    finished = sum(cells.known(cell) is not None for cell in cells.every_cell())
+    board = Board(grid, finished, workers, threads)
 
     def settle(cell: Cell) -> None:
         """Once a row's first cells are done, its rate is known, and the others follow."""

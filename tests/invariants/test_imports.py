@@ -23,7 +23,7 @@ ORDER = [
     {"recipes"},
     {"report"},
     {"plan"},
-    {"probe", "estimate"},
+    {"probe"},
     {"bench"},
     {"sweep"},
     {"demo"},

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if len(pair.prompts) < 4:
         raise ValueError(f"a probe needs at least 4 prompts, half of them to be held out; got {len(pair.prompts)}.")
     print("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()), flush=True)
-    result = _run(config, pair, settings, directory, options.per_device_train_batch_size)
+    result = _run(config, pair, settings, directory)
     write_text(directory / PROBE_FILE, json.dumps(result, indent=2) + "\n")
     show(result)
     print(f"Look at it: tipdistill report {directory} · all figures: {directory / PROBE_FILE}")
@@ -62,7 +62,6 @@ def _parser() -> Any:
     add("--random_seeds", type=int, default=5, help="draws of the random control")
     add("--bootstrap", type=int, default=1000, help="resamples of the held-out prompts, for the intervals")
     add("--gradient_gib", type=float, default=4.0, help="memory for gradients that are held at a time, GiB")
-    add("--per_device_train_batch_size", type=int, default=8, help="rollouts of a micro-batch, for the estimate")
     add("--entropy_threshold", type=float, default=Settings.entropy_threshold, help="border of the quadrants, in ĥ")
     add("--divergence_threshold", type=float, default=Settings.divergence_threshold, help="the other, in nats")
     add("--overwrite_output_dir", action="store_true", help="replace the probe and the records that are there")
@@ -74,8 +73,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         retentions = tuple(float(text) for text in options.retentions.split(","))
     except ValueError:
         raise ValueError(f"--retentions takes numbers separated by commas, got {options.retentions!r}.") from None
-    if options.per_device_train_batch_size < 1 or not options.gradient_gib > 0:
-        raise ValueError("--per_device_train_batch_size must be at least 1 and --gradient_gib positive.")
+    if not options.gradient_gib > 0:
+        raise ValueError(f"--gradient_gib must be positive, got {options.gradient_gib}.")
     return Settings(
         rules=tuple(rule for rule in options.rules.split(",") if rule != "random"),
         retentions=retentions,
@@ -98,8 +97,7 @@ def _about(config: PairConfig, settings: Settings, vocabulary: int) -> About:
     return about_of(config, settings.rules, vocabulary, max(settings.retentions), settings.scope, *borders)
 
 
-def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path, micro_batch: int) -> dict[str, Any]:
-    from ..estimate import step_estimate
+def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path) -> dict[str, Any]:
     from ..probe import probe
     from ..score.models import score_rollouts
 
@@ -123,23 +121,10 @@ def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path, mi
     with RecordsWriter(directory, pair.tokenizer, about) as writer:
         writer.write(rollouts, scored)
     result = probe(student, teacher, rollouts, scored.scores, settings, say)
-    estimate = step_estimate(
-        student,
-        teacher,
-        rollouts,
-        (1.0, *sorted(settings.retentions, reverse=True)),
-        micro_batch=micro_batch,
-        temperature=config.temperature,
-        seconds_before=seconds,
-    )
-    at = {row["retention"]: row for row in estimate["rows"]}
-    for row in result["rows"]:
-        row |= {name: at[row["retention"]][name] for name in ("step_seconds", "peak_memory_gib")}
     return {
         "student": config.model,
         "teacher": config.teacher,
         **result,
-        "estimate": estimate,
         "seconds": time.perf_counter() - started,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
@@ -151,7 +136,7 @@ def show(result: dict[str, Any]) -> None:
     if console.width < _WIDTH:
         console = Console(width=_WIDTH)  # a table that is cut off is no use; a terminal wraps it
     table = Table(
-        *("rule", "kept", "divergence", "Q3", "cosine", "descent / all", "over random", "step", "memory"),
+        *("rule", "kept", "divergence", "Q3", "cosine", "descent / all", "over random"),
         title=f"{result['student']} from {result['teacher']}",
     )
     best = result["recommendation"]
@@ -165,8 +150,6 @@ def show(result: dict[str, Any]) -> None:
             f"{row['cosine']:.3f}",
             _or_dash(row["descent_share"], "{:.3f}") + _spread(row["descent_share_interval"], "{:.3f}"),
             _or_dash(row["over_random"], "{:+.3g}") + _spread(row["over_random_interval"], "{:+.3g}"),
-            _or_dash(row["step_seconds"], "{:.3g} s"),
-            _or_dash(row["peak_memory_gib"], "{:.3g} GiB"),
             style="bold" if chosen else None,
         )
     console.print(table)

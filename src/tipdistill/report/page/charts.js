@@ -221,7 +221,6 @@ const PROBE_COLUMNS = [
   ["kept", "tokens kept", percent], ["divergence_share", "divergence kept", percent], ["q3_share", "Q3 kept", percent],
   ["q2_of_kept", "Q2 among the kept", percent], ["cosine", "cosine to the full gradient", (value) => value.toFixed(3)],
   ["descent_share", "descent, of all tokens'", (value) => value.toFixed(2)], ["over_random", "descent over random", signed],
-  ["peak_memory_gib", "peak memory, GiB", short], ["step_seconds", "step, s", short],
 ];
 const PROBE_CHARTS = [
   ["descent_share", "First-order descent on held-out rollouts, of all tokens'"], ["cosine", "Cosine to the full gradient"],
@@ -230,12 +229,11 @@ const PROBE_CHARTS = [
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
 function drawProbe(name, probe) {
-  const box = element("div"), advice = probe.recommendation ?? {}, estimates = probe.estimate?.rows ?? [];
-  const rows = (probe.rows ?? []).filter((row) => row && isNumber(row.retention))
-    .map((row) => ({ ...row, ...estimates.find((one) => one.retention === row.retention) }));
+  const box = element("div"), advice = probe.recommendation ?? {};
+  const rows = (probe.rows ?? []).filter((row) => row && isNumber(row.retention));
   const paragraph = (content, kind = "") => { const one = element("p", { class: kind }); one.textContent = content; box.append(one); };
   if (name) { const head = element("h3"); head.textContent = name; box.append(head); }
-  paragraph([probe.student && probe.teacher ? `student ${probe.student}, teacher ${probe.teacher}` : "", probe.estimate?.device ? `device ${probe.estimate.device}` : ""].filter((one) => one).join(" · "), "facts");
+  paragraph(probe.student && probe.teacher ? `student ${probe.student}, teacher ${probe.teacher}` : "", "facts");
   if (advice.rule) paragraph(`Recommended: ${ruleName(advice.rule)}${isNumber(advice.retention) ? ` at ${percent(advice.retention)}` : ""}${advice.reason ? `: ${advice.reason}` : "."}`, "headline");
   if (probe.warnings?.length) {
     const list = element("ul", { class: "note" });
@@ -272,8 +270,6 @@ function drawProbe(name, probe) {
     add(alike ? `${ruleName(alike[0])} (Jaccard ${alike[1].toFixed(2)})` : "", "");
     body.append(line);
   }
-  const note = element("p", { class: "small" });
-  note.textContent = probe.estimate?.assumptions ? `Memory and time are estimates: ${probe.estimate.assumptions}.` : "";
-  box.append(legend, charts, element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)), note);
+  box.append(legend, charts, element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)));
   return box;
 }

@@ -177,8 +177,8 @@ def _before(root: Path, test: str, seed: int) -> dict[str, Any]:
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(root / "models" / name).eval() for name in ("student", "teacher")
     )
-    task = load_task(test)
-    texts = arithmetic.sample(teacher, [str(problem.text) for problem in task.problems], seed)
+    asked = [str(problem.text) for problem in load_task(test).problems]
+    written = arithmetic.sample(teacher, asked, seed)
     prompts = [arithmetic.prompt_of(*problem) for problem in arithmetic.problems(_MAP_PROMPTS, seed)]
     scores, rollout = arithmetic.score(student, teacher, prompts, seed)
     tip_map(
@@ -190,9 +190,7 @@ def _before(root: Path, test: str, seed: int) -> dict[str, Any]:
     quadrant = quadrants(scores)
     shares = quadrant_shares(quadrant), quadrant_shares(quadrant, scores.require("reverse_kl"))
     return {
-        "teacher_accuracy": fmean(
-            task.check(text, problem.answer) for text, problem in zip(texts, task.problems, strict=True)
-        ),
+        "teacher_accuracy": fmean(map(arithmetic.is_correct, asked, written)),
         "quadrants": {
             f"q{number}": {"token_share": shares[0][number], "divergence_share": shares[1][number]}
             for number in shares[0]

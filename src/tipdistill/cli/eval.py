@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..text import markdown_table
+
 
 def main(argv: list[str]) -> int:
     """Evaluate a model on tasks and write D/metrics.json.
@@ -85,7 +87,7 @@ def table(metrics: dict[str, Any]) -> str:
     head = ["task", "problems", f"mean@{k}", "over samples", f"maj@{k}"]
     head += [f"pass@{other}" for other in passes]
     head += ["tokens", "truncated"]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for name, numbers in metrics["tasks"].items():
         rows.append(
             [name, f"{numbers['problems']:,}", f"{numbers['mean_at_k']:.3f} ± {numbers['standard_error']:.3f}"]
@@ -93,7 +95,7 @@ def table(metrics: dict[str, Any]) -> str:
             + [f"{numbers['pass_at_k'][other]:.3f}" for other in passes]
             + [f"{numbers['mean_tokens']:,.0f}", f"{100 * numbers['truncated']:.1f} %"]
         )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = [markdown_table(head, rows)]
     for name, numbers in metrics["tasks"].items():
         if numbers["undecided"]:
             lines.append(f"\n{name}: {numbers['undecided']} answers took too long to check and count as wrong.")
@@ -160,12 +162,12 @@ def _numbers(text: str) -> Sequence[int]:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        parsed = None
+    if not isinstance(parsed, dict):
         raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
-    return found
+    return parsed
 
 
 class _Progress:

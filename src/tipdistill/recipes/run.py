@@ -54,10 +54,10 @@ def _resume(namespace: Namespace) -> str | None:
     """The checkpoint to resume from, if any; refuses to start over a run that is already there."""
     asked, directory = namespace.resume_from_checkpoint, Path(namespace.output_dir or "trainer_output")
     if asked in (None, False) or str(asked).lower() in ("false", "none"):
-        held = [*sorted(directory.glob("checkpoint-[0-9]*")), *sorted(directory.glob("*.safetensors"))]
-        if held and not namespace.overwrite_output_dir and not namespace.dry_run:
+        left = [*sorted(directory.glob("checkpoint-[0-9]*")), *sorted(directory.glob("*.safetensors"))]
+        if left and not namespace.overwrite_output_dir and not namespace.dry_run:
             raise ValueError(
-                f"{directory} already holds a run ({', '.join(path.name for path in held[:3])}): continue it with "
+                f"{directory} already holds a run ({', '.join(path.name for path in left[:3])}): continue it with "
                 "--resume_from_checkpoint true, start over with --overwrite_output_dir true, or choose another "
                 "--output_dir."
             )
@@ -67,10 +67,10 @@ def _resume(namespace: Namespace) -> str | None:
     if str(asked).lower() == "true":
         from ..trainer import last_complete_checkpoint
 
-        found = last_complete_checkpoint(directory)
-        if found is None:
+        checkpoint = last_complete_checkpoint(directory)
+        if checkpoint is None:
             raise ValueError(f"there is no complete checkpoint in {directory} to resume from.")
-        return found
+        return checkpoint
     if not (Path(asked) / "trainer_state.json").is_file():
         siblings = [path.name for path in Path(asked).parent.glob("checkpoint-*")]
         raise FileNotFoundError(

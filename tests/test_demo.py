@@ -55,7 +55,7 @@ def start(grid: Path, directory: Path) -> subprocess.Popen:
     )
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 import traceback
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -184,7 +185,8 @@ class Cells:
                     argv = ["--config", str(path), "--output_dir", folder]
                     try:
                         read_arguments(argv)
-                        with redirect_stdout(io.StringIO()) as printed:
+                        with redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
+                            warnings.simplefilter("ignore", FutureWarning)  # the cells' own stand in workers.log
                             code = run_recipe([*argv, "--dry_run"])
                     except (ValueError, OSError, ImportError) as error:
                         raise type(error)(str(error).replace(str(path), f"{row.name} in the grid")) from error

@@ -5,10 +5,11 @@ import sys
 
 from sharded_run import on_cpu
 
-from tipdistill.cli import end_process, main, train
+from tipdistill.cli import end_process, main
+from tipdistill.recipes import run
 
 engines = {"ACCELERATE_USE_FSDP": "fsdp2", "ACCELERATE_USE_DEEPSPEED": "zero"}
 (engine,) = (name for variable, name in engines.items() if os.environ.get(variable) == "true")
 on_cpu(engine)
-train.check_launched = lambda use_cpu: None
+run.check_launched = lambda use_cpu: None
 end_process(main(["train", *sys.argv[1:], *(["--use_cpu"] if engine == "fsdp2" else [])]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from trl import DistillationConfig
 
 from .select import resolve_rule
+from .text import check_known
 
 NORMALIZATIONS = ("batch", "micro_batch")
 SCOPES = ("rollout", "batch")
@@ -142,8 +142,8 @@ class TIPConfig(DistillationConfig):
             raise ValueError(f"temperature must be positive, got {self.temperature}: rollouts are sampled, not greedy.")
         if self.drift_retention is not None and self.drift_factor == 0:
             raise ValueError("drift_retention acts on the drift guard's warning, and drift_factor = 0 turns that off.")
-        _one_of("selection_scope", self.selection_scope, SCOPES)
-        _one_of("normalization", self.normalization, NORMALIZATIONS)
+        check_known("selection_scope", self.selection_scope, SCOPES)
+        check_known("normalization", self.normalization, NORMALIZATIONS)
         for name, least in (
             ("num_generations", 1),
             ("score_logging_steps", 0),
@@ -216,10 +216,3 @@ class TIPConfig(DistillationConfig):
     def task_names(self) -> list[str]:
         """The names in `eval_tasks`."""
         return [name.strip() for name in (self.eval_tasks or "").split(",") if name.strip()]
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{hint}")

@@ -156,25 +156,29 @@ def probe(
             cosines.append(cosine)
             slopes.append(slope)
     kept = [
-        Kept(one.rule, one.retention, torch.cat([one.mask, two.mask]), torch.cat([one.weight, two.weight]))
-        for one, two in zip(*chosen, strict=True)
+        Kept(
+            first.rule, first.retention, torch.cat([first.mask, second.mask]), torch.cat([first.weight, second.weight])
+        )
+        for first, second in zip(*chosen, strict=True)
     ]
-    batch = TokenScores(**{name: torch.cat([one.require(name) for one in batches]) for name, _ in batches[0].present()})
-    quadrant = torch.cat([quadrants(one, settings.entropy_threshold, settings.divergence_threshold) for one in batches])
+    names = [name for name, _ in batches[0].present()]
+    batch = TokenScores(**{name: torch.cat([half.require(name) for half in batches]) for name in names})
+    borders = settings.entropy_threshold, settings.divergence_threshold
+    quadrant = torch.cat([quadrants(half, *borders) for half in batches])
     prompts = [*halves[1], *halves[0]]  # in the order in which they were held out
     tokens = torch.tensor([float(lengths[places].sum()) for places in prompts], dtype=torch.float64)
     slope = torch.cat(slopes)
     descent = _bootstrap(slope[:, :-1], tokens, settings)
     heaviest = float(slope[:, -1].square().max() / slope[:, -1].square().sum())
 
-    found = _rows(kept, quadrant, batch, torch.stack(cosines).mean(0), descent)
+    rows = _rows(kept, quadrant, batch, torch.stack(cosines).mean(0), descent)
     shares = quadrant_shares(quadrant)
-    warnings = _warnings(found, batch, quadrant, rollouts, len(prompts), heaviest, settings)
+    warnings = _warnings(rows, batch, quadrant, rollouts, len(prompts), heaviest, settings)
     return {
         "schema_version": SCHEMA_VERSION,
-        "recommendation": _recommend(found, warnings),
+        "recommendation": _recommend(rows, warnings),
         "warnings": [text for _, text in warnings],
-        "rows": found,
+        "rows": rows,
         "quadrants": {
             f"q{number}": {"token_share": share, "divergence_share": mass}
             for (number, share), mass in zip(
@@ -300,7 +304,7 @@ def _compare(
     whole = _gradients(*pair, training, everything, parameters, settings)
     cosine, slopes = [], []
     for group in _turns(kept, whole.nbytes, settings.gradient_bytes):
-        weights = torch.stack([one.weight for one in group])
+        weights = torch.stack([choice.weight for choice in group])
         gradients = torch.cat([_gradients(*pair, training, weights, parameters, settings), whole])
         unit = gradients / gradients.norm(dim=1, keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
         cosine.append((unit[:-1] @ unit[-1]).double().cpu())
@@ -423,8 +427,8 @@ def _rows(
         }
     ]
     places: dict[tuple[str, float], list[int]] = {}
-    for place, one in enumerate(kept):
-        places.setdefault((one.rule, one.retention), []).append(place)
+    for place, choice in enumerate(kept):
+        places.setdefault((choice.rule, choice.retention), []).append(place)
     for (rule, retention), drawn in places.items():
         masks = torch.stack([kept[place].mask for place in drawn]).double()
         here = descent[:, drawn].mean(1)
@@ -489,14 +493,14 @@ def _warnings(
     settings: Settings,
 ) -> list[tuple[tuple[str, float] | None, str]]:
     """(the rule and retention that it speaks against, or None) and what to know."""
-    found: list[tuple[tuple[str, float] | None, str]] = []
+    warnings: list[tuple[tuple[str, float] | None, str]] = []
     shares = quadrant_shares(quadrant)
     uncertain = shares[1] + shares[2]
     for row in rows[1:]:
         place, kept = (row["rule"], row["retention"]), row["kept"]
         name = f"{place[0]} at {place[1]:g}"
         if place[0] in _BY_ENTROPY and kept < uncertain and row["q2_of_kept"] > 0.5:
-            found.append(
+            warnings.append(
                 (
                     place,
                     f"{name} keeps {kept:.1%} of the tokens where {uncertain:.1%} are uncertain, and spends "
@@ -505,7 +509,7 @@ def _warnings(
                 )
             )
         if place[0] in _TURNS_AWAY and place[1] < LEAST_RETENTION:
-            found.append(
+            warnings.append(
                 (
                     place,
                     f"{name} may collapse in training although it looks well here: tokens that are never trained "
@@ -514,13 +518,13 @@ def _warnings(
             )
         interval = row["over_random_interval"]
         if interval is not None and interval[0] <= 0:
-            found.append((place, f"{name} is not told apart from random tokens here, or is worse."))
+            warnings.append((place, f"{name} is not told apart from random tokens here, or is worse."))
     delta = batch.require("reverse_kl")
     confident = quadrant == 3
     if "soft_or" in settings.rules and confident.any():
         typical = float(min_max(delta)[confident].median())
         if typical < 0.05:
-            found.append(
+            warnings.append(
                 (
                     None,
                     f"the largest divergence ({float(delta.max()):.3g} nats) dwarfs the others: the typical confident "
@@ -528,7 +532,7 @@ def _warnings(
                 )
             )
     if rows[0]["descent_interval"][0] <= 0:
-        found.append(
+        warnings.append(
             (
                 None,
                 "the gradient of all tokens does not reliably lower the held-out loss: these rollouts are too few or "
@@ -536,7 +540,7 @@ def _warnings(
             )
         )
     if heaviest > 0.5:
-        found.append(
+        warnings.append(
             (
                 None,
                 f"one prompt makes up {heaviest:.0%} of the squared gradient norms: whatever keeps or drops its tokens "
@@ -544,17 +548,17 @@ def _warnings(
             )
         )
     if prompts < _FEW_PROMPTS:
-        found.append((None, f"{prompts} prompts are few: the intervals are rough. Probe with more."))
+        warnings.append((None, f"{prompts} prompts are few: the intervals are rough. Probe with more."))
     cut = sum(not rollout.finished for rollout in rollouts) / len(rollouts)
     if cut > 0.5:
-        found.append(
+        warnings.append(
             (
                 None,
                 f"{cut:.0%} of the rollouts were cut at the length limit: what comes later in a completion was not "
                 "probed. Let them be as long as in training.",
             )
         )
-    return found
+    return warnings
 
 
 def _recommend(

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tipdistill.cli import COMMANDS, end_process, main
-from tipdistill.cli.arguments import parse
-from tipdistill.cli.recipes import recipe_head, recipe_names, recipe_path
+from tipdistill.recipes import recipe_head, recipe_names, recipe_path
+from tipdistill.recipes.read import parse
 
 MODELS = ["--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--dataset_name", "prompts"]
 CPU = ["--use_cpu", "--bf16", "false"]
@@ -167,7 +167,7 @@ def test_environment_of_a_recipe_is_set_and_its_secrets_are_not_written_down(tmp
         started.append((command, env))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("tipdistill.cli.train.subprocess.run", start)
+    monkeypatch.setattr("tipdistill.recipes.run.subprocess.run", start)
     assert main(["train", *config, *MODELS, *CPU]) == 0
     ((command, environment),) = started
     assert command[1:5] == ["-m", "tipdistill.cli", "train", "--config"]

@@ -19,7 +19,7 @@ from trl import DistillationConfig, ScriptArguments
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.cli import main
-from tipdistill.cli.arguments import TIPScriptArguments
+from tipdistill.recipes.read import TIPScriptArguments
 from tipdistill.records import open_records
 
 BASE = {
@@ -294,7 +294,7 @@ def watch(patch: pytest.MonkeyPatch, run: Run) -> None:
     patch.setattr(TIPTrainer, "__init__", watched_init)
     patch.setattr(TIPTrainer, "_generate_and_score_completions", watched_generate)
     patch.setattr(TIPTrainer, "_score_rows", watched_score)
-    patch.setattr("tipdistill.cli.train.subprocess.run", launched)
+    patch.setattr("tipdistill.recipes.run.subprocess.run", launched)
     patch.setattr("tipdistill.trainer.logger.warning", run.warnings.append)
 
 

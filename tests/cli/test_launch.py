@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from tipdistill import TIPConfig
-from tipdistill.cli import launch, main
+from tipdistill.cli import main
+from tipdistill.recipes import launch
 
 PAIR = ["--model_name_or_path", "s", "--teacher_model_name_or_path", "t", "--dataset_name", "d"]
 CPU = ["--use_cpu", "true", "--bf16", "false"]
@@ -26,7 +27,7 @@ DISTRIBUTED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MI
 def plain_environment(monkeypatch):
     for name in [*DISTRIBUTED, "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"]:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("tipdistill.cli.train.build", lambda *_: pytest.fail("a run was begun"))
+    monkeypatch.setattr("tipdistill.recipes.run.build", lambda *_: pytest.fail("a run was begun"))
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "deepspeed" or find_spec(name, *rest))
 
@@ -40,7 +41,7 @@ def launched(monkeypatch):
         commands.append(command)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("tipdistill.cli.train.subprocess.run", run)
+    monkeypatch.setattr("tipdistill.recipes.run.subprocess.run", run)
     return commands
 
 

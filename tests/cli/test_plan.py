@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tipdistill.cli import main
-from tipdistill.cli.plan import _sharding
+from tipdistill.plan.recipe import sharding_of
 
 SMALL = ["plan", "--config", "laptop", "--model_name_or_path", "Qwen/Qwen3-0.6B", "--max_completion_length", "64"]
 SMALL += ["--teacher_model_name_or_path", "Qwen/Qwen3-0.6B", "--per_device_train_batch_size", "2"]
@@ -26,6 +26,19 @@ def test_a_recipe_is_planned_and_written(capsys, tmp_path):
     assert [row["retention"] for row in found["retentions"]] == [1.0, 0.5, 0.2, 0.1]
 
 
+def test_a_machine_file_changes_the_rates(capsys, tmp_path):
+    path = tmp_path / "slow.yaml"
+    path.write_text("base: h100\nflops: 1e12\nmemory_gib: 40\n")
+    seconds = []
+    for machine in ("h100", str(path)):
+        assert main([*SMALL, "--machine", machine, "--json", str(tmp_path / "plan.json")]) == 0
+        seconds.append(json.loads((tmp_path / "plan.json").read_text())["seconds"]["lm_heads"])
+    assert seconds[1] == pytest.approx(989 * seconds[0])
+    shown = capsys.readouterr().out
+    assert "on 1 × H100" in shown
+    assert f"on 1 × {path}" in shown
+
+
 def test_a_gpu_that_is_too_small_is_told_apart(capsys):
     assert main([*SMALL, "--memory", "4"]) == 0
     shown = capsys.readouterr().out
@@ -38,8 +51,9 @@ def test_a_gpu_that_is_too_small_is_told_apart(capsys):
     [
         (["--memory", "-1"], "--memory must be a positive number"),
         (["--gpus", "0"], "--gpus must be a positive number"),
-        (["--utilization", "1.5"], "at most 1"),
-        (["--gpu", "h10"], "Did you mean"),
+        (["--machine", "h10"], "there are h100, h200, a100, and FILE.yaml. Did you mean 'h100'"),
+        (["--machine", "absent.yaml"], "there is no machine file absent.yaml"),
+        (["--gpu", "h100"], "there is no flag --gpu"),
         (["--sharding", "zero4"], "--sharding must be one of"),
         (["--retenton", "0.5"], "there is no flag --retenton"),
         (["--retention", "1.5"], "retention must be in (0, 1]"),
@@ -61,14 +75,14 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, flags, said, monkeypatch)
 
 def test_sharding_is_read_from_accelerate_s_presets():
     presets = {"zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2", "multi_gpu": "none", None: "none"}
-    assert {preset: _sharding(preset) for preset in presets} == presets
+    assert {preset: sharding_of(preset) for preset in presets} == presets
     with pytest.raises(ValueError, match="fsdp1 is not planned"):
-        _sharding("fsdp1")
+        sharding_of("fsdp1")
 
 
 def test_help_names_the_flags():
     shown = subprocess.run(
         [sys.executable, "-m", "tipdistill.cli", "plan", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for flag in ("--gpus", "--memory", "--json", "--teacher_place"):
+    for flag in ("--gpus", "--memory", "--json", "--teacher_place", "--machine"):
         assert flag in shown

@@ -29,7 +29,6 @@ def test_a_probe_of_a_pair(flags, tmp_path, capsys):
         ("all", 1.0),
         *((rule, retention) for retention in (0.5, 0.25) for rule in ("soft_or", "q3", "random")),
     ]
-    assert all(row["step_seconds"] > 0 and row["peak_memory_gib"] > 0 for row in result["rows"])
     assert result["parameters"]["kind"] == "all"
     assert len(open_records(tmp_path / "probe").rollouts) == 6
     shown = capsys.readouterr().out
@@ -50,7 +49,7 @@ def test_a_probe_of_a_pair(flags, tmp_path, capsys):
         (["--retentions", "0.5,1"], "retentions must lie in (0, 1)"),
         (["--scope", "token"], "scope must be one of rollout, batch"),
         (["--max_prompts", "3"], "at least 4 prompts"),
-        (["--gradient_gib", "0"], "--gradient_gib positive"),
+        (["--gradient_gib", "0"], "--gradient_gib must be positive"),
         (["--parameters", "some"], "invalid choice: 'some'"),
     ],
     ids=str,

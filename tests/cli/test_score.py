@@ -77,8 +77,7 @@ def loads_nothing(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("tipdistill.cli.pair.load_models", load)
-    monkeypatch.setattr("tipdistill.cli.score.load_models", load)
+    monkeypatch.setattr("tipdistill.pair.load_models", load)
 
 
 @pytest.mark.parametrize(

@@ -301,11 +301,11 @@ def test_two_sweeps_in_one_directory_are_refused(grid, tmp_path, capsys):
 
 
 def test_a_seed_in_a_path_is_the_cells(grid, world, tmp_path):
-    from tipdistill.cli.sweep import Plan
     from tipdistill.sweep import read_grid
+    from tipdistill.sweep.cells import Cells
 
     path = grid(overrides={"model_name_or_path": f"{world}/student-{{seed}}"})[1]
-    plan = Plan(read_grid(path), tmp_path)
-    assert [plan.settings(cell)["model_name_or_path"] for cell in plan.every_cell()] == [
+    cells_of = Cells(read_grid(path), tmp_path)
+    assert [cells_of.settings(cell)["model_name_or_path"] for cell in cells_of.every_cell()] == [
         f"{world}/student-{seed}" for seed in (1, 2, 1, 2)
     ]

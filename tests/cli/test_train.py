@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tipdistill import TIPTrainer
 from tipdistill.cli import main
-from tipdistill.cli.arguments import parse
+from tipdistill.recipes.read import parse
 
 TINY = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_steps", "2", "--max_completion_length", "6"]
 TINY += ["--logging_steps", "1", "--learning_rate", "1e-3", "--disable_tqdm", "true"]

@@ -14,7 +14,7 @@ from serving import serving
 from transformers import AutoModelForCausalLM
 
 from tipdistill.cli import main
-from tipdistill.cli.arguments import parse
+from tipdistill.recipes.read import parse
 
 TINY = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_completion_length", "6", "--retention", "0.3"]
 TINY += ["--logging_steps", "1", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
@@ -115,7 +115,7 @@ def test_what_the_server_cannot_serve_is_refused_in_one_line(arguments, served, 
     )
     assert "does not serve 'other'; it serves teacher" in refused("--teacher_served_name", "other", "--dry_run")
     assert "name two teachers" in refused("--teacher_model_name_or_path", arguments[1], "--dry_run")
-    monkeypatch.setattr("tipdistill.cli.train._DRY_RUN_PATIENCE", 0.2)
+    monkeypatch.setattr("tipdistill.recipes.run._DRY_RUN_PATIENCE", 0.2)
     nobody = ["--teacher_url", "http://127.0.0.1:9/v1"]
     assert "refused" in refused(*nobody, "--dry_run")
     # the run itself says the same, before it loads weights

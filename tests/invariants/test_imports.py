@@ -8,21 +8,24 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "tipdistill"
 # A module may import from its own row and from the rows above it.
 ORDER = [
-    {"types", "vocabulary", "data", "files", "text", "provenance", "http"},
+    {"types", "vocabulary", "data", "files", "text", "provenance", "http", "extras"},
     {"rollout"},
     {"score", "divergence"},
     {"select"},
     {"loss"},
     {"records"},
     {"config", "integrations", "teachers"},
+    {"pair"},
     {"evaluate"},
     {"tasks"},
     {"training"},
     {"trainer"},
+    {"recipes"},
     {"report"},
     {"plan"},
-    {"probe", "estimate"},
+    {"probe"},
     {"sweep"},
+    {"demo"},
     {"cli"},
 ]
 # The one look ahead: `token_scores(rule=...)` asks the registry which statistics a rule reads.

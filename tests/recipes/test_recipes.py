@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from tipdistill.cli import main
-from tipdistill.cli.arguments import parse
-from tipdistill.cli.recipes import recipe_head, recipe_names
+from tipdistill.recipes import recipe_head, recipe_names
+from tipdistill.recipes.read import parse
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path for folder in ("src/tipdistill", "examples") for path in (ROOT / folder).rglob("*.yaml"))
+RECIPES = sorted(path for folder in ("src/tipdistill/recipes", "examples") for path in (ROOT / folder).rglob("*.yaml"))
 # stand-ins of the same architecture; Qwen2.5's lm_heads differ in size
 STAND_INS = {"llama-70b-8b": ("llama", 400), "qwen2.5-14b-1.5b": ("qwen2", 416)}
 # No GPU here: what needs one is switched off, and nothing else of how a recipe trains is touched.

@@ -40,7 +40,6 @@ PROBE = {
     "teacher": HOSTILE,
     "recommendation": {"rule": "q3", "retention": 0.1, "reason": "it keeps most of the descent."},
     "warnings": [HOSTILE],
-    "estimate": {"rows": [{"retention": 0.1, "peak_memory_gib": 1.5}], "assumptions": "one device"},
     "rows": [
         {
             "rule": rule,

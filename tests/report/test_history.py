@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tipdistill.report.history import read_runs
+from tipdistill.report.history import MOST_CELLS, read_runs
 from tipdistill.report.sources import MOST_STEPS, find_sources
 
 ENTRIES = [
@@ -42,15 +42,16 @@ def test_the_newest_whole_checkpoint_is_read(tmp_path):
     assert run.series["loss"] == ([1, 2], [2.0, 0.9])
 
 
-def test_a_demos_cells(tmp_path):
-    put(tmp_path / "before.json", {"accuracy": 0.25})
-    for name, accuracy in (("q3-10", 0.9), ("all-100", 0.95)):
-        row = {"name": name.split("-")[0], "retention": 0.1, "accuracy": accuracy}
-        put(tmp_path / "cells" / name / "metrics.json", {"row": row, "history": ENTRIES})
+def test_a_sweeps_cells(tmp_path):
+    for name in ("q3-10", "all-100"):
+        put(tmp_path / "cells" / name / "trainer_state.json", {"log_history": ENTRIES})
+    (tmp_path / "cells" / "unfinished").mkdir()
     runs = read_runs(tmp_path)
-    assert [run.name for run in runs] == ["all 10 %", "q3 10 %"]
-    assert runs[1].series["accuracy"] == ([0, 2], [0.25, 0.9])
+    assert [run.name for run in runs] == ["all-100", "q3-10"]
     assert read_runs(tmp_path / "cells" / "q3-10") == [runs[1]]
+    for number in range(MOST_CELLS - 1):
+        put(tmp_path / "cells" / f"more-{number}" / "trainer_state.json", {"log_history": ENTRIES})
+    assert read_runs(tmp_path) == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"log_history": 3}', '{"log_history": [3]}'])

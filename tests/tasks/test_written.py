@@ -9,7 +9,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tipdistill.cli.recipes import recipe_path
+from tipdistill.recipes import recipe_path
 from tipdistill.tasks import WRITTEN_TASKS, __main__
 from tipdistill.tasks.written import Training, is_held_out
 

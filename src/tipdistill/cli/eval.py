@@ -162,12 +162,12 @@ def _numbers(text: str) -> Sequence[int]:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        options = json.loads(text)
+        parsed = json.loads(text)
     except ValueError:
-        options = None
-    if not isinstance(options, dict):
+        parsed = None
+    if not isinstance(parsed, dict):
         raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
-    return options
+    return parsed
 
 
 class _Progress:

@@ -12,11 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..extras import require
 from ..files import write_text
+from ..pair import Pair, PairConfig, about_of, load_models, read_pair, sampled
 from ..probe import PARAMETERS, RETENTIONS, RULES, Settings
-from ..records import RecordsWriter
-from .pair import Pair, load_engine, load_models, pair_parser, read_pair, require
-from .score import about_of
+from ..records import About, RecordsWriter
+from .flags import pair_of, pair_parser
 
 PROBE_FILE = "probe.json"
 _WIDTH = 126
@@ -35,15 +36,15 @@ def main(argv: list[str]) -> int:
             f"{directory} already holds a probe: choose another --output_dir, or replace it (--overwrite_output_dir)."
         )
     settings = _settings(options)
-    options.retention, options.scope = max(settings.retentions), settings.scope
-    about_of(options, settings.rules, vocabulary=0)
+    config = pair_of(options)
+    _about(config, settings, vocabulary=0)
     if settings.parameters == "lora":
         require("peft", "--parameters lora", 'pip install "tipdistill[peft]"')
-    pair = read_pair(options)
+    pair = read_pair(config)
     if len(pair.prompts) < 4:
         raise ValueError(f"a probe needs at least 4 prompts, half of them to be held out; got {len(pair.prompts)}.")
     print("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()), flush=True)
-    result = _run(options, pair, settings, directory)
+    result = _run(config, pair, settings, directory)
     write_text(directory / PROBE_FILE, json.dumps(result, indent=2) + "\n")
     show(result)
     print(f"Look at it: tipdistill report {directory} · all figures: {directory / PROBE_FILE}")
@@ -61,7 +62,6 @@ def _parser() -> Any:
     add("--random_seeds", type=int, default=5, help="draws of the random control")
     add("--bootstrap", type=int, default=1000, help="resamples of the held-out prompts, for the intervals")
     add("--gradient_gib", type=float, default=4.0, help="memory for gradients that are held at a time, GiB")
-    add("--per_device_train_batch_size", type=int, default=8, help="rollouts of a micro-batch, for the estimate")
     add("--entropy_threshold", type=float, default=Settings.entropy_threshold, help="border of the quadrants, in ĥ")
     add("--divergence_threshold", type=float, default=Settings.divergence_threshold, help="the other, in nats")
     add("--overwrite_output_dir", action="store_true", help="replace the probe and the records that are there")
@@ -73,8 +73,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         retentions = tuple(float(text) for text in options.retentions.split(","))
     except ValueError:
         raise ValueError(f"--retentions takes numbers separated by commas, got {options.retentions!r}.") from None
-    if options.per_device_train_batch_size < 1 or not options.gradient_gib > 0:
-        raise ValueError("--per_device_train_batch_size must be at least 1 and --gradient_gib positive.")
+    if not options.gradient_gib > 0:
+        raise ValueError(f"--gradient_gib must be positive, got {options.gradient_gib}.")
     return Settings(
         rules=tuple(rule for rule in options.rules.split(",") if rule != "random"),
         retentions=retentions,
@@ -92,63 +92,39 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _run(options: argparse.Namespace, pair: Pair, settings: Settings, directory: Path) -> dict[str, Any]:
-    from ..estimate import step_estimate
+def _about(config: PairConfig, settings: Settings, vocabulary: int) -> About:
+    borders = settings.entropy_threshold, settings.divergence_threshold
+    return about_of(config, settings.rules, vocabulary, max(settings.retentions), settings.scope, *borders)
+
+
+def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path) -> dict[str, Any]:
     from ..probe import probe
-    from ..rollout import generate
     from ..score.models import score_rollouts
 
     def say(line: str) -> None:
         print(f"# {line}", flush=True)
 
-    student, teacher = load_models(options)
+    student, teacher = load_models(config)
     started = time.perf_counter()
-    rollouts = [
-        rollout
-        for batch in generate(
-            load_engine(options, student),
-            pair.tokenizer,
-            pair.prompts,
-            samples=options.num_generations,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            forbidden=pair.forbidden,
-        )
-        for rollout in batch
-    ]
-    about = about_of(options, settings.rules, pair.vocabulary)
+    rollouts = [rollout for batch in sampled(config, pair, student) for rollout in batch]
+    about = _about(config, settings, pair.vocabulary)
     scored = score_rollouts(
         student,
         teacher,
         rollouts,
         tuple(dict.fromkeys([*about.fields(), *settings.fields()])),
-        temperature=options.temperature,
-        tokens_per_forward=options.tokens_per_forward,
+        temperature=config.temperature,
+        tokens_per_forward=config.tokens_per_forward,
     )
     seconds = time.perf_counter() - started
     say(f"{len(scored.scores):,} tokens of {len(rollouts):,} rollouts sampled and scored in {seconds:.0f} s")
     with RecordsWriter(directory, pair.tokenizer, about) as writer:
         writer.write(rollouts, scored)
     result = probe(student, teacher, rollouts, scored.scores, settings, say)
-    estimate = step_estimate(
-        student,
-        teacher,
-        rollouts,
-        (1.0, *sorted(settings.retentions, reverse=True)),
-        micro_batch=options.per_device_train_batch_size,
-        temperature=options.temperature,
-        seconds_before=seconds,
-    )
-    at = {row["retention"]: row for row in estimate["rows"]}
-    for row in result["rows"]:
-        row |= {name: at[row["retention"]][name] for name in ("step_seconds", "peak_memory_gib")}
     return {
-        "student": options.model,
-        "teacher": options.teacher,
+        "student": config.model,
+        "teacher": config.teacher,
         **result,
-        "estimate": estimate,
         "seconds": time.perf_counter() - started,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
@@ -160,7 +136,7 @@ def show(result: dict[str, Any]) -> None:
     if console.width < _WIDTH:
         console = Console(width=_WIDTH)  # a table that is cut off is no use; a terminal wraps it
     table = Table(
-        *("rule", "kept", "divergence", "Q3", "cosine", "descent / all", "over random", "step", "memory"),
+        *("rule", "kept", "divergence", "Q3", "cosine", "descent / all", "over random"),
         title=f"{result['student']} from {result['teacher']}",
     )
     best = result["recommendation"]
@@ -174,8 +150,6 @@ def show(result: dict[str, Any]) -> None:
             f"{row['cosine']:.3f}",
             _or_dash(row["descent_share"], "{:.3f}") + _spread(row["descent_share_interval"], "{:.3f}"),
             _or_dash(row["over_random"], "{:+.3g}") + _spread(row["over_random_interval"], "{:+.3g}"),
-            _or_dash(row["step_seconds"], "{:.3g} s"),
-            _or_dash(row["peak_memory_gib"], "{:.3g} GiB"),
             style="bold" if chosen else None,
         )
     console.print(table)

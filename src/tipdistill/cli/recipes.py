@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from importlib.resources import files
-from pathlib import Path
+from ..recipes import recipe_head, recipe_names, recipe_path
 
 
 def main(argv: list[str]) -> int:
@@ -26,59 +24,3 @@ def main(argv: list[str]) -> int:
         print(f"{name}\n  {summary}")
         print("".join(f"  {label.lower()}: {notes[label]}\n" for label in ("Hardware", "Command")))
     return 0
-
-
-def recipe_names() -> list[str]:
-    """Names of the packaged recipes.
-
-    Example:
-        >>> "laptop" in recipe_names()
-        True
-    """
-    return sorted(path.stem for path in _folder().glob("*.yaml"))
-
-
-def recipe_path(name: str) -> Path:
-    """Path of the packaged recipe `name`, given with or without ".yaml".
-
-    Raises:
-        ValueError: there is none of that name; the nearest are given.
-
-    Example:
-        >>> recipe_path("laptop").name
-        'laptop.yaml'
-    """
-    path = _folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if path.name not in {known.name for known in _folder().glob("*.yaml")}:
-        near = difflib.get_close_matches(path.stem, recipe_names(), n=2) or recipe_names()
-        raise ValueError(f"there is no recipe {name!r}. Did you mean {' or '.join(near)}?")
-    return path
-
-
-def recipe_head(path: Path) -> tuple[str, dict[str, str]]:
-    """The head comment of a recipe: its first line, and its labelled notes (`# Command: ...`, continued by indent).
-
-    Example:
-        >>> recipe_head(recipe_path("laptop"))[1]["Command"]
-        'tipdistill train --config laptop'
-    """
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").removeprefix(" "))
-    notes: dict[str, str] = {}
-    label = ""
-    for line in lines[1:]:
-        name, colon, text = line.partition(":")
-        if colon and name.istitle() and " " not in name:
-            label, notes[name] = name, text.strip()
-        elif label and line.startswith(" "):
-            notes[label] = f"{notes[label]} {line.strip()}"
-        else:
-            label = ""
-    return lines[0], notes
-
-
-def _folder() -> Path:
-    return Path(str(files("tipdistill"))) / "recipes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..pair import about_of, read_pair, write_scored
 from ..records import SIDECAR_FILE, TOKENS_FILE, About, Records, RecordsWriter, open_records
 from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
-from .pair import Pair, load_engine, load_models, pair_parser, read_pair
+from .flags import pair_of, pair_parser
 
 
 def main(argv: list[str]) -> int:
@@ -29,13 +29,21 @@ def main(argv: list[str]) -> int:
             f"{directory} already holds token records: choose another --output_dir, or replace them with "
             "--overwrite_output_dir."
         )
-    about = about_of(options, options.rules.split(","), vocabulary=0)  # names and numbers, before any file is read
-    pair = read_pair(options)
-    about = about_of(options, about.rules, pair.vocabulary)
+    config = pair_of(options)
+
+    def about(vocabulary: int) -> About:
+        borders = options.entropy_threshold, options.divergence_threshold
+        return about_of(config, options.rules.split(","), vocabulary, options.retention, options.scope, *borders)
+
+    about(vocabulary=0)  # names and numbers, before any file is read
+    pair = read_pair(config)
     started = time.perf_counter()
-    with RecordsWriter(directory, pair.tokenizer, about) as writer:
+    with RecordsWriter(directory, pair.tokenizer, about(pair.vocabulary)) as writer:
         print("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()), flush=True)
-        write_scored(options, pair, writer)
+        with _progress() as progress:
+            total = len(pair.prompts) * config.num_generations
+            task = progress.add_task("rollouts scored", total=total, completed=writer.rollouts)
+            write_scored(config, pair, writer, lambda written: progress.update(task, completed=written))
     show(open_records(directory), time.perf_counter() - started)
     return 0
 
@@ -50,77 +58,6 @@ def _parser() -> Any:
     add("--divergence_threshold", type=float, default=DIVERGENCE_THRESHOLD, help="border of the quadrants, nats")
     add("--overwrite_output_dir", action="store_true", help="replace the records that are there")
     return parser
-
-
-_SETTINGS = (
-    "dataset",
-    "dataset_config",
-    "dataset_split",
-    "prompt_column",
-    "prompt_template",
-    "apply_chat",
-    "max_prompt_length",
-    "max_prompts",
-    "num_generations",
-    "max_new_tokens",
-    "batch_size",
-    "use_vllm",
-    "dtype",
-    "model_revision",
-    "teacher_revision",
-)
-
-
-def about_of(options: argparse.Namespace, rules: Any, vocabulary: int) -> About:
-    """What the records of these flags are of."""
-    return About(
-        student=options.model,
-        teacher=options.teacher,
-        vocabulary=vocabulary,
-        rules=tuple(rules),
-        retention=options.retention,
-        scope=options.scope,
-        seed=options.seed,
-        temperature=options.temperature,
-        entropy_threshold=options.entropy_threshold,
-        divergence_threshold=options.divergence_threshold,
-        settings={name: getattr(options, name) for name in _SETTINGS},
-    )
-
-
-def write_scored(options: argparse.Namespace, pair: Pair, writer: RecordsWriter) -> None:
-    """Load the models, sample and score batch by batch, from where the writer stands."""
-    from ..rollout import generate
-    from ..score.models import score_rollouts
-
-    student, teacher = load_models(options)
-    engine = load_engine(options, student)
-    total = len(pair.prompts) * options.num_generations
-    batches = generate(
-        engine,
-        pair.tokenizer,
-        pair.prompts,
-        samples=options.num_generations,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        first_batch=-(-writer.rollouts // options.batch_size),
-        forbidden=pair.forbidden,
-    )
-    with _progress() as progress:
-        task = progress.add_task("rollouts scored", total=total, completed=writer.rollouts)
-        for rollouts in batches:
-            scored = score_rollouts(
-                student,
-                teacher,
-                rollouts,
-                writer.about.fields(),
-                temperature=options.temperature,
-                tokens_per_forward=options.tokens_per_forward,
-            )
-            writer.write(rollouts, scored)
-            progress.update(task, completed=writer.rollouts)
 
 
 def _progress() -> Progress:

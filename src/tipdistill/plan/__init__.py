@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from .machines import MACHINES, Machine
 from .memory import Setup, memory, peak
 from .models import read_config, sizes
 from .replay import Compute
 from .report import as_text, plan
-from .time import MACHINES, Machine, step_time
+from .time import step_time
 
 __all__ = ["MACHINES", "Machine", "Setup", "as_text", "memory", "peak", "plan", "read_config", "setup_of", "step_time"]
 

@@ -148,10 +148,10 @@ def fused_workspace(
         hidden, weight = (torch.empty(size, student, device="meta") for size in (rows, vocabulary))
         spans, lent, columns = chunked._fused_spans(hidden, vocabulary, weight if lends else None)
         most = max((stop - start for start, stop in spans), default=0)
-        held = max((stop - start for start, stop in spans if start >= lent), default=0)
+        lent_rows = max((stop - start for start, stop in spans if start >= lent), default=0)
         operands = 0 if dtype == torch.float32 else (columns + most) * (student + teacher) * 4
         tiles = (3 if lent else 1) * most * columns * 4  # scratch, and a lent block's logits before they are moved
-        return 2 * held * vocabulary * 4 + tiles + operands
+        return 2 * lent_rows * vocabulary * 4 + tiles + operands
     of_token = 2 * vocabulary * (4 if dtype == torch.float32 else 2)
     return min(rows * of_token, chunked.GPU_WORKSPACE) + _GPU_SCRATCH
 
@@ -182,10 +182,10 @@ def memory(setup: Setup) -> dict[str, dict[str, int]]:
         >>> list(table) == list(PHASES), table["loss"]["teacher weights"] == 1_720_574_976 * 2
         (True, True)
     """
-    held, gradients = _held(setup)
+    resident, gradients = _resident(setup)
     cached = _cached_rows(setup)
     # the batch of the step before is let go when this one's is ready
-    phases = {phase: {**dict.fromkeys(COMPONENTS, 0), **held} for phase in PHASES}
+    phases = {phase: {**dict.fromkeys(COMPONENTS, 0), **resident} for phase in PHASES}
     for phase in PHASES:
         phases[phase]["teacher hidden states"] = cached
     _rollout(setup, phases["rollout"])
@@ -207,41 +207,41 @@ def peak(phases: dict[str, dict[str, int]]) -> tuple[str, int]:
     return phase, totals[phase]
 
 
-def _held(setup: Setup) -> tuple[dict[str, int], int]:
+def _resident(setup: Setup) -> tuple[dict[str, int], int]:
     """What stays through all phases, and the bytes of a full set of gradients on this GPU."""
     n = setup.gpus
     student_bytes, trained, trained_bytes = replay.weights(setup.student)
     of_element, quantised = _OPTIMIZERS[setup.optimizer]
-    held = dict.fromkeys(COMPONENTS, 0)
+    resident = dict.fromkeys(COMPONENTS, 0)
     if setup.sharding == "none":
-        held["student weights"] = student_bytes
-        held["optimizer state"] = int(of_element * trained_bytes + quantised * trained)
+        resident["student weights"] = student_bytes
+        resident["optimizer state"] = int(of_element * trained_bytes + quantised * trained)
         gradients = trained_bytes
         if n > 1:  # DDP's buckets are a second copy: gradient_as_bucket_view is off by default
-            held["gathered and in buckets"] = trained_bytes
+            resident["gathered and in buckets"] = trained_bytes
     elif setup.sharding == "fsdp2":
-        held["student weights"] = student_bytes // n
-        held["optimizer state"] = int(of_element * trained_bytes + quantised * trained) // n
+        resident["student weights"] = student_bytes // n
+        resident["optimizer state"] = int(of_element * trained_bytes + quantised * trained) // n
         gradients = trained_bytes // n
-        held["gathered and in buckets"] = _gathered(setup)
+        resident["gathered and in buckets"] = _gathered(setup)
     else:  # DeepSpeed: bfloat16 weights and gradients, float32 master copy and states in shards
         bf16 = setup.student.autocast
         of_weight = 2 if bf16 else setup.student.dtype.itemsize
         master = 4 if bf16 else 0
-        held["optimizer state"] = int((master + 4 * of_element + quantised) * trained) // n
+        resident["optimizer state"] = int((master + 4 * of_element + quantised) * trained) // n
         weights = student_bytes // setup.student.dtype.itemsize * of_weight
-        held["student weights"] = weights // (n if setup.sharding == "zero3" else 1)
+        resident["student weights"] = weights // (n if setup.sharding == "zero3" else 1)
         gradients = of_weight * trained // n
-        held["gathered and in buckets"] = min(trained, _BUCKET) * of_weight + _gathered(setup)
+        resident["gathered and in buckets"] = min(trained, _BUCKET) * of_weight + _gathered(setup)
     teacher_bytes = replay.weights(setup.teacher)[0]
     head = setup.teacher_sizes.lm_head * setup.teacher.dtype.itemsize
-    held["teacher weights"] = {
+    resident["teacher weights"] = {
         "resident": teacher_bytes,
         "offload": head,
         "sharded": teacher_bytes // n,
         "server": 0,
     }[setup.teacher_place]
-    return held, gradients
+    return resident, gradients
 
 
 def _gathered(setup: Setup) -> int:
@@ -350,7 +350,7 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
             teacher_rows += every * (_teacher_width(setup) + forward.width)
             workspace = max(workspace, scoring_workspace(every, vocabulary, widths, dtype, setup.device))
     sharded = setup.sharding != "none"
-    found = replay.training(
+    counted = replay.training(
         compute,
         setup.micro_batch,
         setup.prompt,
@@ -364,9 +364,9 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
         sharded=sharded,
         padded=setup.padded,
     )
-    parts["gradients"] = gradients if sharded or setup.accumulation > 1 else found.gradients
-    beside = found.peak - found.gradients
-    parts["activations"] = min(found.saved, beside)
+    parts["gradients"] = gradients if sharded or setup.accumulation > 1 else counted.gradients
+    beside = counted.peak - counted.gradients
+    parts["activations"] = min(counted.saved, beside)
     parts["lm_heads and temporary"] = beside - parts["activations"]
 
 

@@ -147,8 +147,8 @@ def sizes(config: Any) -> Sizes:
         ValueError: an architecture without attention heads or layers to count.
 
     Example:
-        >>> found = sizes(read_config("Qwen/Qwen3-8B"))
-        >>> round(found.parameters / 1e9, 2), found.lm_head == 151_936 * 4096
+        >>> counts = sizes(read_config("Qwen/Qwen3-8B"))
+        >>> round(counts.parameters / 1e9, 2), counts.lm_head == 151_936 * 4096
         (8.19, True)
     """
     return _sizes(config.to_json_string(use_diff=False))

@@ -26,7 +26,7 @@ from ..score.tiles import Gradients
 from .models import build, config_of, on_paper
 
 
-class _Held(TorchDispatchMode):
+class _Alive(TorchDispatchMode):
     """Bytes of the storages that are alive, and the most there were."""
 
     def __init__(self, known: list[Tensor]) -> None:
@@ -36,11 +36,11 @@ class _Held(TorchDispatchMode):
         self.at_peak: Callable[[], None] = lambda: None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        for leaf in tree_iter(found):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        return found
+        return result
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -204,30 +204,34 @@ def forward(compute: Compute, sequences: int, tokens: int, padded: bool = False,
         padded: whether sequences differ in length, so that attention needs a mask.
         cached: keep keys and values.
     """
-    return Forward(**_from_few_layers(lambda one: vars(_forward(one, sequences, tokens, padded, cached)), compute))
+
+    def count(compute: Compute) -> dict[str, float]:
+        return vars(_forward(compute, sequences, tokens, padded, cached))
+
+    return Forward(**_from_few_layers(count, compute))
 
 
 @lru_cache(maxsize=256)
 def _forward(compute: Compute, sequences: int, tokens: int, padded: bool, cached: bool) -> Forward:
     with _backbone(compute, train=False) as (model, backbone), torch.no_grad():
         weights = list(model.parameters())
-        with _Held([*weights, *model.buffers()]) as held, compute.casting():
+        with _Alive([*weights, *model.buffers()]) as alive, compute.casting():
             out = backbone(**_inputs(sequences, tokens, padded), use_cache=cached)
             hidden, cache = out.last_hidden_state, out.past_key_values
             stored = 0
             if cached:
                 stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            inside = held.bytes - hidden.nbytes - stored
+            inside = alive.bytes - hidden.nbytes - stored
             width = hidden.shape[-1] * hidden.itemsize
         # what is left when everything else has gone is autocast's cache; `inside` also holds rope's few columns
         casts = sum(weight.numel() * 2 for weight in weights if weight.ndim > 1) if compute.autocast else 0
         casts = min(casts, inside) if compute.dtype == torch.float32 else 0
-    return Forward(held.peak, width, casts, stored // (sequences * tokens))
+    return Forward(alive.peak, width, casts, stored // (sequences * tokens))
 
 
 def decoding(compute: Compute, sequences: int, tokens: int, padded: bool = False) -> int:
     """Most bytes that the last step of `generate` holds at once: the cache of `tokens`, and what one more adds."""
-    return _from_few_layers(lambda one: {"peak": _decoding(one, sequences, tokens, padded)}, compute)["peak"]
+    return _from_few_layers(lambda compute: {"peak": _decoding(compute, sequences, tokens, padded)}, compute)["peak"]
 
 
 @lru_cache(maxsize=256)
@@ -237,7 +241,7 @@ def _decoding(compute: Compute, sequences: int, tokens: int, padded: bool) -> in
         step = backbone(**_inputs(sequences, 1, False), use_cache=True).past_key_values
         cache = DynamicCache(config=config)
         weights = [*model.parameters(), *model.buffers()]
-        with _Held(weights) as held:
+        with _Alive(weights) as alive:
             for index, layer in enumerate(step.layers):
                 shape = [*layer.keys.shape]
                 shape[2] = tokens - 1
@@ -246,12 +250,12 @@ def _decoding(compute: Compute, sequences: int, tokens: int, padded: bool) -> in
                 cache.update(keys, values, index)
                 del keys, values
             # what was made to fill it is no part of a step
-            held.peak = held.bytes
+            alive.peak = alive.bytes
             inputs = {"input_ids": torch.zeros(sequences, 1, dtype=torch.long)}
             if padded:
                 inputs["attention_mask"] = torch.ones(sequences, tokens, dtype=torch.long)
             backbone(**inputs, past_key_values=cache, use_cache=True)
-    return held.peak
+    return alive.peak
 
 
 class _HeadOnPaper(torch.autograd.Function):
@@ -260,8 +264,8 @@ class _HeadOnPaper(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: int) -> Tensor:
         kept = Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad[:3])
-        held = torch.empty(workspace, dtype=torch.uint8)
-        del held
+        scratch = torch.empty(workspace, dtype=torch.uint8)
+        del scratch
         ctx.gradients = [
             None if value is None or like is None else value.to(like.dtype)
             for value, like in ((kept.hidden, hidden), (kept.weight, weight), (kept.bias, bias))
@@ -304,9 +308,9 @@ def training(
         padded: sequences differ in length.
     """
 
-    def count(one: Compute) -> dict[str, float]:
+    def count(compute: Compute) -> dict[str, float]:
         shape = (sequences, prompt, completion, rows, teacher, teacher_rows, workspace)
-        return vars(_training(one, *shape, checkpointing, accumulated, sharded, padded))
+        return vars(_training(compute, *shape, checkpointing, accumulated, sharded, padded))
 
     if accumulated or sharded:
         return Training(**_from_few_layers(count, compute))
@@ -352,15 +356,15 @@ def _training(
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(formed)
         at_peak = {"gradients": 0}
-        with _Held([*model.parameters(), *model.buffers(), *before]) as held:
-            held.at_peak = lambda: at_peak.update(alive)
+        with _Alive([*model.parameters(), *model.buffers(), *before]) as tensors:
+            tensors.at_peak = lambda: at_peak.update(alive)
             with compute.casting():
                 hidden = backbone(**_inputs(sequences, prompt + completion, padded), use_cache=False).last_hidden_state
                 hidden = hidden[:, :-1, :][:, -completion:, :]
                 if teacher:
                     torch.empty(teacher, dtype=torch.uint8)
                 of_teacher = torch.empty(teacher_rows, dtype=torch.uint8)
-            saved = held.bytes - of_teacher.nbytes
+            saved = tensors.bytes - of_teacher.nbytes
             index = torch.zeros(rows, dtype=torch.long)
             # hidden[mask] holds the indices of the kept rows, one tensor per axis
             kept = hidden[index, index]
@@ -368,4 +372,4 @@ def _training(
                 loss = _HeadOnPaper.apply(kept, head.weight, head.bias, workspace)
             del hidden, kept, index, of_teacher
             loss.backward()
-    return Training(saved, held.peak, at_peak["gradients"])
+    return Training(saved, tensors.peak, at_peak["gradients"])

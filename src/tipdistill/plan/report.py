@@ -81,15 +81,15 @@ def _at(setup: Setup, machine: Machine, retention: float) -> dict[str, Any]:
 def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
     """What could be changed, the cheapest in time and quality first; each with its degrees, the mildest first."""
     if not setup.checkpointing:
-        yield [("gradient_checkpointing: true", lambda one: replace(one, checkpointing=True))]
+        yield [("gradient_checkpointing: true", lambda setup: replace(setup, checkpointing=True))]
     if setup.engine == "colocate" and not setup.vllm_sleeps:
-        yield [("vllm_enable_sleep_mode: true", lambda one: replace(one, vllm_sleeps=True))]
+        yield [("vllm_enable_sleep_mode: true", lambda setup: replace(setup, vllm_sleeps=True))]
     if setup.engine == "colocate":
         parallel = [2**power for power in range(4) if 2**power > setup.vllm_parallel and setup.gpus % 2**power == 0]
         yield [(f"vllm_tensor_parallel_size: {count}", _vllm_over(count)) for count in parallel]
     if setup.engine == "transformers":
         name = "use_vllm: true with vllm_enable_sleep_mode: true (transformers holds the cache of all rollouts at once)"
-        yield [(name, lambda one: replace(one, engine="colocate", vllm_sleeps=True))]
+        yield [(name, lambda setup: replace(setup, engine="colocate", vllm_sleeps=True))]
     sizes = [size for size in range(setup.micro_batch - 1, 0, -1) if setup.rollouts % size == 0]
     yield [
         (
@@ -99,34 +99,34 @@ def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
         for size in sizes
     ]
     if setup.optimizer == "adamw_torch":
-        yield [("optim: adamw_torch_fused", lambda one: replace(one, optimizer="adamw_torch_fused"))]
+        yield [("optim: adamw_torch_fused", lambda setup: replace(setup, optimizer="adamw_torch_fused"))]
     if setup.teacher_place == "resident" and setup.sharding == "none":
-        yield [("teacher_offload: true", lambda one: replace(one, teacher_place="offload"))]
+        yield [("teacher_offload: true", lambda setup: replace(setup, teacher_place="offload"))]
     if setup.gpus > 1 and setup.sharding in ("none", "zero2"):
         yield [("accelerate_config: zero3, which shards the teacher too", _sharded_over(setup.gpus))]
     if setup.teacher_place != "server":
-        yield [("the teacher on a server of its own", lambda one: replace(one, teacher_place="server"))]
+        yield [("the teacher on a server of its own", lambda setup: replace(setup, teacher_place="server"))]
     if setup.student.lora is None:
-        yield [("use_peft: true (LoRA)", lambda one: replace(one, student=replace(one.student, lora=(16, None))))]
+        yield [("use_peft: true (LoRA)", lambda setup: replace(setup, student=replace(setup.student, lora=(16, None))))]
     more = [2**power for power in range(1, 13) if 2**power > setup.gpus]
     yield [(f"{gpus} GPUs with accelerate_config: zero3", _sharded_over(gpus)) for gpus in more]
 
 
 def _vllm_over(count: int) -> Callable[[Setup], Setup]:
-    return lambda one: replace(one, vllm_parallel=count)
+    return lambda setup: replace(setup, vllm_parallel=count)
 
 
 def _in_micro_batches(size: int) -> Callable[[Setup], Setup]:
-    def change(one: Setup) -> Setup:
-        return replace(one, micro_batch=size, accumulation=one.rollouts // size, padded=one.padded and size > 1)
+    def change(setup: Setup) -> Setup:
+        return replace(setup, micro_batch=size, accumulation=setup.rollouts // size, padded=setup.padded and size > 1)
 
     return change
 
 
 def _sharded_over(gpus: int) -> Callable[[Setup], Setup]:
-    def change(one: Setup) -> Setup:
-        place = "server" if one.teacher_place == "server" else "sharded"
-        return replace(one, gpus=gpus, sharding="zero3", teacher_place=place)
+    def change(setup: Setup) -> Setup:
+        place = "server" if setup.teacher_place == "server" else "sharded"
+        return replace(setup, gpus=gpus, sharding="zero3", teacher_place=place)
 
     return change
 
@@ -189,24 +189,32 @@ def assumptions(setup: Setup, machine: Machine) -> list[str]:
     return lines
 
 
-def as_text(found: dict[str, Any]) -> str:
+def as_text(planned: dict[str, Any]) -> str:
     """A plan for a terminal; also valid Markdown."""
-    verdict = found["peak"]
-    lines = [memory_table(found), ""]
+    verdict = planned["peak"]
+    lines = [memory_table(planned), ""]
     lines.append(
         f"{'Fits' if verdict['fits'] else 'Does not fit'}: {verdict['bytes'] / _GIB:.1f} GiB in the phase "
         f"{verdict['phase']}, {verdict['usable_bytes'] / _GIB:.1f} GiB usable."
     )
-    if found["change"]:
-        lines.append("Change first: " + "; ".join(found["change"]) + ".")
-    lines += ["", time_table(found), "", f"The bottleneck is: {found['bottleneck']}.", "", retention_table(found), ""]
-    lines += [f"- {line}" for line in found["assumptions"]]
+    if planned["change"]:
+        lines.append("Change first: " + "; ".join(planned["change"]) + ".")
+    lines += [
+        "",
+        time_table(planned),
+        "",
+        f"The bottleneck is: {planned['bottleneck']}.",
+        "",
+        retention_table(planned),
+        "",
+    ]
+    lines += [f"- {line}" for line in planned["assumptions"]]
     return "\n".join(lines)
 
 
-def memory_table(found: dict[str, Any]) -> str:
+def memory_table(planned: dict[str, Any]) -> str:
     """GiB on one GPU by component and phase."""
-    phases = found["memory"]
+    phases = planned["memory"]
     rows = []
     for component in COMPONENTS:
         values = [phases[phase][component] for phase in PHASES]
@@ -216,18 +224,18 @@ def memory_table(found: dict[str, Any]) -> str:
     return _table(["GiB per GPU", *PHASES], rows)
 
 
-def time_table(found: dict[str, Any]) -> str:
+def time_table(planned: dict[str, Any]) -> str:
     """Seconds of a step by part."""
-    total = sum(found["seconds"].values())
-    rows = [[part, f"{found['seconds'][part]:.2f}", f"{found['seconds'][part] / total:.0%}"] for part in PARTS]
+    total = sum(planned["seconds"].values())
+    rows = [[part, f"{planned['seconds'][part]:.2f}", f"{planned['seconds'][part] / total:.0%}"] for part in PARTS]
     return _table(["part of a step", "seconds", "share"], [*rows, ["**together**", f"**{total:.2f}**", ""]])
 
 
-def retention_table(found: dict[str, Any]) -> str:
+def retention_table(planned: dict[str, Any]) -> str:
     """What selection buys, beside all tokens in the same engine."""
-    every = next((row for row in found["retentions"] if row["retention"] == 1), None)
+    every = next((row for row in planned["retentions"] if row["retention"] == 1), None)
     rows = []
-    for row in found["retentions"]:
+    for row in planned["retentions"]:
         saved = "" if every is None else f"{1 - row['without_rollout_seconds'] / every['without_rollout_seconds']:.0%}"
         rows.append(
             [

@@ -7,49 +7,15 @@ weights and the cache once a token. Rates are peak · utilisation, and these are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..select import needs_teacher
 from . import replay
+from .machines import MACHINES, Machine
 from .memory import Setup
 from .models import Sizes
 
-
-@dataclass(frozen=True)
-class Machine:
-    """Rates of one GPU.
-
-    Attributes:
-        flops: dense bfloat16 flops per second, peak.
-        bandwidth: bytes per second of its memory.
-        link: bytes per second to the GPUs of its node, one direction.
-        network: bytes per second to other nodes.
-        memory_gib: what it has.
-        utilization: share of the peak that models reach.
-        head_utilization: share of the peak that the lm_heads reach.
-        bandwidth_utilization: share of `bandwidth` and of the links that is reached.
-        kernel_launch: seconds per decoder layer and token that transformers' `generate` takes at least.
-        node: GPUs that share `link`.
-    """
-
-    flops: float
-    bandwidth: float
-    link: float
-    network: float
-    memory_gib: float
-    utilization: float = 0.4
-    head_utilization: float = 0.6
-    bandwidth_utilization: float = 0.7
-    kernel_launch: float = 5e-4
-    node: int = 8
+__all__ = ["MACHINES", "PARTS", "Machine", "communication_bytes", "head_flops", "step_time", "vllm_tokens"]
 
 
-# Peaks as in the vendor's data sheets (dense bf16, SXM); one 400 Gbit/s network port per GPU, 200 for the A100.
-MACHINES = {
-    "h100": Machine(989e12, 3.35e12, 450e9, 50e9, 80),
-    "h200": Machine(989e12, 4.8e12, 450e9, 50e9, 141),
-    "a100": Machine(312e12, 2.04e12, 300e9, 25e9, 80),
-}
 PARTS = (
     "rollout",
     "student scoring",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _ACCURACY = re.compile(r"(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$", re.IGNORECASE)
+MOST_CELLS = 12
 _NOT_SERIES = {"step", "epoch", "total_flos"}
 
 
@@ -38,14 +39,14 @@ def is_accuracy(metric: str) -> bool:
 
 
 def read_runs(directory: Path) -> list[Run]:
-    """The histories in a directory: a run's own, its newest readable checkpoint's, a demo cell's, or a demo's cells.
+    """The histories in a directory: a run's own, its newest readable checkpoint's, or those of the cells of a sweep.
 
     Args:
-        directory: of a run (`trainer_state.json`, `checkpoint-*/trainer_state.json`), of a demo
-            (`cells/*/metrics.json`) or of one of its cells (`metrics.json`).
+        directory: of a run (`trainer_state.json`, `checkpoint-*/trainer_state.json`), or of a sweep or a demo
+            (`cells/*/trainer_state.json`).
 
     Returns:
-        No run where there is no history.
+        No run where there is no history, or more than `MOST_CELLS` of them: nobody can tell so many curves apart.
 
     Raises:
         ValueError: a history that is there cannot be read.
@@ -59,10 +60,8 @@ def read_runs(directory: Path) -> list[Run]:
                 if path.parent == directory:
                     raise ValueError(f"{path} is no trainer state that can be read: {error}") from error
                 # an interrupted save; an older checkpoint may be whole
-    if (directory / "metrics.json").is_file():
-        return [_cell(directory / "metrics.json", name)]
-    cells = sorted((directory / "cells").glob("*/metrics.json"))
-    return [_cell(path, path.parent.name) for path in cells]
+    cells = sorted(path.parent for path in (directory / "cells").glob("*/trainer_state.json"))
+    return [run for cell in cells for run in read_runs(cell)] if len(cells) <= MOST_CELLS else []
 
 
 def _checkpoints(directory: Path) -> list[Path]:
@@ -73,31 +72,6 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _cell(path: Path, name: str) -> Run:
-    """A demo's cell: its history, and the accuracies before and after, which are measured outside of it."""
-    try:
-        metrics = _read(path)
-        series = _series(metrics["history"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no history that can be read: {error}") from error
-    row = metrics.get("row")
-    if isinstance(row, dict):
-        name = f"{row['name']} {100 * row['retention']:.0f} %" if {"name", "retention"} <= row.keys() else name
-        last = max((steps[-1] for steps, _ in series.values()), default=0)
-        measured = [(0, _before(path)), (last, row.get("accuracy"))]
-        points = [(step, float(value)) for step, value in measured if isinstance(value, int | float)]
-        if points and "accuracy" not in series:
-            series["accuracy"] = ([step for step, _ in points], [value for _, value in points])
-    return Run(name, series)
-
-
-def _before(path: Path) -> Any:
-    try:
-        return _read(path.parents[2] / "before.json").get("accuracy")
-    except (OSError, ValueError, AttributeError, IndexError):
-        return None
 
 
 def _series(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..text import markdown_table
 from .bootstrap import DRAWS, Bootstrap, interval
 from .grid import Grid, Row
 
@@ -50,28 +51,28 @@ def summarise(grid: Grid, results: Results, failed: Mapping[str, str]) -> dict[s
         results: key of a cell → its figures.
         failed: key of a cell → why it has none.
     """
-    found = []
+    rated = []
     for row in grid.rows:
         rate, validation = chosen_rate(grid, row, results)
         cells = [] if rate is None else grid.last_cells(row, rate)
-        found.append((row, rate, validation, [(cell, results[cell.key]) for cell in cells if cell.key in results]))
+        rated.append((row, rate, validation, [(cell, results[cell.key]) for cell in cells if cell.key in results]))
     tables = {
         task: {
-            row.key: {cell.seed: result["tasks"][task] for cell, result in runs} for row, _, _, runs in found if runs
+            row.key: {cell.seed: result["tasks"][task] for cell, result in runs} for row, _, _, runs in rated if runs
         }
         for task in grid.test
     }
     before = {
         task: {
             cell.seed: result["before"][task]
-            for row, _, _, runs in found
+            for row, _, _, runs in rated
             if row == grid.reference()
             for cell, result in runs
         }
         for task in grid.test
     }
     rows = []
-    for row, rate, validation, runs in found:
+    for row, rate, validation, runs in rated:
         ran = [result for _, result in runs]
         rows.append(
             {
@@ -143,7 +144,7 @@ def gain_share(
     seeds = sorted(set(row) & set(whole) & set(before))
     if not seeds:
         return None
-    tables = [_table(one, seeds, samples) for one in (row, whole, before)]
+    tables = [_table(counts, seeds, samples) for counts in (row, whole, before)]
     bootstrap = _bootstrap(len(seeds), tables[0].shape[1])
     own, gain = (bootstrap.of(table - tables[2]) for table in tables[:2])
     if interval(gain)[0] <= 0:
@@ -155,11 +156,11 @@ def gain_share(
 
 def _of_task(grid: Grid, row: Row, table: dict[str, Any], before: dict[int, Any]) -> dict[str, Any]:
     own = table[row.key]
-    counts = {key: {seed: found["correct"] for seed, found in seeds.items()} for key, seeds in table.items()}
-    started = {seed: found["correct"] for seed, found in before.items()}
+    counts = {key: {seed: figures["correct"] for seed, figures in seeds.items()} for key, seeds in table.items()}
+    started = {seed: figures["correct"] for seed, figures in before.items()}
     figure = _figure(own)
-    whole = next((one for one in grid.rows if one.rule == "all"), None)
-    control = next((one for one in grid.rows if one.rule == "random" and one.retention == row.retention), None)
+    whole = next((other for other in grid.rows if other.rule == "all"), None)
+    control = next((other for other in grid.rows if other.rule == "random" and other.retention == row.retention), None)
     for name, other in (("to_all", whole), ("to_random", control)):
         shared = other is not None and other != row and other.key in counts and set(counts[other.key]) & set(own)
         figure[name] = compared(counts[row.key], counts[other.key], grid.num_samples) if shared and other else None
@@ -171,16 +172,16 @@ def _of_task(grid: Grid, row: Row, table: dict[str, Any], before: dict[int, Any]
 
 def _figure(seeds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     samples = next(iter(seeds.values()))["num_samples"]
-    counts = {seed: found["correct"] for seed, found in seeds.items()}
-    means = [_accuracy(found) for found in seeds.values()]
+    counts = {seed: figures["correct"] for seed, figures in seeds.items()}
+    means = [_accuracy(figures) for figures in seeds.values()]
     accuracy = _mean_and_interval(_table(counts, sorted(counts), samples))
     # seeds of which some collapsed and some did not can widen it beyond what an accuracy can be
     accuracy["interval"] = [min(max(end, 0.0), 1.0) for end in accuracy["interval"]]
     return {
         **accuracy,
         "by_seed": {str(seed): mean for seed, mean in zip(seeds, means, strict=True)},
-        "mean_tokens": fmean(found["mean_tokens"] for found in seeds.values()),
-        "truncated": fmean(found["truncated"] for found in seeds.values()),
+        "mean_tokens": fmean(figures["mean_tokens"] for figures in seeds.values()),
+        "truncated": fmean(figures["truncated"] for figures in seeds.values()),
         # as text: a list would take a line for each of thousands
         "correct": {str(seed): " ".join(map(str, row)) for seed, row in counts.items()},
     }
@@ -217,8 +218,8 @@ def _mean_and_interval(table: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _accuracy(found: Mapping[str, Any]) -> float:
-    return fmean(found["correct"]) / found["num_samples"]
+def _accuracy(figures: Mapping[str, Any]) -> float:
+    return fmean(figures["correct"]) / figures["num_samples"]
 
 
 # As text.
@@ -238,12 +239,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = []
     for task in result["test"]:
         headings = [f"{text} (mean@{result['num_samples']})" if text == "accuracy" else text for text in _HEADINGS]
-        lines = [headings, ["---"] * len(headings)]
+        lines = []
         started = result["before"].get(task)
         if started is not None:
             lines.append(["before distillation", "", _with_interval(started), *[""] * (len(headings) - 3)])
         lines += [_line(row, task) for row in result["rows"]]
-        parts.append(f"**{task}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(f"**{task}**\n\n" + markdown_table(headings, lines))
     notes = [
         f"In brackets: {result['interval']} ({len(result['seeds'])} seeds: {', '.join(map(str, result['seeds']))}). "
         "Differences are paired; the share of the gain is (row − before) / (all tokens − before)."
@@ -279,15 +280,15 @@ def _line(row: Mapping[str, Any], task: str) -> list[str]:
     ]
 
 
-def _with_interval(found: Mapping[str, Any] | None, signed: bool = False, percent: bool = False) -> str:
-    if found is None:
+def _with_interval(figure: Mapping[str, Any] | None, signed: bool = False, percent: bool = False) -> str:
+    if figure is None:
         return ""
 
     def text(value: float) -> str:
         written = f"{100 * value:.0f} %" if percent else f"{value:+.3f}" if signed else f"{value:.3f}"
         return written.replace("-", "−")
 
-    return f"{text(found['mean'])} [{text(found['interval'][0])}, {text(found['interval'][1])}]"
+    return f"{text(figure['mean'])} [{text(figure['interval'][0])}, {text(figure['interval'][1])}]"
 
 
 def csv_text(result: Mapping[str, Any]) -> str:
@@ -308,8 +309,8 @@ def csv_text(result: Mapping[str, Any]) -> str:
         for row in result["rows"]:
             figure = row["tasks"].get(task)
             line = [task, row["name"], row["rule"], row["retention"], row["learning_rate"], len(row["seeds"])]
-            for found in [figure, *(figure[name] if figure else None for name in compared_as)]:
-                line += ["", "", ""] if found is None else [found["mean"], *found["interval"]]
+            for shown in [figure, *(figure[name] if figure else None for name in compared_as)]:
+                line += ["", "", ""] if shown is None else [shown["mean"], *shown["interval"]]
             line += [row["trained_tokens"], row["seconds"], row["peak_memory_gib"]]
             line += [figure["mean_tokens"], figure["truncated"]] if figure else ["", ""]
             writer.writerow(line)

@@ -12,10 +12,10 @@ function lineSample(number) {
 }
 function ticks(low, high, wanted = 4) {
   const rough = (high - low) / wanted || 1, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((multiple) => multiple * power).find((multiple) => multiple >= rough);
-  const places = [];
-  for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-6; at += step) places.push(Math.abs(at) < step * 1e-6 ? 0 : at);
-  return places;
+  const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
+  const found = [];
+  for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-6; at += step) found.push(Math.abs(at) < step * 1e-6 ? 0 : at);
+  return found;
 }
 
 /** lines: [{name, number, x, y}]; percentages are drawn as such; a log axis where asked for. */
@@ -61,7 +61,7 @@ function lineChart(title, lines, { share = false, logX = false, logY = false, ze
     const nearest = xs.reduce((best, x) => Math.abs(toX(x) - at) < Math.abs(toX(best) - at) ? x : best, xs[0]);
     ruler.setAttribute("x1", toX(nearest)); ruler.setAttribute("x2", toX(nearest)); ruler.setAttribute("visibility", "visible");
     const said = lines.map((line) => { const i = line.x.indexOf(nearest); return i < 0 ? null : `${line.name}: ${share ? percent(line.y[i]) : short(line.y[i])}`; });
-    showTip(event, [`${xLabel} ${logX ? percent(nearest) : nearest}`, ...said.filter((line) => line !== null)].join("\n"));
+    showTip(event, [`${xLabel} ${logX ? percent(nearest) : nearest}`, ...said.filter((one) => one !== null)].join("\n"));
   });
   picture.addEventListener("pointerleave", () => { hideTip(); ruler.setAttribute("visibility", "hidden"); });
   const head = element("h3");
@@ -69,9 +69,9 @@ function lineChart(title, lines, { share = false, logX = false, logY = false, ze
   return element("div", { class: "chart" }, head, picture);
 }
 function decades(low, high) {
-  const powers = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) if (10 ** power >= low * 0.999 && 10 ** power <= high * 1.001) powers.push(10 ** power);
-  return powers.length > 1 ? powers : [low, high];
+  const found = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) if (10 ** power >= low * 0.999 && 10 ** power <= high * 1.001) found.push(10 ** power);
+  return found.length > 1 ? found : [low, high];
 }
 
 // What every rule keeps at every retention.
@@ -102,10 +102,10 @@ function drawBudgets() {
 // Confusions.
 
 function drawConfusions() {
-  const confusions = current().confusions, total = current().shares.mass.reduce((a, b) => a + b, 0) || 1;
-  const wrong = confusions.tokens - confusions.agreed;
-  $("confusions-note").textContent = confusions.tokens
-    ? `Of ${count(confusions.tokens)} Q3 tokens, ${count(wrong)} (${percent(wrong / confusions.tokens)}) have a student whose first choice is not the teacher's; they hold ${percent(confusions.mass / total)} of the divergence. In the others both prefer the same token, and the teacher is less sure of it.`
+  const found = current().confusions, total = current().shares.mass.reduce((a, b) => a + b, 0) || 1;
+  const wrong = found.tokens - found.agreed;
+  $("confusions-note").textContent = found.tokens
+    ? `Of ${count(found.tokens)} Q3 tokens, ${count(wrong)} (${percent(wrong / found.tokens)}) have a student whose first choice is not the teacher's; they hold ${percent(found.mass / total)} of the divergence. In the others both prefer the same token, and the teacher is less sure of it.`
     : "There is no Q3 token.";
   const head = element("tr");
   for (const [name, kind] of [["context", ""], ["student → teacher", ""], ["times", "number"], ["of the divergence", "number"], ["", "wide"], ["mean p, student → teacher", "number"], ["", ""]]) {
@@ -113,11 +113,11 @@ function drawConfusions() {
     cell.textContent = name;
     head.append(cell);
   }
-  const rows = confusions.tables[Number($("context").value)];
+  const rows = found.tables[Number($("context").value)];
   const most = Math.max(...rows.map((row) => row.mass), 0) || 1;
   const body = element("tbody");
   for (const row of rows) {
-    const cell = (content, kind = "") => { const td = element("td", { class: kind }); td.append(content); return td; };
+    const cell = (content, kind = "") => { const one = element("td", { class: kind }); one.append(content); return one; };
     const context = element("code"), choice = element("span"), student = element("code", { class: "wrong" }), teacher = element("code", { class: "right" });
     context.textContent = row.before === "" ? "" : `…${visible(row.before)}`;
     student.textContent = visible(row.student ?? ""); teacher.textContent = visible(row.teacher ?? "");
@@ -176,7 +176,7 @@ function drawTraining() {
   };
   for (const [title, metrics, options] of PANELS) {
     if (metrics) { for (const metric of metrics) add(title, metric, options); continue; }
-    for (const metric of [...new Set(DATA.runs.flatMap((run) => Object.keys(run.series).filter((name) => ACCURACY.test(name))))].slice(0, 8)) add(metric === "accuracy" ? title : metric.replace(/^eval_/, "").replace("_at_", "@").replace("/", ": "), metric, options);
+    for (const metric of [...new Set(DATA.runs.flatMap((run) => Object.keys(run.series).filter((one) => ACCURACY.test(one))))].slice(0, 8)) add(metric === "accuracy" ? title : metric.replace(/^eval_/, "").replace("_at_", "@").replace("/", ": "), metric, options);
   }
   const time = timeSplit();
   if (time) charts.push(time);
@@ -221,7 +221,6 @@ const PROBE_COLUMNS = [
   ["kept", "tokens kept", percent], ["divergence_share", "divergence kept", percent], ["q3_share", "Q3 kept", percent],
   ["q2_of_kept", "Q2 among the kept", percent], ["cosine", "cosine to the full gradient", (value) => value.toFixed(3)],
   ["descent_share", "descent, of all tokens'", (value) => value.toFixed(2)], ["over_random", "descent over random", signed],
-  ["peak_memory_gib", "peak memory, GiB", short], ["step_seconds", "step, s", short],
 ];
 const PROBE_CHARTS = [
   ["descent_share", "First-order descent on held-out rollouts, of all tokens'"], ["cosine", "Cosine to the full gradient"],
@@ -230,12 +229,11 @@ const PROBE_CHARTS = [
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
 function drawProbe(name, probe) {
-  const box = element("div"), advice = probe.recommendation ?? {}, estimates = probe.estimate?.rows ?? [];
-  const rows = (probe.rows ?? []).filter((row) => row && isNumber(row.retention))
-    .map((row) => ({ ...row, ...estimates.find((estimate) => estimate.retention === row.retention) }));
+  const box = element("div"), advice = probe.recommendation ?? {};
+  const rows = (probe.rows ?? []).filter((row) => row && isNumber(row.retention));
   const paragraph = (content, kind = "") => { const p = element("p", { class: kind }); p.textContent = content; box.append(p); };
   if (name) { const head = element("h3"); head.textContent = name; box.append(head); }
-  paragraph([probe.student && probe.teacher ? `student ${probe.student}, teacher ${probe.teacher}` : "", probe.estimate?.device ? `device ${probe.estimate.device}` : ""].filter((one) => one).join(" · "), "facts");
+  paragraph(probe.student && probe.teacher ? `student ${probe.student}, teacher ${probe.teacher}` : "", "facts");
   if (advice.rule) paragraph(`Recommended: ${ruleName(advice.rule)}${isNumber(advice.retention) ? ` at ${percent(advice.retention)}` : ""}${advice.reason ? `: ${advice.reason}` : "."}`, "headline");
   if (probe.warnings?.length) {
     const list = element("ul", { class: "note" });
@@ -272,8 +270,6 @@ function drawProbe(name, probe) {
     add(alike ? `${ruleName(alike[0])} (Jaccard ${alike[1].toFixed(2)})` : "", "");
     body.append(line);
   }
-  const note = element("p", { class: "small" });
-  note.textContent = probe.estimate?.assumptions ? `Memory and time are estimates: ${probe.estimate.assumptions}.` : "";
-  box.append(legend, charts, element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)), note);
+  box.append(legend, charts, element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)));
   return box;
 }

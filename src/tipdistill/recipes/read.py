@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import platform
 import re
 from argparse import Action, ArgumentTypeError, Namespace
@@ -19,17 +18,11 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from ..config import TIPConfig
+from ..extras import EXTRAS, require
+from ..files import write_text
 from ..text import nearest
-from .recipes import recipe_names, recipe_path
+from . import recipe_names, recipe_path
 
-# field that asks for a package: (module, pip command)
-EXTRAS = {
-    "use_peft": ("peft", 'pip install "tipdistill[peft]"'),
-    "use_vllm": ("vllm", 'pip install "tipdistill[vllm]"'),
-    "deepspeed": ("deepspeed", 'pip install "tipdistill[deepspeed]"'),
-    "load_in_4bit": ("bitsandbytes", "pip install bitsandbytes"),
-    "load_in_8bit": ("bitsandbytes", "pip install bitsandbytes"),
-}
 # Asked of one run, so never part of a configuration that is written down; a token is never written at all.
 _OF_ONE_RUN = ("dry_run", "overwrite_output_dir", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
 _SECRET = re.compile("token|key|secret|password", re.IGNORECASE)
@@ -289,12 +282,6 @@ def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
     return namespace
 
 
-def require(module: str, asked_by: str, command: str) -> None:
-    """Raise an ImportError that names the pip command where `module` is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"{asked_by} needs the package {module}, which is not installed: {command}")
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
@@ -333,6 +320,4 @@ def write_config(values: dict[str, Any], path: Path) -> None:
         path: the file, replaced if it is there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(as_yaml(values), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, as_yaml(values))

@@ -15,8 +15,8 @@ import torch
 import yaml
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+from ..extras import EXTRAS, require
 from ..text import nearest
-from .arguments import EXTRAS, require
 
 PRESETS = ("single_gpu", "multi_gpu", "fsdp2", "zero1", "zero2", "zero3")
 _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}

@@ -105,7 +105,7 @@ class Workers:
         The future of a job whose process died raises ChildProcessError; another process takes its place.
         """
         done, _ = wait(self._busy, timeout, FIRST_COMPLETED)
-        found = []
+        ended = []
         for future in done:
             key, pool = self._busy.pop(future)
             if isinstance(future.exception(), BrokenProcessPool):
@@ -114,5 +114,5 @@ class Workers:
                 future = Future()
                 future.set_exception(ChildProcessError("its process was killed (out of memory?)"))
             self._idle.append(pool)
-            found.append((key, future))
-        return found
+            ended.append((key, future))
+        return ended

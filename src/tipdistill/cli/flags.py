@@ -1,0 +1,86 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from ..pair import DTYPES, PairConfig
+from ..text import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ValueErrors, with the nearest flags for an unknown one."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The parsed arguments; ValueError for anything that is none."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for argument in argv:
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                raise ValueError(f"there is no flag {flag}.{nearest(flag, known)}")
+        return self.parse_args(argv)
+
+
+def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens: int) -> Parser:
+    """A parser with the arguments of a student, a teacher, prompts and rollouts."""
+    parser = Parser(
+        prog=f"tipdistill {command}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("models and prompts").add_argument
+    add("--model", required=True, help="student: a directory or a hub id")
+    add("--teacher", required=True, help="teacher: a directory or a hub id")
+    add("--model_revision", help="revision of the student on the hub")
+    add("--teacher_revision", help="revision of the teacher on the hub")
+    add("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as they were saved")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    add("--dataset", required=True, help="prompts: a JSONL, JSON or Parquet file, a directory, or a hub id")
+    add("--dataset_config", help="configuration of a hub dataset")
+    add("--dataset_split", default="train", help="split of the dataset")
+    add("--prompt_column", default="prompt", help="column that holds the prompts")
+    add("--prompt_template", help="text around plain prompts, with {prompt} where the prompt goes")
+    add("--apply_chat", action="store_true", help="turn each plain prompt into a user message for the chat template")
+    add("--max_prompt_length", type=_at_least(1), help="drop prompts with more tokens than this")
+    add("--max_prompts", type=_at_least(0), default=max_prompts, help="take the first so many prompts; 0: all")
+    add("--output_dir", required=True, help="where the files go")
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--num_generations", type=_at_least(1), default=1, help="rollouts per prompt")
+    add("--max_new_tokens", type=_at_least(1), default=max_new_tokens, help="tokens of a completion, at most")
+    add("--temperature", type=_positive, default=1.0, help="of the sampling; divides the logits of both models")
+    add("--seed", type=_at_least(0), default=0, help="of the sampling, and of rules that draw")
+    add("--batch_size", type=_at_least(1), default=32, help="rollouts sampled at a time")
+    add("--tokens_per_forward", type=_at_least(1), default=16384, help="tokens of a scoring forward, padding included")
+    add("--use_vllm", action="store_true", help="sample with vLLM")
+    add("--vllm_gpu_memory_utilization", type=_positive, default=0.3, help="share of the GPU's memory that vLLM takes")
+    return parser
+
+
+def pair_of(options: argparse.Namespace) -> PairConfig:
+    """Models, prompts and sampling, of the flags of `pair_parser`."""
+    return PairConfig(**{field.name: getattr(options, field.name) for field in fields(PairConfig)})
+
+
+def _at_least(least: int) -> Any:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    return integer
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value

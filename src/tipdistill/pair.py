@@ -1,0 +1,360 @@
+"""A student, a teacher and prompts: checked against each other, then loaded, then sampled and scored.
+
+What `tipdistill score` and `tipdistill probe` share; `tipdistill train` checks its models here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoProcessor
+
+from .data import drop_long_prompts, load_prompts, prompt_lengths
+from .extras import EXTRAS, require
+from .integrations import _trl
+from .records import About, RecordsWriter
+from .rollout import generate
+from .types import Rollout
+from .vocabulary import check_same_tokenizer, shared_vocabulary
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Which models and prompts, and how the rollouts are sampled. Every field is a flag of `score` and `probe`.
+
+    Args:
+        model, teacher: student and teacher, a directory or a hub id each.
+        dataset: prompts: a JSONL, JSON or Parquet file, a directory, or a hub id.
+        model_revision, teacher_revision: on the hub.
+        trust_remote_code: run code that comes with a model.
+        dtype: of the weights, one of `DTYPES`; "auto": as they were saved.
+        device: cpu, cuda, cuda:1, ...; "auto": cuda where there is one.
+        dataset_config, dataset_split: of a hub dataset.
+        prompt_column: column that holds the prompts.
+        prompt_template: text around plain prompts, with {prompt} where the prompt goes.
+        apply_chat: turn each plain prompt into a user message for the chat template.
+        max_prompt_length: drop prompts with more tokens than this.
+        max_prompts: take the first so many prompts; 0: all.
+        num_generations: rollouts per prompt.
+        max_new_tokens: tokens of a completion, at most.
+        temperature: of the sampling; divides the logits of both models.
+        seed: of the sampling, and of rules that draw.
+        batch_size: rollouts sampled at a time.
+        tokens_per_forward: tokens of a scoring forward, padding included.
+        use_vllm: sample with vLLM.
+        vllm_gpu_memory_utilization: share of the GPU's memory that vLLM takes.
+    """
+
+    model: str
+    teacher: str
+    dataset: str
+    model_revision: str | None = None
+    teacher_revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    prompt_column: str = "prompt"
+    prompt_template: str | None = None
+    apply_chat: bool = False
+    max_prompt_length: int | None = None
+    max_prompts: int = 0
+    num_generations: int = 1
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 32
+    tokens_per_forward: int = 16384
+    use_vllm: bool = False
+    vllm_gpu_memory_utilization: float = 0.3
+
+
+# what token records say of how they were made, beside models, rules and seed
+_RECORDED = (
+    "dataset",
+    "dataset_config",
+    "dataset_split",
+    "prompt_column",
+    "prompt_template",
+    "apply_chat",
+    "max_prompt_length",
+    "max_prompts",
+    "num_generations",
+    "max_new_tokens",
+    "batch_size",
+    "use_vllm",
+    "dtype",
+    "model_revision",
+    "teacher_revision",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What was found out before any weights were loaded.
+
+    Attributes:
+        tokenizer: the student's.
+        vocabulary: rows that both lm_heads have.
+        forbidden: rows of the student's lm_head that the teacher lacks, never to be sampled.
+        prompts: plain or conversational.
+        described: label → line, to show.
+    """
+
+    tokenizer: Any
+    vocabulary: int
+    forbidden: list[int]
+    prompts: list[Any]
+    described: dict[str, str]
+
+
+def check_models(
+    student: tuple[str, str, str | None], teacher: tuple[str, str, str | None], trust_remote_code: bool
+) -> tuple[list[Any], list[Any], dict[str, str]]:
+    """Configurations and tokenizers of a pair, once they agree, and a line on each. Loads no weights.
+
+    Args:
+        student, teacher: the flag that named the model, its name, its revision.
+        trust_remote_code: run code that comes with them.
+
+    Returns:
+        Both configurations, both processing classes, label → line.
+
+    Raises:
+        ValueError: a model that cannot be read, or tokenizers or lm_heads that do not match.
+    """
+    configurations, processors, described = read_models(
+        [("student", *student), ("teacher", *teacher)], trust_remote_code
+    )
+    check_same_tokenizer(*processors)
+    size = len(getattr(processors[0], "tokenizer", processors[0]))
+    rows, teacher_rows = (model.get_text_config().vocab_size for model in configurations)
+    shared = shared_vocabulary(rows, teacher_rows, num_tokens=size)
+    described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
+    return configurations, processors, described
+
+
+def read_models(
+    models: Sequence[tuple[str, str, str, str | None]], trust_remote_code: bool
+) -> tuple[list[Any], list[Any], dict[str, str]]:
+    """Configurations and processing classes of models, and a line on each. Loads no weights.
+
+    Args:
+        models: who it is, the flag that named it, its name, its revision.
+        trust_remote_code: run code that comes with them.
+
+    Raises:
+        ValueError: a model that cannot be read.
+    """
+    configurations, processors, described = [], [], {}
+    for who, flag, name, revision in models:
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        try:
+            configurations.append(AutoConfig.from_pretrained(name, **options))
+            processors.append(
+                AutoProcessor.from_pretrained(name, truncation_side="left", padding_side="left", **options)
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the {who} could not be read ({flag} {name}): {error}") from error
+        rows = configurations[-1].get_text_config().vocab_size
+        described[who] = f"{name} ({configurations[-1].model_type}, {rows:,} rows in its lm_head)"
+    return configurations, processors, described
+
+
+def check_chat_template(prompt: Any, tokenizer: Any, model: str, applied: bool) -> None:
+    """Raise where a prompt is conversational and the tokenizer has no template for it."""
+    if not isinstance(prompt, str) and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"the prompts are conversational{' (apply_chat)' if applied else ''}, but the tokenizer of {model} has no "
+            "chat template: use plain prompts or an instruction-tuned model."
+        )
+
+
+def read_pair(config: PairConfig) -> Pair:
+    """Check models, prompts, device and packages. Loads no weights.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: what does not fit, with the remedy.
+    """
+    device_of(config.device)
+    if config.use_vllm:
+        require("vllm", "--use_vllm", EXTRAS["use_vllm"][1])
+    configurations, processors, described = check_models(
+        ("--model", config.model, config.model_revision),
+        ("--teacher", config.teacher, config.teacher_revision),
+        config.trust_remote_code,
+    )
+    tokenizer = getattr(processors[0], "tokenizer", processors[0])
+    dataset = load_prompts(
+        config.dataset,
+        config.dataset_split,
+        config=config.dataset_config,
+        column=config.prompt_column,
+        template=config.prompt_template,
+        as_chat=config.apply_chat,
+    )
+    assert isinstance(dataset, Dataset), "nothing is streamed here"
+    check_chat_template(dataset[0]["prompt"], tokenizer, config.model, config.apply_chat)
+    if config.max_prompt_length is not None:
+        dataset, _ = drop_long_prompts(dataset, tokenizer, config.max_prompt_length)
+    if config.max_prompts:
+        dataset = dataset.select(range(min(config.max_prompts, len(dataset))))
+    prompts = dataset["prompt"][:]
+    longest = max(prompt_lengths(prompts, tokenizer))
+    for who, configuration in zip(("student", "teacher"), configurations, strict=True):
+        room = getattr(configuration.get_text_config(), "max_position_embeddings", None)
+        if room is not None and longest + config.max_new_tokens > room:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} that is "
+                f"more than the {room} positions of the {who}: lower --max_new_tokens or set --max_prompt_length."
+            )
+    described["prompts"] = (
+        f"{len(prompts):,} × {config.num_generations} rollouts of up to {config.max_new_tokens:,} tokens"
+    )
+    rows, teacher_rows = (model.get_text_config().vocab_size for model in configurations)
+    shared = min(rows, teacher_rows)
+    return Pair(tokenizer, shared, list(range(shared, rows)), prompts, described)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a flag names.
+
+    Raises:
+        ValueError: no such device on this machine.
+
+    Example:
+        >>> device_of("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to be absent
+        raise ValueError(f"--device {name}: there is no such device here ({str(error).splitlines()[0]}).") from error
+    return device
+
+
+def load_models(config: PairConfig) -> tuple[Any, Any]:
+    """Student and teacher on the device, in eval mode, without gradients."""
+    device = device_of(config.device)
+    models = []
+    for name, revision in ((config.model, config.model_revision), (config.teacher, config.teacher_revision)):
+        model = _trl.create_model_from_path(
+            name,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            revision=revision,
+            trust_remote_code=config.trust_remote_code,
+            device_map=None,
+        )
+        models.append(model.to(device).eval().requires_grad_(False))
+    return models[0], models[1]
+
+
+def load_engine(config: PairConfig, student: Any) -> Any:
+    """What samples: the student itself, or vLLM with the student's weights."""
+    if not config.use_vllm:
+        return student
+    from vllm import LLM
+
+    return LLM(
+        model=config.model,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=config.dtype,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        seed=config.seed,
+    )
+
+
+def about_of(
+    config: PairConfig,
+    rules: Sequence[str],
+    vocabulary: int,
+    retention: float,
+    scope: str | None,
+    entropy_threshold: float,
+    divergence_threshold: float,
+) -> About:
+    """What the token records of a pair say that they are of.
+
+    Args:
+        config: models, prompts and sampling.
+        rules: selection rules, the main one first.
+        vocabulary: rows that both lm_heads have.
+        retention: share of the tokens that each rule keeps, in (0, 1].
+        scope: "rollout" or "batch", where the budget is spent; None: each rule's own.
+        entropy_threshold, divergence_threshold: borders of the quadrants.
+
+    Raises:
+        ValueError: an unknown rule (the nearest are given), or a number out of range.
+    """
+    return About(
+        student=config.model,
+        teacher=config.teacher,
+        vocabulary=vocabulary,
+        rules=tuple(rules),
+        retention=retention,
+        scope=scope,
+        seed=config.seed,
+        temperature=config.temperature,
+        entropy_threshold=entropy_threshold,
+        divergence_threshold=divergence_threshold,
+        settings={name: getattr(config, name) for name in _RECORDED},
+    )
+
+
+def sampled(config: PairConfig, pair: Pair, student: Any, first_batch: int = 0) -> Iterator[list[Rollout]]:
+    """Rollouts of the student, batch by batch; a batch is the same whichever batches were sampled before it.
+
+    Args:
+        config: how they are sampled.
+        pair: the prompts.
+        student: as `load_models` returns it.
+        first_batch: to go on from.
+    """
+    return generate(
+        load_engine(config, student),
+        pair.tokenizer,
+        pair.prompts,
+        samples=config.num_generations,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        first_batch=first_batch,
+        forbidden=pair.forbidden,
+    )
+
+
+def write_scored(config: PairConfig, pair: Pair, writer: RecordsWriter, on_batch: Callable[[int], None]) -> None:
+    """Load the models, sample and score batch by batch, from where the writer stands.
+
+    Args:
+        config: models and sampling.
+        pair: the prompts.
+        writer: of the token records; what it holds already is not sampled again.
+        on_batch: called with the number of rollouts that are written.
+    """
+    from .score.models import score_rollouts
+
+    student, teacher = load_models(config)
+    for rollouts in sampled(config, pair, student, first_batch=-(-writer.rollouts // config.batch_size)):
+        scored = score_rollouts(
+            student,
+            teacher,
+            rollouts,
+            writer.about.fields(),
+            temperature=config.temperature,
+            tokens_per_forward=config.tokens_per_forward,
+        )
+        writer.write(rollouts, scored)
+        on_batch(writer.rollouts)

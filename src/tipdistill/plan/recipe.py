@@ -1,0 +1,171 @@
+"""From a recipe's fields to a `Setup`: which engine, which sharding, which dtypes a run would have."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+from ..extras import EXTRAS, require
+from ..select import resolve_rule
+from ..text import nearest
+from . import setup_of
+from .machines import Machine
+from .memory import ENGINES, OPTIMIZERS, Setup
+from .models import read_config
+
+
+def setup_of_recipe(
+    values: Namespace,
+    machine: Machine,
+    gpus: int = 1,
+    sharding: str | None = None,
+    teacher_place: str | None = None,
+    prompt_tokens: int | None = None,
+) -> Setup:
+    """What a recipe would run.
+
+    Args:
+        values: of `recipes.read.read_values`.
+        machine: its memory is the setup's.
+        gpus: of the run.
+        sharding: one of `SHARDING`; None: as accelerate_config has it.
+        teacher_place: one of `TEACHERS`; None: as teacher_offload and the sharding have it.
+        prompt_tokens: tokens of a prompt; None: max_prompt_length, else 1024.
+
+    Raises:
+        ValueError: a value that `TIPConfig` would refuse, or that is not planned.
+        ImportError: LoRA without peft.
+    """
+    _check_values(values, gpus)
+    sharding = sharding or sharding_of(values.accelerate_config)
+    if sharding != "none" and gpus == 1:
+        sharding = "none"  # nothing to share with
+    place = teacher_place or (
+        "offload" if values.teacher_offload else "sharded" if sharding in ("zero3", "fsdp2") else "resident"
+    )
+    if place == "sharded" and gpus == 1:
+        place = "resident"
+    if place == "offload" and sharding != "none":
+        raise ValueError(f"teacher_offload moves a whole teacher, and {sharding} shards it: leave one of the two off.")
+    lora = None
+    if values.use_peft:
+        require("peft", "use_peft", EXTRAS["use_peft"][1])
+        targets = values.lora_target_modules
+        if isinstance(targets, list):
+            targets = targets[0] if targets == ["all-linear"] else tuple(targets)
+        lora = (values.lora_r, targets)
+    student, teacher = (
+        read_config(name, revision, bool(values.trust_remote_code))
+        for name, revision in (
+            (values.model_name_or_path, values.model_revision),
+            (values.teacher_model_name_or_path, values.teacher_model_revision),
+        )
+    )
+    of_teacher = (_as_dict(values.teacher_model_init_kwargs)).get("dtype", values.dtype)
+    of_student = (_as_dict(values.model_init_kwargs)).get("dtype", values.dtype)
+    engine = ("colocate" if values.vllm_mode == "colocate" else "server") if values.use_vllm else "transformers"
+    assert engine in ENGINES
+    return setup_of(
+        student,
+        teacher,
+        student_dtype=_dtype(of_student, student),
+        teacher_dtype=_dtype(of_teacher, teacher),
+        bf16=not values.fp16 if values.bf16 is None else bool(values.bf16),
+        lora=lora,
+        gpus=gpus,
+        memory=int(machine.memory_gib * 2**30),
+        sharding=sharding,
+        teacher_place=place,
+        micro_batch=values.per_device_train_batch_size,
+        accumulation=values.gradient_accumulation_steps,
+        prompt=prompt_tokens or values.max_prompt_length or 1024,
+        completion=values.max_completion_length,
+        rule=values.selection_rule,
+        retention=values.retention,
+        scope=values.selection_scope or resolve_rule(values.selection_rule).scope,
+        batch_normalization=values.normalization == "batch",
+        logs_divergence=values.score_logging_steps > 0,
+        scoring_tokens=values.scoring_tokens,
+        checkpointing=bool(values.gradient_checkpointing),
+        optimizer=_optimizer(values.optim),
+        engine=engine,
+        vllm_share=values.vllm_gpu_memory_utilization,
+        vllm_parallel=values.vllm_tensor_parallel_size,
+        vllm_sleeps=bool(values.vllm_enable_sleep_mode),
+        padded=values.per_device_train_batch_size > 1,
+    )
+
+
+def _check_values(values: Namespace, gpus: int) -> None:
+    """What `TIPConfig` would refuse; it is not built here, since it sets up devices."""
+    resolve_rule(values.selection_rule)
+    for name in (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_generations",
+        "max_completion_length",
+        "vllm_tensor_parallel_size",
+    ):
+        if getattr(values, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(values, name)}.")
+    for name in ("retention", "vllm_gpu_memory_utilization"):
+        if not 0 < getattr(values, name) <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {getattr(values, name)}.")
+    for name in ("scoring_tokens", "score_logging_steps"):
+        if getattr(values, name) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(values, name)}.")
+    batch = values.per_device_train_batch_size * values.gradient_accumulation_steps * gpus
+    if batch % values.num_generations:
+        raise ValueError(
+            f"num_generations ({values.num_generations}) must divide the generation batch of {batch:,} rollouts "
+            f"({values.per_device_train_batch_size} × {values.gradient_accumulation_steps} × {gpus:,} GPUs)."
+        )
+    if gpus % values.vllm_tensor_parallel_size and values.use_vllm and values.vllm_mode == "colocate":
+        raise ValueError(
+            f"vllm_tensor_parallel_size ({values.vllm_tensor_parallel_size}) must divide the {gpus:,} GPUs."
+        )
+
+
+def sharding_of(preset: str | None) -> str:
+    """What an accelerate preset or file shards."""
+    if preset is None or preset.lower() in ("", "none", "null"):
+        return "none"
+    path = resolve_accelerate_config_argument(["--accelerate_config", preset])[1]
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    kind = settings.get("distributed_type", "NO")
+    if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        return "none"
+    stage = (settings.get("deepspeed_config") or {}).get("zero_stage")
+    if kind == "DEEPSPEED" and stage in (2, 3):
+        return f"zero{stage}"
+    if kind == "FSDP" and (settings.get("fsdp_config") or {}).get("fsdp_version") == 2:
+        return "fsdp2"
+    raise ValueError(f"accelerate_config = {preset} is not planned: ZeRO-2, ZeRO-3 and FSDP2 are; give --sharding.")
+
+
+def _optimizer(name: Any) -> str:
+    name = str(name.value if isinstance(name, Enum) else name)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optim = {name} is not planned; {', '.join(OPTIMIZERS)} are.{nearest(name, OPTIMIZERS)}")
+    return name
+
+
+def _dtype(name: Any, config: Any) -> torch.dtype:
+    """Of the weights as they are loaded; "auto": as they were saved, bfloat16 where the configuration does not say."""
+    if name in (None, "auto"):
+        saved = getattr(config.get_text_config(), "dtype", None)
+        return saved if isinstance(saved, torch.dtype) else torch.bfloat16
+    dtype = getattr(torch, str(name), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}.")
+    return dtype
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return (yaml.safe_load(value) if isinstance(value, str) else value) or {}

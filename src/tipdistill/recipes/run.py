@@ -1,0 +1,253 @@
+"""A run of `tipdistill train`: one configuration from a recipe and flags, checked, then trained.
+
+Everything is refused in the order of its cost: names, then files, then tokenizers and data, then weights.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl import get_dataset, get_peft_config, get_quantization_config
+
+from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
+from ..pair import check_chat_template, check_models, read_models
+from ..teachers.served import TeacherUnavailableError, open_teacher
+from ..text import nearest
+from .launch import check_launched, launch_arguments, num_processes
+from .read import Request, as_yaml, build, read_arguments, write_config
+
+_DRY_RUN_PATIENCE = 5.0  # seconds
+
+
+def run_recipe(argv: list[str]) -> int:
+    """Distil as the recipe and the flags say; returns the exit code.
+
+    Args:
+        argv: `--config F.yaml` (a file or a packaged recipe's name) and any field as a flag.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: anything that can be refused before weights are loaded.
+    """
+    arguments = read_arguments(argv)
+    resume = _resume(arguments.values)
+    launch = [] if arguments.values.dry_run else launch_arguments(arguments.values)
+    if launch or not arguments.environment.items() <= os.environ.items():
+        return _start_again(launch, argv, arguments.environment)
+    if not arguments.values.dry_run:
+        check_launched(bool(arguments.values.use_cpu))
+    return _train(build(arguments), resume)
+
+
+# What a run would overwrite, and how it is started.
+
+
+def _resume(namespace: Namespace) -> str | None:
+    """The checkpoint to resume from, if any; refuses to start over a run that is already there."""
+    asked, directory = namespace.resume_from_checkpoint, Path(namespace.output_dir or "trainer_output")
+    if asked in (None, False) or str(asked).lower() in ("false", "none"):
+        left = [*sorted(directory.glob("checkpoint-[0-9]*")), *sorted(directory.glob("*.safetensors"))]
+        if left and not namespace.overwrite_output_dir and not namespace.dry_run:
+            raise ValueError(
+                f"{directory} already holds a run ({', '.join(path.name for path in left[:3])}): continue it with "
+                "--resume_from_checkpoint true, start over with --overwrite_output_dir true, or choose another "
+                "--output_dir."
+            )
+        return None
+    if namespace.overwrite_output_dir:
+        raise ValueError("resume_from_checkpoint and overwrite_output_dir contradict each other: give one of them.")
+    if str(asked).lower() == "true":
+        from ..trainer import last_complete_checkpoint
+
+        checkpoint = last_complete_checkpoint(directory)
+        if checkpoint is None:
+            raise ValueError(f"there is no complete checkpoint in {directory} to resume from.")
+        return checkpoint
+    if not (Path(asked) / "trainer_state.json").is_file():
+        siblings = [path.name for path in Path(asked).parent.glob("checkpoint-*")]
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {asked}: no checkpoint there (trainer_state.json is missing)."
+            f"{nearest(Path(asked).name, siblings)}"
+        )
+    return str(asked)
+
+
+def _start_again(launch: list[str], argv: list[str], environment: dict[str, str]) -> int:
+    """Run the same command under accelerate, or under the recipe's environment, which libraries read on import."""
+    launcher = ["-m", "accelerate.commands.launch", *launch] if launch else []
+    command = [sys.executable, *launcher, "-m", "tipdistill.cli", "train", *argv]
+    variables = {**os.environ, **environment, "TIPDISTILL_LAUNCHED": "1"}
+    return subprocess.run(command, env=variables, check=False).returncode
+
+
+def _num_processes(request: Request) -> int:
+    """Processes of the run: those running now, or in a dry run those that would be started."""
+    if not request.script.dry_run or request.config.world_size > 1:
+        return request.config.world_size
+    return num_processes(request.script)
+
+
+# The run.
+
+
+def _train(request: Request, resume: str | None) -> int:
+    script, config, model = request.script, request.config, request.model
+    main_process = config.process_index == 0
+    tokenizer, teacher_tokenizer, described = _check_models(request)
+    train_dataset, dropped = _prompts(request, "train", tokenizer)
+    eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
+    described |= _describe_steps(request, train_dataset, dropped, tokenizer)
+    if main_process:
+        if script.dry_run:
+            print(as_yaml(request.values), end="")
+        print("\n".join(f"# {label:<10}{text}" for label, text in described.items()), flush=True)
+    if script.dry_run:
+        return 0
+
+    from ..trainer import TIPTrainer
+
+    config.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **_as_dict(config.model_init_kwargs),
+    }
+    config.teacher_model_init_kwargs = (
+        None
+        if config.teacher_url is not None
+        else {
+            "revision": config.teacher_model_revision,
+            "trust_remote_code": config.trust_remote_code,
+            "attn_implementation": model.attn_implementation,
+            "dtype": model.dtype,
+            **_as_dict(config.teacher_model_init_kwargs),
+        }
+    )
+    trainer = TIPTrainer(
+        model=model.model_name_or_path,
+        teacher_model=config.teacher_model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    output_dir = Path(config.output_dir)
+    if main_process:
+        if script.overwrite_output_dir:
+            # a stale checkpoint would outlive the new ones and be what a later resume finds
+            for checkpoint in output_dir.glob("checkpoint-[0-9]*"):
+                shutil.rmtree(checkpoint)
+        write_config(request.values, output_dir / "config.yaml")
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except TeacherUnavailableError:
+        raise  # one line says it all, and where the checkpoint is
+    except (ValueError, OSError):
+        traceback.print_exc()  # whatever fails this late is no matter of a flag: one line would not do
+        raise
+    trainer.save_model(config.output_dir)
+    trainer.save_state()  # the log of the run, which the report draws, where no checkpoint is kept
+    trainer.accelerator.print(f"The distilled student is in {config.output_dir}.")
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another still talks to it aborts that one
+    trainer.end()
+    return 0
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    assert value is None or isinstance(value, dict), "TrainingArguments turns JSON strings into dicts"
+    return value or {}
+
+
+def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
+    """Both tokenizers, once they and the lm_heads agree, and a line on each model. Loads no weights."""
+    config, model = request.config, request.model
+    if config.teacher_url is not None:
+        _, (tokenizer,), described = read_models(
+            [("student", "--model_name_or_path", model.model_name_or_path, model.model_revision)],
+            config.trust_remote_code,
+        )
+        # a dry run asks once; a run waits for a server that is still loading
+        if request.script.dry_run:
+            server = open_teacher(config, tokenizer, time_limit=_DRY_RUN_PATIENCE)
+            given = "its whole vocabulary" if server.gives_all else f"its {server.top_k} likeliest tokens"
+            described["teacher"] = f"{server.model} at {server.url}, which gives {given}"
+        else:
+            described["teacher"] = config.teacher_url
+        return tokenizer, None, described
+    _, (tokenizer, teacher_tokenizer), described = check_models(
+        ("--model_name_or_path", model.model_name_or_path, model.model_revision),
+        ("--teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_revision),
+        config.trust_remote_code,
+    )
+    return tokenizer, teacher_tokenizer, described
+
+
+def _prompts(request: Request, purpose: str, tokenizer: Any) -> tuple[Dataset | IterableDataset, int]:
+    """The prompts to train or evaluate on, and how many were dropped for their length."""
+    script, mixture = request.script, request.mixture
+    split = script.dataset_train_split if purpose == "train" else script.dataset_test_split
+    shape: dict[str, Any] = {
+        "column": script.prompt_column,
+        "template": script.prompt_template,
+        "as_chat": script.apply_chat,
+    }
+    if mixture.datasets:
+        splits = get_dataset(mixture)
+        if purpose not in splits:
+            raise ValueError("evaluation needs a test split: set test_split_size beside `datasets`.")
+        dataset = prepare_prompts(splits[purpose], name="the mixture", **shape)
+    else:
+        dataset = load_prompts(
+            script.dataset_name, split, config=script.dataset_config, streaming=script.dataset_streaming, **shape
+        )
+    if not isinstance(dataset, Dataset):
+        if script.max_prompt_length is not None:
+            raise ValueError("max_prompt_length counts tokens ahead, which a stream cannot: unset dataset_streaming.")
+        return dataset, 0
+    check_chat_template(dataset[0]["prompt"], tokenizer, request.model.model_name_or_path, script.apply_chat)
+    if script.max_prompt_length is None:
+        return dataset, 0
+    return drop_long_prompts(
+        dataset, tokenizer, script.max_prompt_length, _as_dict(request.config.chat_template_kwargs)
+    )
+
+
+def _describe_steps(request: Request, dataset: Any, dropped: int, tokenizer: Any) -> dict[str, str]:
+    config = request.config
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * _num_processes(request)
+    per_step = rollouts // config.num_generations
+    tokens = rollouts * config.max_completion_length
+    described = {
+        "step": f"{per_step:,} prompts × {config.num_generations} rollouts × up to {config.max_completion_length:,} "
+        f"tokens = {tokens:,} completion tokens, trained on by {config.selection_rule} at retention {config.retention}"
+    }
+    if isinstance(dataset, Dataset):
+        kind = "plain" if isinstance(dataset[0]["prompt"], str) else "conversational"
+        described["prompts"] = f"{len(dataset):,}, {kind}"
+        if request.script.dry_run:  # takes a while on a large set
+            longest = max(prompt_lengths(dataset["prompt"][:], tokenizer, _as_dict(config.chat_template_kwargs)))
+            described["prompts"] += f", the longest has {longest:,} tokens"
+        if request.script.max_prompt_length is not None:
+            described["prompts"] += f" ({dropped:,} longer than {request.script.max_prompt_length:,} dropped)"
+        if len(dataset) < per_step:
+            raise ValueError(
+                f"{len(dataset):,} prompts do not fill one step of {per_step:,}: lower per_device_train_batch_size or "
+                "gradient_accumulation_steps, or add prompts."
+            )
+        epochs = math.ceil(config.num_train_epochs * (len(dataset) // per_step))
+        described["steps"] = f"{config.max_steps if config.max_steps > 0 else epochs:,}"
+    return described

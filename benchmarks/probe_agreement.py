@@ -31,13 +31,14 @@ RESULT = measure.RESULTS / "probe-agreement.json"
 
 
 def train(seeds, workers, directory):
-    from tipdistill.cli import demo
+    from tipdistill import demo
+    from tipdistill.sweep import Row
 
-    cells = tuple(demo.Cell(rule, rule, retention) for rule, retention in CELLS)
+    rows_of_cells = tuple(Row(rule, rule, retention) for rule, retention in CELLS)
     outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
     for seed in seeds:
-        settings = replace(demo.FULL, seed=seed, cells=cells)
-        rows = demo.run(settings, directory, workers, threads=1)
+        grid = replace(demo.demo_grid("demo", directory, seed), rows=rows_of_cells)
+        rows = demo.run(grid, demo.TAUGHT["demo"], workers, threads=1)["rows"]
         outcomes[str(seed)] = [
             {name: row[name] for name in ("rule", "retention", "accuracy", "standard_error", "accuracy_before")}
             for row in rows

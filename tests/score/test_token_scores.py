@@ -451,7 +451,14 @@ IMPORTANT = Rule(lambda scores: scores.require("hellinger"), ("hellinger",), "im
 
 
 @pytest.mark.parametrize(
-    "rule", [*tip.RULES, "complement:soft_or", "complement:entropy_sampling", surprise, IMPORTANT], ids=str
+    "rule",
+    [
+        *tip.RULES,
+        "complement:soft_or",
+        "complement:entropy_sampling",
+        pytest.param(surprise, id="function"),
+        pytest.param(IMPORTANT, id="Rule"),
+    ],
 )
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_a_rule_asks_for_what_is_read_and_for_nothing_else(rule, impl):

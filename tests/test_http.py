@@ -50,7 +50,7 @@ def server():
 
 AGAIN = doubling(attempts=4, pause=0.001)
 GOOD = (200, b'{"tokens": [1, 2]}', {})
-PACKED = gzip.compress(b'{"tokens": [1, 2]}')
+PACKED = gzip.compress(b'{"tokens": [1, 2]}', mtime=0)
 
 
 def test_a_body_is_posted_as_json_and_none_is_a_get(server):

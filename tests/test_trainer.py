@@ -430,6 +430,42 @@ def test_an_offloaded_teacher_is_not_run_in_the_loss(make, monkeypatch):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"normalization": "micro_batch"}, {"teacher_offload": True}], ids=str)
+def test_an_evaluation_gives_the_same_loss_wherever_the_teacher_is(make, prompts, settings):
+    plain, other = (make(**given, extra={"eval_dataset": prompts.select(range(8))}) for given in ({}, settings))
+    assert other.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_an_offloaded_teacher_leaves_before_the_first_rollout(make, monkeypatch):
+    moves = []
+    monkeypatch.setattr(local.LocalTeacher, "_leave", lambda self: moves.append("leaves"))
+    trainer = make(teacher_offload=True)
+    assert moves == ["leaves"]
+    assert not trainer.teacher.answers_in_loss
+
+
+def test_a_student_in_float64_is_scored_in_float64(make, pair):
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in pair)
+    trainer = make(model=student, teacher=teacher, max_steps=1)
+    trainer.train()
+    assert math.isfinite(steps(trainer, "loss")[0][0])
+
+
+def test_weights_that_sum_to_less_than_1_give_their_weighted_mean(make, monkeypatch):
+    """The denominator is Σ w, however small it is."""
+    from tipdistill.select import Rule
+
+    losses = []
+    for weight in (1.0, 1e-3):
+        rule = Rule(lambda scores, weight=weight: torch.full_like(scores.entropy, weight), ("entropy",), "weight")
+        monkeypatch.setattr(sys.modules[__name__], "constant_weights", rule, raising=False)
+        monkeypatch.setitem(sys.modules, "rules_of_test_trainer", sys.modules[__name__])
+        trainer = make(selection_rule="rules_of_test_trainer.constant_weights", max_steps=1, record_rollouts=0)
+        trainer.train()
+        losses.append(steps(trainer, "loss")[0][0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_lora_trains_the_adapter_alone(make):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

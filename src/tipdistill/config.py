@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 
 from trl import DistillationConfig
 
-from .select import resolve_rule
+from .select import SCOPES, resolve_rule
 from .text import check_known
 
 NORMALIZATIONS = ("batch", "micro_batch")
-SCOPES = ("rollout", "batch")
 
 
 @dataclass

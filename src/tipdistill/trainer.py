@@ -8,8 +8,8 @@ Generation, PEFT, sharding, logging and checkpoints are TRL's. What is ours, in 
     loss      _compute_loss                     student forward, then the divergence of the kept rows alone
     log       _log_step                         what the step did with its tokens
 
-With normalization="micro_batch" scores and selection are part of the loss, and one student forward is saved. What the
-teacher is, in this process or on a server, is known to `teachers/` alone.
+With normalization="micro_batch" scores and selection are part of the loss, and one student forward is saved. A step
+does not know where its teacher lives: that is the business of `teachers/`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from trl import DistillationTrainer
 from .config import TIPConfig
 from .evaluate.task import Task
 from .integrations import _accelerate, _trl
+from .integrations._trl import TOKEN_KEYS
 from .records import Choice
 from .score import token_scores
 from .score.models import head
 from .select import kept_counts, needs_teacher, quadrants, resolve_rule, rule_fields, select
 from .tasks import load_task
-from .teachers import Comparison, Teacher, choose_teacher
+from .teachers import Comparison, Teacher, TeacherUnavailableError, choose_teacher
 from .teachers.local import load_tokenizer, name_of
-from .teachers.served import TeacherUnavailableError
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_datasets, check_fills_a_batch, check_one_teacher
 from .training.engine_check import EngineCheck
@@ -48,13 +48,12 @@ from .training.monitor import (
     StepEnd,
     TrainingMonitor,
     metrics,
-    peak_memory_gib,
     tally,
 )
 from .training.recording import record_step
 from .training.scoring import (
-    KEYS,
     evaluating,
+    for_models,
     loss_mask,
     naming_rollouts,
     scores_by_position,
@@ -159,9 +158,9 @@ class TIPTrainer(DistillationTrainer):
         self._share_vocabulary()
 
         self._rule_fields = rule_fields(args.selection_rule)
-        self._keeps_all = args.selection_rule == "all"
         self._reads_teacher = needs_teacher(args.selection_rule)
-        self._weighs = resolve_rule(args.selection_rule).budget == "weight"
+        budget = resolve_rule(args.selection_rule).budget
+        self._keeps_all, self._weighs = budget == "all", budget == "weight"
         self._divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
         self._clock = StepClock()
         self._sums: Tensor | None = None
@@ -179,15 +178,15 @@ class TIPTrainer(DistillationTrainer):
         """Compare the rows that both lm_heads have, and never sample one that the teacher lacks."""
         student = self.plain_student()
         # ZeRO-3 holds partitions; the configuration still knows
-        rows = student.get_output_embeddings().weight.shape[0] or student.config.get_text_config().vocab_size
-        tokens, teacher_rows = len(self._tokenizer), self.teacher.vocabulary
-        self.vocabulary = shared_vocabulary(rows, teacher_rows or rows, num_tokens=tokens)
-        if teacher_rows is not None and rows != teacher_rows:
+        own = student.get_output_embeddings().weight.shape[0] or student.config.get_text_config().vocab_size
+        tokens, of_teacher = len(self._tokenizer), self.teacher.vocabulary
+        self.vocabulary = shared_vocabulary(own, of_teacher or own, num_tokens=tokens)
+        if of_teacher is not None and own != of_teacher:
             logger.info(
-                f"The lm_heads are padded to different sizes (student {rows}, teacher {teacher_rows} rows); the "
+                f"The lm_heads are padded to different sizes (student {own}, teacher {of_teacher} rows); the "
                 f"divergence runs over the {self.vocabulary} rows they share."
             )
-        self._never_sample(list(range(teacher_rows or tokens, rows)))
+        self._never_sample(list(range(of_teacher or tokens, own)))
 
     def _never_sample(self, surplus: list[int]) -> None:
         if surplus and self.use_vllm:
@@ -256,8 +255,9 @@ class TIPTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:  # an evaluation is no part of a step's time
             batch = super()._generate_and_score_completions(inputs)
+            batch["examples"] = inputs
             if not self.teacher.answers_in_loss:
-                batch["teacher_answers"] = self.teacher.answer(batch, loss_mask(batch))
+                batch["teacher_answers"] = self.teacher.answer(for_models(batch), loss_mask(batch))
             return batch
         batch = self._generate_and_select(inputs)
         if self.args.record_rollouts and self._is_full_step() and self.teacher.gives_hidden_states:
@@ -269,11 +269,12 @@ class TIPTrainer(DistillationTrainer):
     def _generate_and_select(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Rollout, score and select a generation batch, which TRL then splits into micro-batches.
 
-        Beside TRL's entries the batch holds the tokens' weights and entropies [B, T], and what the teacher said of the
-        kept tokens of each rollout, where it was asked before the loss.
+        Beside TRL's entries the batch holds the rows of the dataset, the tokens' weights and entropies [B, T], and what
+        the teacher said of the kept tokens of each rollout, where it was asked before the loss.
         """
         with self._clock.part("rollout"):
             batch = super()._generate_and_score_completions(inputs)
+        batch["examples"] = inputs
         if self.args.normalization == "micro_batch" or (self._keeps_all and self.teacher.answers_in_loss):
             return batch
         present = [key for key in _trl.MULTIMODAL_KEYS if key in batch]
@@ -283,9 +284,9 @@ class TIPTrainer(DistillationTrainer):
                 'Use normalization="micro_batch", which scores inside the loss.'
             )
         mask, fields = loss_mask(batch), self._fields_now()
-        tokens = {key: batch[key] for key in KEYS}
+        seen = for_models(batch)
         pieces = scoring_pieces(
-            tokens,
+            seen,
             self.accelerator,
             self.args.per_device_train_batch_size,
             self.args.scoring_tokens,
@@ -296,9 +297,9 @@ class TIPTrainer(DistillationTrainer):
         answers = None
         if self._projects_teacher(fields):
             with self._clock.part("teacher"):
-                answers = self.teacher.answer(tokens, mask, pieces)
+                answers = self.teacher.answer(seen, mask, pieces)
         with self._clock.part("score"):
-            scores = self._score(tokens, mask, pieces, fields, answers)
+            scores = self._score(seen, mask, pieces, fields, answers)
         with self._clock.part("select"):
             weight = self._select_globally(scores, mask, batch)
         kept = weight > 0
@@ -307,7 +308,7 @@ class TIPTrainer(DistillationTrainer):
             answers = [_take_tokens(answer, picked) for answer, picked in zip(answers, inside, strict=True)]
         elif not self.teacher.answers_in_loss:
             with self._clock.part("teacher"):
-                answers = self.teacher.answer(tokens, kept, pieces)
+                answers = self.teacher.answer(seen, kept, pieces)
         batch["selection_weight"], batch["token_entropy"] = weight, scores["entropy"]
         if answers is not None:
             batch["teacher_answers"] = answers
@@ -333,7 +334,7 @@ class TIPTrainer(DistillationTrainer):
     @torch.no_grad()
     def _score(
         self,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         mask: Tensor,
         pieces: Sequence[Tensor],
         fields: tuple[str, ...],
@@ -343,7 +344,7 @@ class TIPTrainer(DistillationTrainer):
         student = self.plain_student()
 
         def score(rows: Tensor) -> TokenScores:
-            part = {key: value[rows] for key, value in batch.items()}
+            part = {key: batch[key][rows] for key in TOKEN_KEYS}
             said = None if answers is None else [answers[row] for row in rows.tolist()]
             return self.redirected(
                 self.model_wrapped, student, self._score_rows, student, part, mask[rows], rows, fields, said
@@ -463,44 +464,49 @@ class TIPTrainer(DistillationTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of a micro-batch, the sum of its tokens' entropies and their number.
 
-        There are two cases. Either the tokens were selected before, with the whole generation batch: then the rows of
-        the kept ones are projected, once, and their gradients formed. Or they were not: then all rows are at hand; in
-        training with a rule they are scored and selected here, and otherwise the loss is over all of them.
+        There are three cases, and in each the rows that are trained on are projected once for the loss.
+
+        1. The tokens were selected before, with the whole generation batch: the kept rows go into the loss.
+        2. They are selected here (normalization="micro_batch"): all rows are scored, the kept ones go into the loss.
+        3. Nothing is selected, in an evaluation or where the rule keeps all: one pass gives loss and statistics.
+
+        Numbers are read from `exact`, the batch as it was before the forward that this is a part of: under FSDP2 mixed
+        precision rounds what passes a forward, the number of tokens and their weights too.
         """
-        exact = self._micro_batch  # mixed precision under FSDP2 rounds what passes a forward, the number of tokens too
+        exact = self._micro_batch
         if self.model.training and exact.get("num_items_in_batch") is not None:
-            num_items_in_batch = exact["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        batch = {key: inputs[key] for key in (*KEYS, *_trl.MULTIMODAL_KEYS) if key in inputs}
+            # where no token weighs anything the loss is 0 and not 0 / 0
+            num_items_in_batch = exact["num_items_in_batch"].clamp(min=1e-20) / self.accelerator.num_processes
         mask, weight = loss_mask(inputs), exact.get("selection_weight")
-        rows = mask if weight is None else weight > 0
-        hidden = self.hidden_rows(unwrapped_student, batch, rows)
-        answers = inputs.get("teacher_answers")
+        asked = mask if weight is None else weight > 0  # bool [B, T], the tokens whose rows are at hand below
+        seen = for_models(inputs)
+        hidden, answers = self.hidden_rows(unwrapped_student, seen, asked), inputs.get("teacher_answers")
         if answers is None:
-            answers = self.teacher.answer(batch, rows)
+            answers = self.teacher.answer(seen, asked)
         options: dict[str, Any] = {
             "divergence": self._divergence,
             "beta": self.beta,
             "temperature": self.temperature,
             "denominator": num_items_in_batch,
         }
-        with self.student_head(unwrapped_student, hidden) as student, self._comparison(answers) as teacher:
-            assert teacher is not None
+        with self.student_head(unwrapped_student, hidden) as student, self.teacher.compare(answers) as teacher:
             if weight is not None:
-                with naming_rollouts(rows):
-                    loss, _ = teacher.loss(student, weight[rows], **options)
+                with naming_rollouts(asked):
+                    loss, _ = teacher.loss(student, weight[asked], **options)
                 return loss, exact["token_entropy"][mask].sum(), mask.sum()
             selection = None
             # a micro-batch may hold nothing but what tools wrote
             if self.model.training and not self._keeps_all and len(student.hidden):
-                with naming_rollouts(rows):
-                    scores, selection = self._score_and_select(student, teacher, rows, batch["completion_ids"][rows])
+                with naming_rollouts(asked):
+                    scores, selection = self._score_and_select(student, teacher, asked, inputs["completion_ids"][asked])
                 kept = selection.mask
-                with naming_rollouts(rows.masked_scatter(rows, kept)):
+                # back to [B, T], so that an error about a kept row names its place
+                with naming_rollouts(asked.masked_scatter(asked, kept)):
                     loss, _ = teacher.take(kept).loss(
                         replace(student, hidden=student.hidden[kept]), selection.weight[kept], **options
                     )
-            else:  # every token: one pass gives the loss and the statistics
-                with naming_rollouts(rows):
+            else:
+                with naming_rollouts(asked):
                     loss, scores = teacher.loss(student, None, fields=LOGGED_FIELDS, **options)
         if self.model.training:
             sums = tally(scores, selection)
@@ -508,9 +514,9 @@ class TIPTrainer(DistillationTrainer):
         return loss, scores.require("entropy").sum(), mask.sum()
 
     def _score_and_select(
-        self, student: Head, teacher: Comparison, rows: Tensor, tokens: Tensor
+        self, student: Head, teacher: Comparison, asked: Tensor, tokens: Tensor
     ) -> tuple[TokenScores, Selection]:
-        rollout = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)[rows]
+        rollout = torch.arange(len(asked), device=asked.device)[:, None].expand_as(asked)[asked]
         fields = self._fields_now()
         with torch.no_grad():
             scores = self._scores(student, teacher if self._projects_teacher(fields) else None, fields, tokens)
@@ -520,8 +526,8 @@ class TIPTrainer(DistillationTrainer):
 
     def hidden_rows(self, model: Any, batch: dict[str, Any], mask: Tensor) -> Tensor:
         """Hidden states [N, H] of a model that predict the completion tokens in `mask`, bool [B, T]."""
-        multimodal = {key: value for key, value in batch.items() if key not in KEYS}
-        tokens = {key: batch[key] for key in KEYS}
+        multimodal = {key: batch[key] for key in _trl.MULTIMODAL_KEYS if key in batch}
+        tokens = {key: batch[key] for key in TOKEN_KEYS}
         if not multimodal and self.pad_to_multiple_of is None:
             tokens, mask = trimmed(tokens, mask)
         with self.accelerator.autocast():
@@ -575,8 +581,7 @@ class TIPTrainer(DistillationTrainer):
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
         # TRL logs the mean of what it finds here, and of these the last is meant
-        self._metrics["train"]["selection/trained_tokens"] = [self._monitor.trained_tokens]
-        self._metrics["train"]["memory/peak_gib"] = [peak_memory_gib()]
+        self._metrics["train"] |= {name: [value] for name, value in self._monitor.standing().items()}
         if "selection/dropped_divergence" in figures:
             warning = self._monitor.observe(figures["selection/dropped_divergence"])
             if warning:

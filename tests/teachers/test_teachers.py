@@ -85,7 +85,7 @@ def _rows(student, place):
 
 
 class SeveralTeachers:
-    """Rollouts take turns between teachers."""
+    """Each rollout's teacher is named by a column of the dataset."""
 
     model, callbacks, name = None, (), "several"
     answers_in_loss = gives_hidden_states = False
@@ -95,7 +95,7 @@ class SeveralTeachers:
         self.vocabulary = min(teacher.vocabulary for teacher in teachers)
 
     def answer(self, batch, asked, pieces=None):
-        own = torch.arange(len(asked)) % len(self.teachers)
+        own = torch.tensor([example["teacher"] for example in batch["examples"]])
         given = [
             teacher.answer(batch, asked & (own == number)[:, None], pieces)
             for number, teacher in enumerate(self.teachers)
@@ -163,7 +163,9 @@ def train(tiny_model_dir, word_problems, tmp_path, monkeypatch):
 
         monkeypatch.setattr(tipdistill.trainer, "choose_teacher", choose)
         args = TIPConfig(str(tmp_path / "run"), **{**PLAIN, **settings})
-        trainer = TIPTrainer(student, teacher, args, Dataset.from_json(str(word_problems)))
+        prompts = Dataset.from_json(str(word_problems))
+        prompts = prompts.add_column("teacher", [row % 2 for row in range(len(prompts))])
+        trainer = TIPTrainer(student, teacher, args, prompts)
         trainer.train()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         return history, [parameter.detach() for parameter in trainer.model.parameters()]
@@ -173,6 +175,7 @@ def train(tiny_model_dir, word_problems, tmp_path, monkeypatch):
 
 SETTINGS = [
     {},
+    {"normalization": "micro_batch", "selection_rule": "divergence"},
     {"selection_rule": "entropy"},
     {"selection_rule": "all", "retention": 1.0, "beta": 0.5},
     {"selection_rule": "gradient_norm_sampling", "selection_scope": "batch", "retention": 0.1},

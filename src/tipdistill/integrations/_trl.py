@@ -22,6 +22,7 @@ __all__ = [
     "GENERATION_METHODS",
     "MULTIMODAL_KEYS",
     "OVERRIDDEN",
+    "TOKEN_KEYS",
     "EpochSampler",
     "create_model_from_path",
     "disable_dropout_in_model",
@@ -75,6 +76,8 @@ GENERATION_ATTRIBUTES = (
     "top_k",
     "top_p",
 )
+# of a generation batch, [B, ...] each: the tokens, and what else a model may be fed
+TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 MULTIMODAL_KEYS = (
     "pixel_values",
     "image_grid_thw",

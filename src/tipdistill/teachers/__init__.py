@@ -13,9 +13,10 @@ meanwhile, such as a sharded lm_head that was gathered.
 
 `local.py` is a model in this process, `served.py` one behind a vLLM server. A teacher of another kind is one more class
 with the members of `Teacher`, and one more line in `choose_teacher`: several teachers are one that gives each rollout
-to its own and compares piece by piece; one that sees another prompt answers from other tokens than the student's; one
-whose hidden states come over a wire answers with them as a local one does; a copy of the student is a local one whose
-`callbacks` renew its weights.
+to its own, by a column of the dataset's row, and compares piece by piece; one that sees another prompt answers from
+that of the row instead of the student's; one whose hidden states come over a wire answers with them as a local one
+does; a copy of the student is a local one whose `callbacks` renew its weights. tests/teachers/test_teachers.py has two
+of them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from transformers import TrainerCallback
 
 from ..types import Head, TokenScores
 
-__all__ = ["Answer", "Comparison", "Surroundings", "Teacher", "choose_teacher"]
+__all__ = ["Answer", "Comparison", "Surroundings", "Teacher", "TeacherUnavailableError", "choose_teacher"]
+
+
+class TeacherUnavailableError(OSError):
+    """A teacher that is elsewhere gave no usable answer within its time limit."""
 
 
 class Answer(Protocol):
@@ -43,7 +48,7 @@ class Answer(Protocol):
 
 
 class Comparison(Protocol):
-    """A teacher's side of N tokens."""
+    """A teacher's side of N tokens. That of a teacher which gives hidden states has a `head`, a `Head` of N rows."""
 
     def take(self, kept: Tensor) -> Comparison:
         """The tokens where `kept`, bool [N], is true."""
@@ -94,7 +99,8 @@ class Teacher(Protocol):
         Every process calls it at the same moment. Answers have no gradient.
 
         Args:
-            batch: prompt_ids, prompt_mask, completion_ids, completion_mask, [B, ...] each; multimodal inputs.
+            batch: prompt_ids, prompt_mask, completion_ids, completion_mask, [B, ...] each; multimodal inputs; examples,
+                the B rows of the dataset that the prompts are from.
             asked: tokens of the completions.
             pieces: rows of each forward, where a teacher runs one; None: all rows at once.
         """

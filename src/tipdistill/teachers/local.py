@@ -92,6 +92,8 @@ class LocalTeacher:
         self.model = _accelerate.prepare_teacher(model, trainer.accelerator)
         self.offload, self.answers_in_loss = offload, not offload
         self._trainer = trainer
+        if offload:
+            self._leave()
 
     @property
     def _plain(self) -> Any:
@@ -103,26 +105,29 @@ class LocalTeacher:
     ) -> list[HiddenStates]:
         if self.offload:
             self.model.to(self._trainer.accelerator.device)
-        answers: list[Any] = [None] * len(asked)
+        plain, answers = self._plain, [HiddenStates(torch.empty(0))] * len(asked)
         everything = torch.arange(len(asked), device=asked.device)
         for rows in [everything] if pieces is None else pieces:
-            part = batch if pieces is None else {key: value[rows] for key, value in batch.items()}
+            # a forward of all rows takes the batch as it is, since images are not cut by rollouts
+            part = batch if pieces is None else {key: batch[key][rows] for key in _trl.TOKEN_KEYS}
             # through its own wrapper, so that FSDP and DeepSpeed materialise the sharded weights
-            plain = self._plain
             hidden = self._trainer.redirected(self.model, plain, self._trainer.hidden_rows, plain, part, asked[rows])
             for row, states in zip(rows.tolist(), hidden.split(asked[rows].sum(1).tolist()), strict=True):
                 # a copy, so that dropping the unselected rows later frees the whole piece
                 answers[row] = HiddenStates(states if pieces is None else states.clone())
         if self.offload:
-            self.model.to("cpu")
-            self._plain.get_output_embeddings().to(self._trainer.accelerator.device)
+            self._leave()
         return answers
 
+    def _leave(self) -> None:
+        self.model.to("cpu")
+        self._plain.get_output_embeddings().to(self._trainer.accelerator.device)
+
     @contextmanager
-    def compare(self, answers: Sequence[HiddenStates | None]) -> Iterator[HeadComparison]:
+    def compare(self, answers: Sequence[HiddenStates]) -> Iterator[HeadComparison]:
         plain = self._plain
         layer = plain.get_output_embeddings()
-        hidden = torch.cat([answer.hidden for answer in answers if answer is not None])
+        hidden = torch.cat([answer.hidden for answer in answers])
         with _trl.maybe_gather_lm_head_ctx(layer.weight, layer.bias):
             yield HeadComparison(head(plain, layer, hidden))
 

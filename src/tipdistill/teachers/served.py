@@ -32,6 +32,9 @@ from ..score.top_k_teacher import DEFAULT_FIELDS, served_divergence_loss, served
 from ..select import rule_fields
 from ..types import Head, TeacherLogprobs, TokenScores
 from ..vocabulary import check_served_tokenizer
+from . import TeacherUnavailableError
+
+__all__ = ["ServedTeacher", "TeacherServer", "TeacherUnavailableError", "open_teacher"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +50,6 @@ TRAFFIC = {
     "teacher/bytes_saved": "saved",
     "teacher/tokens_asked": "asked",
 }
-
-
-class TeacherUnavailableError(OSError):
-    """The teacher's server gave no usable answer within the time limit."""
 
 
 class TeacherRefusedError(ValueError):

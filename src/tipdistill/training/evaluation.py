@@ -15,6 +15,7 @@ from ..data import encode_prompts
 from ..evaluate.engines import Completion, Sampling, as_fed
 from ..evaluate.run import run, write_metrics
 from ..evaluate.task import Task
+from .scoring import evaluating
 
 _LOGGED = ("standard_error", "maj_at_k", "mean_tokens", "truncated")
 
@@ -70,15 +71,10 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
     root = Path(args.output_dir) / "eval" / f"step-{step}"
     written = {}
     device = trainer.accelerator.device
-    was_training = trainer.model.training
-    trainer.model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed((args.seed * 1_000_003 + step) * 10_007 + trainer.accelerator.process_index)
-            for task in tasks:
-                written[task.name] = _completions(trainer, task, num_samples)
-    finally:
-        trainer.model.train(was_training)
+    with evaluating(trainer.model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed((args.seed * 1_000_003 + step) * 10_007 + trainer.accelerator.process_index)
+        for task in tasks:
+            written[task.name] = _completions(trainer, task, num_samples)
     figures: list[Any] = [None]
     if trainer.accelerator.is_main_process:
         shutil.rmtree(root, ignore_errors=True)  # of a run that was killed here, and resumed from before

@@ -102,10 +102,19 @@ def metrics(sums: Tensor) -> dict[str, float]:
 
 
 class StepClock:
-    """Seconds of each part of a step: those of `PREPARATION`, then loss and optimizer."""
+    """Seconds of each part of a step: those of `PREPARATION`, then loss and optimizer.
+
+    Read off the host's clock. On a GPU, whose work is queued, a part ends when the host goes on, so that what is still
+    running counts for the part that next waits for it; a whole step is timed rightly.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._start()
+
+    def _start(self) -> None:
+        self.seconds.clear()
+        self.seconds.update(dict.fromkeys(PREPARATION, 0.0))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -125,7 +134,7 @@ class StepClock:
         """The logged times of a step of `tokens` completion tokens (seconds), and start the next."""
         figures = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         figures["tokens_per_second"] = tokens / max(sum(self.seconds.values()), 1e-9)
-        self.seconds.clear()
+        self._start()
         return figures
 
 
@@ -205,6 +214,10 @@ class TrainingMonitor(TrainerCallback, ExportableState):
     def retention(self) -> float:
         """The share of the tokens to train on at the next step."""
         return self.raised if self.has_drifted else self.configured
+
+    def standing(self) -> dict[str, float]:
+        """The logged figures that are not of one step: tokens trained on since the start, and the peak memory."""
+        return {"selection/trained_tokens": self.trained_tokens, "memory/peak_gib": peak_memory_gib()}
 
     def observe(self, dropped_divergence: float) -> str | None:
         """Take one step's dropped divergence (nats); return a warning when it leaves the range of its start."""

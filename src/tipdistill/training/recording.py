@@ -10,12 +10,12 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..integrations._trl import MULTIMODAL_KEYS
+from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
 from ..records import About, Choice, RecordsWriter
 from ..score.models import joined, score_heads
 from ..teachers.local import name_of
 from ..types import Rollout, Scored
-from .scoring import KEYS, evaluating, loss_mask
+from .scoring import evaluating, loss_mask
 
 logger = get_logger(__name__)
 
@@ -104,7 +104,7 @@ def record_step(trainer: Any, batch: dict[str, Any], choice: Choice | None) -> N
     with evaluating(trainer.model):
         scored = [
             trainer.redirected(
-                trainer.model_wrapped, student, score, {key: batch[key][rows] for key in KEYS}, mask[rows]
+                trainer.model_wrapped, student, score, {key: batch[key][rows] for key in TOKEN_KEYS}, mask[rows]
             )
             for rows in sample.split(args.per_device_train_batch_size)
         ]

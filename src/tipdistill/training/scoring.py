@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
 from ..score import NonFiniteLogitsError
 from ..types import TokenScores
 
-KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+def for_models(batch: dict[str, Any]) -> dict[str, Any]:
+    """What student and teacher see of a batch: its tokens, images and the like, and the dataset's rows ("examples").
+
+    A teacher that needs more than the tokens, such as a column that names it, finds it in its rollout's row.
+    """
+    return {key: batch[key] for key in (*TOKEN_KEYS, *MULTIMODAL_KEYS, "examples") if key in batch}
 
 
 def loss_mask(batch: dict[str, Any]) -> Tensor:
@@ -25,11 +32,11 @@ def loss_mask(batch: dict[str, Any]) -> Tensor:
     return mask if batch.get("tool_mask") is None else mask & batch["tool_mask"].bool()
 
 
-def trimmed(batch: dict[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def trimmed(batch: dict[str, Any], mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Rollouts without the columns that are padding in all of them.
 
     Args:
-        batch: `KEYS`, [B, ...] each; prompts are padded on the left, completions on the right.
+        batch: `TOKEN_KEYS`, [B, ...] each; prompts are padded on the left, completions on the right.
         mask: [B, T], of completion tokens; cut like them.
     """
     start = int(batch["prompt_mask"].any(0).int().argmax())
@@ -40,7 +47,7 @@ def trimmed(batch: dict[str, Tensor], mask: Tensor) -> tuple[dict[str, Tensor], 
 
 
 def scoring_pieces(
-    batch: dict[str, Tensor],
+    batch: dict[str, Any],
     accelerator: Any,
     rollouts_per_forward: int,
     tokens_per_forward: int = 0,
@@ -100,7 +107,8 @@ def scores_by_position(
         inside = torch.zeros_like(mask)
         inside[rows] = mask[rows]
         for name, value in score(rows).present():
-            table.setdefault(name, torch.zeros(mask.shape, device=mask.device)).masked_scatter_(inside, value)
+            empty = torch.zeros(mask.shape, dtype=value.dtype, device=mask.device)
+            table.setdefault(name, empty).masked_scatter_(inside, value)
     return table
 
 

@@ -170,7 +170,7 @@ def test_a_worker_that_dies_is_one_clear_error(tiny, directory):
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 2
     last = output.splitlines()[-1]
-    assert last.startswith("tipdistill demo: the process that taught the ")
+    assert last.startswith("tipdistill demo: the process of the ")
     assert "was killed (out of memory?)" in last
     assert "Traceback" not in output
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -86,7 +86,10 @@ def run(
     root, (seed,), (test,) = grid.output_dir, grid.seeds, grid.test
     root.mkdir(parents=True, exist_ok=True)
     cells = Cells(grid, root)
-    _teach(taught, root, workers, threads, say)
+    started = time.monotonic()
+    teaching = {f"the {name}": (_teach, name, taught[name], root) for name in ("teacher", "student")}
+    for name, is_new in _in_workers(teaching, workers, threads, root / LOG):
+        say(f"{time.monotonic() - started:6.0f} s  {name} is {'taught' if is_new else 'taught before'}")
     settings = demo_settings(cells, taught)
     arithmetic.TASK.write_prompts(root / "prompts.jsonl", settings["steps"] * settings["prompts"], seed)
     cells.check()
@@ -96,6 +99,7 @@ def run(
             f"{len(swept['failed'])} of {grid.number_of_cells()} runs failed ({next(iter(swept['failed'].values()))}); "
             f"{root / LOG} holds what they said. Run the same command again: finished parts are kept."
         )
+    ((_, pictured),) = _in_workers({"the map": (_before, root, test, seed)}, 1, threads, root / LOG)
     before, before_error = _accuracy(swept["before"][test], grid.num_samples)
     rows = []
     for row in swept["rows"]:
@@ -114,7 +118,7 @@ def run(
         "task": "four-digit addition with planted errors",
         "note": PLANTED,
         "settings": settings,
-        **_before(root, test, seed),
+        **pictured,
         "rows": rows,
         "machine": {name: swept[name] for name in ("hardware", "versions", "commit", "measured", "workers")},
     }
@@ -144,26 +148,27 @@ def demo_settings(cells: Cells, taught: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _teach(taught: Mapping[str, int], root: Path, workers: int, threads: int, say: Callable[[str], None]) -> None:
-    """Both models, side by side where there are two workers; each is taught once and found again afterwards."""
-    started, waiting = time.monotonic(), ["student", "teacher"]
-    with Workers(min(workers, len(waiting)), threads, root / LOG) as pool:
+def _in_workers(
+    jobs: Mapping[str, tuple[Any, ...]], workers: int, threads: int, log: Path
+) -> Iterator[tuple[str, Any]]:
+    """Call (function, *arguments) of each job in a process of its own; yield what it is called, and its result."""
+    waiting = list(jobs.items())
+    with Workers(min(workers, len(jobs)), threads, log) as pool:
         while waiting or pool.busy:
             while waiting and pool.idle:
-                name = waiting.pop()
-                pool.start(name, _teach_one, name, taught[name], root)
+                name, job = waiting.pop(0)
+                pool.start(name, *job)
             for name, future in pool.finished(timeout=0.5):
                 if isinstance(future.exception(), ChildProcessError):
                     raise ChildProcessError(
-                        f"the process that taught the {name} was killed (out of memory?); {root / LOG} holds what it "
-                        "said. Run the same command again: finished parts are kept."
+                        f"the process of {name} was killed (out of memory?); {log} holds what it said. Run the same "
+                        "command again: finished parts are kept."
                     )
-                came = f"taught for {taught[name]:,} steps" if future.result() else "taught before"
-                say(f"{time.monotonic() - started:6.0f} s  the {name} is {came}")
+                yield name, future.result()
 
 
-def _teach_one(name: str, steps: int, root: Path) -> bool:
-    """In a worker: teach a model, and point models/<name> to it; whether it was not there yet."""
+def _teach(name: str, steps: int, root: Path) -> bool:
+    """Teach a model, and point models/<name> to it; whether it was not there yet."""
     training = replace(getattr(arithmetic.TASK, name), steps=steps)
     calls: list[int] = []
     point_to(arithmetic.taught(name, training, root / "models", lambda step, loss: calls.append(step)))

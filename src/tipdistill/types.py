@@ -201,8 +201,8 @@ class Scored:
 class Selection:
     """Which tokens are trained on, and with what weight: what `select` makes of TokenScores by a rule.
 
-    A rule of your own is a function TokenScores → float [N], and `select(scores, rule=it)` takes it as it is. To give
-    it a name: the function in select/rules.py and a line of `RULES` in select/registry.py, see `Rule`.
+    A rule of your own is a function TokenScores → float [N], and `select(scores, rule=it)` takes it as it is; see
+    `Rule`.
 
     Attributes:
         mask: bool [N], True for the kept tokens.

@@ -17,8 +17,8 @@ from .rule import Rule
 
 COMPLEMENT = "complement:"
 
-# A line: the name, the score (a function of rules.py), the statistics that it reads, what is done with it. A rule of
-# your own is a function in rules.py and a line here; `Rule` says what else the tests ask for.
+# A line: the name, the score (a function of rules.py), the statistics that it reads, what is done with it. A new rule
+# begins in contrib.py; see `Rule`.
 RULES: dict[str, Rule] = {
     "all": Rule(rules.uniform, (), "all"),
     "random": Rule(rules.uniform, (), "sample"),

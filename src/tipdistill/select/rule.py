@@ -20,11 +20,8 @@ class Rule:
     """A score, the statistics it reads, and what is done with it.
 
     A rule of your own needs no change here: write a function TokenScores → float [N], and give `select` or
-    `selection_rule` the function, its dotted path, or a Rule of it. To add one to the house:
-
-    1. select/rules.py: the function, or select/contrib.py while nobody has trained with it;
-    2. select/registry.py: its line in `RULES`, or its line in `CONTRIB` at the end of contrib.py;
-    3. docs/rules.md: its entry, and in tests/select/test_rules.py its formula. The tests ask for both.
+    `selection_rule` the function, its dotted path, or a Rule of it. One for everyone begins in select/contrib.py, as a
+    function and a line of `CONTRIB`; the end of docs/rules.md has the whole list.
 
     Attributes:
         score: TokenScores → float [N]; (TokenScores, Order) → float [N] where `ordered`.

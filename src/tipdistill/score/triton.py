@@ -390,11 +390,11 @@ class TokenDivergence(torch.autograd.Function):
         s_head: Projection,
         t_head: Projection,
         teacher_hidden: Tensor,
-        found: dict[str, Tensor],
+        per_row: dict[str, Tensor],
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
-        ctx.kind, ctx.beta, ctx.heads, ctx.found = kind, beta, (s_head, t_head), found
-        return found[kind].clone()  # a tensor of its own: the statistic of the same name carries no gradient
+        ctx.kind, ctx.beta, ctx.heads, ctx.per_row = kind, beta, (s_head, t_head), per_row
+        return per_row[kind].clone()  # a tensor of its own: the statistic of the same name carries no gradient
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -408,10 +408,10 @@ class TokenDivergence(torch.autograd.Function):
             s_hidden, t_hidden = hidden[index], teacher_hidden[index]
             gradients = _Gradients(s_hidden, weight, bias, needs, vocabulary, blocks=1)
             if rows:
-                found = {name: value[index] for name, value in ctx.found.items() if name in OF_GRADIENT}
+                per_row = {name: value[index] for name, value in ctx.per_row.items() if name in OF_GRADIENT}
                 factor = grad[index].float()
                 peak = _peak(factor, hidden.dtype)
-                of_rows = _of_rows(ctx.kind, ctx.beta, found, factor, peak, s_head)
+                of_rows = _of_rows(ctx.kind, ctx.beta, per_row, factor, peak, s_head)
                 half = hidden.dtype in HALF
                 columns = min(_aligned_down(WORKSPACE // (rows * (10 if half else 8))), vocabulary)
                 size = rows * _aligned_up(columns)
@@ -463,19 +463,19 @@ class FusedLoss(torch.autograd.Function):
             gradients = _Gradients(hidden, weight, bias, needs, vocabulary, blocks=len(spans))
             peak = _peak(factor, hidden.dtype)
             for row, end in spans:
-                found = scorer.score((row, end), token_ids)
-                pieces.append(found)
+                per_row = scorer.score((row, end), token_ids)
+                pieces.append(per_row)
                 if any(needs):
-                    of_rows = _of_rows(kind, beta, found, factor[row:end].float(), peak, s_head)
+                    of_rows = _of_rows(kind, beta, per_row, factor[row:end].float(), peak, s_head)
                     scorer.differentiate(kind, of_rows, slice(row, end), gradients)
             scorer.release()
             gradients.rescale(peak)
             ctx.gradients = gradients.finish()
         # no piece: a rank without a kept token has a loss of 0 that still reaches the graph
-        found = _joined(pieces) if pieces else dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
-        normaliser = found["s_log"] + found["t_log"]
-        divergence = found[kind]
-        statistics = [found[name] for name in fields]
+        per_row = _joined(pieces) if pieces else dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
+        normaliser = per_row["s_log"] + per_row["t_log"]
+        divergence = per_row[kind]
+        statistics = [per_row[name] for name in fields]
         ctx.mark_non_differentiable(divergence, normaliser, *statistics)
         return ((divergence * factor).sum(), divergence, normaliser, *statistics)
 
@@ -537,10 +537,10 @@ class _Scorer:
         online = Online(0, self.wanted, self.teacher is not None, s_hidden)
         for name, value in zip(ONLINE_SUMS, sums, strict=True):
             setattr(online, name, value)
-        found = online.finish()
+        per_row = online.finish()
         if self.second:
-            found |= self.further(found)
-        return found
+            per_row |= self.further(per_row)
+        return per_row
 
     def take(
         self,
@@ -594,14 +594,14 @@ class _Scorer:
             num_warps=tile.warps,
         )
 
-    def further(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    def further(self, per_row: dict[str, Tensor]) -> dict[str, Tensor]:
         """The statistics that need the normalisers, from the held logits."""
-        rows = len(found["s_log"])
+        rows = len(per_row["s_log"])
         sums = torch.empty(len(SECOND_SUMS), rows, device=self.s_hidden.device)
         _second_kernel[(rows,)](
             *self.held,
             self.references,
-            torch.stack([found[name] for name in NORMALISERS]),
+            torch.stack([per_row[name] for name in NORMALISERS]),
             sums,
             self.vocabulary,
             self.held[0].stride(0),
@@ -614,7 +614,7 @@ class _Scorer:
             BLOCK=self.tile.block,
             num_warps=self.tile.warps,
         )
-        further = SecondPass(found, self.second, self.beta)
+        further = SecondPass(per_row, self.second, self.beta)
         for name, value in zip(SECOND_SUMS, sums, strict=True):
             setattr(further, name, value)
         return further.finish()
@@ -622,7 +622,7 @@ class _Scorer:
     def differentiate(self, kind: str, of_rows: Tensor, rows: slice, gradients: _Gradients) -> None:
         """Form the gradient at the logits of the last span, in the place of the student's, and add its products."""
         assert self.teacher is not None
-        s, t = (held[: of_rows.shape[1], : self.vocabulary] for held in self.held)
+        s, t = (tile[: of_rows.shape[1], : self.vocabulary] for tile in self.held)
         gradient = s.view(self.s_hidden.dtype)
         _form_gradient(
             kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, self.references, self.tile
@@ -730,14 +730,14 @@ class _Gradients:
 
 
 def _of_rows(
-    kind: str, beta: float, found: dict[str, Tensor], factor: Tensor, peak: Tensor | None, student: Projection
+    kind: str, beta: float, per_row: dict[str, Tensor], factor: Tensor, peak: Tensor | None, student: Projection
 ) -> Tensor:
     """[6, R] of the gradient kernel: the normalisers, the mean log ratio that it subtracts, and the factor."""
     factor = (factor if peak is None else factor / peak) * student.scale
-    mean = found["reverse_kl" if kind == "reverse_kl" else "s_max"]  # of forward_kl none
+    mean = per_row["reverse_kl" if kind == "reverse_kl" else "s_max"]  # of forward_kl none
     if kind == "jsd":
-        factor, mean = factor * (1 - beta), found["s_to_mixture"]
-    return torch.stack([*(found[name] for name in NORMALISERS), mean, factor])
+        factor, mean = factor * (1 - beta), per_row["s_to_mixture"]
+    return torch.stack([*(per_row[name] for name in NORMALISERS), mean, factor])
 
 
 def _peak(factor: Tensor, dtype: torch.dtype) -> Tensor | None:

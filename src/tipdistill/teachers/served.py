@@ -260,10 +260,10 @@ class TeacherServer:
         }
 
         def rows(reply: Any) -> list[dict[str, Any]]:
-            found = reply["choices"][0]["prompt_logprobs"]
-            if len(found) != len(tokens):
-                raise ValueError(f"{len(found)} entries in prompt_logprobs for {len(tokens)} tokens")
-            picked = [found[len(question.prompt_ids) + position] for position in question.positions]
+            entries = reply["choices"][0]["prompt_logprobs"]
+            if len(entries) != len(tokens):
+                raise ValueError(f"{len(entries)} entries in prompt_logprobs for {len(tokens)} tokens")
+            picked = [entries[len(question.prompt_ids) + position] for position in question.positions]
             if not all(isinstance(entry, dict) for entry in picked):
                 raise ValueError("prompt_logprobs without an entry for a token")
             return picked

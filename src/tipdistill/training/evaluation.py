@@ -78,7 +78,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
     figures: list[Any] = [None]
     if trainer.accelerator.is_main_process:
         shutil.rmtree(root, ignore_errors=True)  # of a run that was killed here, and resumed from before
-        found: dict[str, Any] = {"tasks": {}}
+        metrics: dict[str, Any] = {"tasks": {}}
         for task in tasks:
             measured = run(
                 [task],
@@ -91,11 +91,11 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
                 resume=True,
             )
             # each run writes its own task's figures alone
-            found = measured | {"tasks": found["tasks"] | measured["tasks"]}
-        write_metrics(root, found)
+            metrics = measured | {"tasks": metrics["tasks"] | measured["tasks"]}
+        write_metrics(root, metrics)
         figures = [
-            {f"eval_{name}/mean_at_{num_samples}": numbers["mean_at_k"] for name, numbers in found["tasks"].items()}
-            | {f"eval_{name}/{key}": numbers[key] for name, numbers in found["tasks"].items() for key in _LOGGED}
+            {f"eval_{name}/mean_at_{num_samples}": numbers["mean_at_k"] for name, numbers in metrics["tasks"].items()}
+            | {f"eval_{name}/{key}": numbers[key] for name, numbers in metrics["tasks"].items() for key in _LOGGED}
         ]
     return broadcast_object_list(figures)[0]
 
@@ -110,11 +110,11 @@ def _completions(trainer: Any, task: Task, num_samples: int) -> list[Completion]
     # as many batches of the same size on every process: sharded engines generate together
     size = trainer.args.per_device_eval_batch_size
     most = -(-total // accelerator.num_processes)
-    found = []
+    completions = []
     for first in range(0, most, size):
         rows = [own[index] if index < len(own) else total - 1 for index in range(first, min(first + size, most))]
         written = trainer._generate_single_turn([prompts[row // num_samples] for row in rows], None, {})
-        found += [
+        completions += [
             Completion(
                 row,
                 tokenizer.decode(ids, skip_special_tokens=not task.special_tokens),
@@ -123,7 +123,7 @@ def _completions(trainer: Any, task: Task, num_samples: int) -> list[Completion]
             )
             for row, ids in zip(rows, written, strict=True)
         ]
-    every = {completion.index: completion for completion in gather_object(found)}
+    every = {completion.index: completion for completion in gather_object(completions)}
     return [every[index] for index in range(total)]
 
 

@@ -7,7 +7,7 @@ Run as modules from the repository's root; each has --help:
     python -m benchmarks.select       the rules alone, at growing numbers of tokens
     python -m benchmarks.records      writing and showing token records
     python -m benchmarks.plan         the memory that `tipdistill plan` expects, beside measured steps
-    python -m benchmarks.table        the tables of README.md, docs/ and results/engine.md, from results/*.json
+    python -m benchmarks.table        the tables of docs/ and results/engine.md, from results/*.json
     python -m benchmarks.plan_tables  the tables of docs/scaling.md and results/plan.md, from the plan itself
     python -m benchmarks.replication  the tables of docs/replication.md and results/replication.md, from sweeps
 

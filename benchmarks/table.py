@@ -21,7 +21,7 @@ from . import measure
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
-    *("README.md", "docs/engine.md", "docs/probe.md", "docs/report.md"),
+    *("docs/engine.md", "docs/probe.md", "docs/report.md"),
     *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
 )
 WHOLE = ".whole"  # behind a result's name: every column of it

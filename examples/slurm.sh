@@ -14,7 +14,7 @@ gpus=${SLURM_GPUS_ON_NODE:-8}
 if [ ! -f "$preset" ]; then
   preset=$(python -c "import sys, trl; print(f'{trl.__path__[0]}/accelerate_configs/{sys.argv[1]}.yaml')" "$preset")
 fi
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # reads to the end: head would break the pipe
 export HEAD=$head PRESET_FILE=$preset PROCESSES=$((SLURM_NNODES * gpus))
 
 # single quotes: SLURM_NODEID is each task's own

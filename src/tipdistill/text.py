@@ -8,6 +8,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
+def near_names(name: Any, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The known names that are like a given one, the nearest first, two at most.
+
+    Args:
+        name: what was given.
+        known: what is allowed.
+        cutoff: from 0, anything, to 1, the same.
+
+    Example:
+        >>> near_names("trian", ["train", "plan"])
+        ['train']
+    """
+    return difflib.get_close_matches(str(name), list(known), n=2, cutoff=cutoff)
+
+
 def nearest(name: Any, known: Iterable[str]) -> str:
     """A hint to append to an error about an unknown name; empty where none is near.
 
@@ -19,7 +34,7 @@ def nearest(name: Any, known: Iterable[str]) -> str:
         >>> nearest("promt", ["prompt", "answer"])
         " Did you mean 'prompt'?"
     """
-    near = difflib.get_close_matches(str(name), list(known), n=2)
+    near = near_names(name, known)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import difflib
 import os
 import select
 import sys
@@ -12,6 +11,8 @@ import traceback
 from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
+
+from ..text import near_names
 
 # command: (module, relative to this one, with `main(argv) -> int`, what it does)
 COMMANDS = {
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=2) or list(COMMANDS)
+        near = near_names(command, COMMANDS) or list(COMMANDS)
         return _refuse("tipdistill", f"there is no command {command!r}. Did you mean {' or '.join(near)}?")
     module, _ = COMMANDS[command]
     try:

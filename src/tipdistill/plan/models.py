@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from ..text import near_names
 
 # As published in the models' config.json on the hub. Sizes only: what does not change a byte or a flop is left out.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -100,7 +101,7 @@ def read_config(name: str, revision: str | None = None, trust_remote_code: bool 
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        near = difflib.get_close_matches(name, PUBLISHED, n=3, cutoff=0.4) or list(PUBLISHED)
+        near = near_names(name, PUBLISHED, cutoff=0.4) or list(PUBLISHED)
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"the configuration of {name!r} could not be read ({reason}): give a directory with a config.json, a hub "

@@ -5,9 +5,10 @@ read.py makes a configuration of a recipe and flags, run.py trains it, launch.py
 
 from __future__ import annotations
 
-import difflib
 from importlib.resources import files
 from pathlib import Path
+
+from ..text import near_names
 
 
 def recipe_names() -> list[str]:
@@ -32,7 +33,7 @@ def recipe_path(name: str) -> Path:
     """
     path = _folder() / f"{name.removesuffix('.yaml')}.yaml"
     if path.name not in {known.name for known in _folder().glob("*.yaml")}:
-        near = difflib.get_close_matches(path.stem, recipe_names(), n=2) or recipe_names()
+        near = near_names(path.stem, recipe_names()) or recipe_names()
         raise ValueError(f"there is no recipe {name!r}. Did you mean {' or '.join(near)}?")
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import platform
 import re
 from argparse import Action, ArgumentTypeError, Namespace
@@ -20,7 +19,7 @@ from trl.scripts.utils import DatasetConfig
 from ..config import TIPConfig
 from ..extras import EXTRAS, require
 from ..files import write_text
-from ..text import nearest
+from ..text import near_names, nearest
 from . import recipe_names, recipe_path
 
 # Asked of one run, so never part of a configuration that is written down; a token is never written at all.
@@ -253,7 +252,7 @@ def _known_flags(parser: _Parser, flags: list[str]) -> Namespace:
     for argument in unknown:
         if argument.startswith("-"):
             name = argument.lstrip("-").partition("=")[0].replace("-", "_")
-            near = difflib.get_close_matches(name, _field_names(), n=3, cutoff=0.6)
+            near = near_names(name, _field_names())
             hint = f" Did you mean {' or '.join(f'--{word}' for word in near)}?" if near else ""
             raise ValueError(f"there is no flag {argument.partition('=')[0]}.{hint}")
         raise ValueError(f"unexpected argument {argument!r}: a recipe is given as --config {argument}.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from ..config import TIPConfig
+from ..text import near_names
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
@@ -28,7 +28,7 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
             raise ValueError(f"{name} is empty: at least one row with a 'prompt' is needed.")
         columns = getattr(dataset, "column_names", None)
         if columns is not None and "prompt" not in columns:
-            near = difflib.get_close_matches("prompt", columns, n=1, cutoff=0.4)
+            near = near_names("prompt", columns, cutoff=0.4)
             hint = f" Rename '{near[0]}': dataset.rename_column('{near[0]}', 'prompt')." if near else ""
             raise ValueError(f"{name} has no 'prompt' column, its columns are {', '.join(columns)}.{hint}")
 

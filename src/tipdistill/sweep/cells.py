@@ -34,7 +34,7 @@ from .grid import Cell, Grid
 CELL = "cell.json"
 _VERSIONS = ("torch", "transformers", "trl", "accelerate", "datasets")
 # parts of the package that no figure of a cell can depend on
-_NOT_SOURCE = ("bench", "cli", "demo.py", "plan", "probe.py", "report", "sweep")
+_NOT_SOURCE = ("cli", "demo.py", "plan", "probe.py", "report", "sweep")
 _HEAD = 1 << 20
 NEVER = 10**9
 

@@ -173,8 +173,8 @@ def assumptions(setup: Setup, machine: Machine) -> list[str]:
         f"of {machine.node}, {machine.network / 1e9:.0f} GB/s beyond it, each × {machine.bandwidth_utilization:g}; no "
         "overlap",
         f"{USABLE:.0%} of a GPU's memory for tensors, the rest for the context, NCCL and fragmentation",
-        "memory on the CPU is checked against measured steps (benchmarks/results/plan.md); on GPUs neither memory nor time "
-        "has been measured",
+        "memory on the CPU is checked against measured steps (benchmarks/results/plan.md); on GPUs neither memory "
+        "nor time has been measured",
     ]
     if setup.engine == "colocate":
         lines.append(

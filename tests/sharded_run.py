@@ -4,6 +4,7 @@ The ranks import everything once and fork for each run, so that every run has fr
 without paying for the imports again. `on_cpu` gives FSDP2 and DeepSpeed what accelerate withholds from them on a CPU.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -56,10 +57,10 @@ def on_cpu(engine):
 
         AcceleratorState.__init__ = sharded
     elif engine.startswith("zero"):  # without use_cpu accelerate finds no backend, with it no DeepSpeed
-        import deepspeed.comm.torch
-
+        # by its name: the attribute `torch` of deepspeed.comm is torch itself
+        backend = importlib.import_module("deepspeed.comm.torch")
         PartialState._prepare_backend = lambda self, *rest: ("gloo", DistributedType.MULTI_CPU)
-        deepspeed.comm.torch.build_shm_op = lambda: None  # a faster all-reduce that takes a minute to compile
+        backend.build_shm_op = lambda: None  # a faster all-reduce that takes a minute to compile
 
 
 def kinds(model):

@@ -13,8 +13,6 @@ from tipdistill.training.monitor import (
     TALLIED,
     TrainingMonitor,
     metrics,
-    peak_memory_gib,
-    reset_peak_memory,
     tally,
 )
 

@@ -28,8 +28,8 @@ COMMAND = (
 
 @pytest.fixture
 def tiny(tmp_path):
-    """The demo's grid, with few steps and problems."""
-    grid = yaml.safe_load((demo.GRIDS / "demo.yaml").read_text(encoding="utf-8"))
+    """The quick demo's grid, with few steps and problems."""
+    grid = yaml.safe_load((demo.GRIDS / "demo-quick.yaml").read_text(encoding="utf-8"))
     grid["overrides"] |= {"max_steps": 4, "warmup_steps": 0, "per_device_train_batch_size": 4}
     grid |= {"test": "arithmetic[:4]", "num_samples": 2}
     path = tmp_path / "demo-quick.yaml"
@@ -107,7 +107,7 @@ def test_a_killed_demo_goes_on_where_it_stopped_and_a_finished_one_does_nothing_
     assert process.returncode == 0, output
     after = written_at(directory)
     assert before.items() <= after.items(), "a finished part was done again"
-    rows = demo.demo_grid().rows
+    rows = demo.demo_grid("demo-quick").rows
     assert len([name for name in after if name.startswith("cells/")]) == len(rows)
     check_output(directory, output)
 
@@ -121,7 +121,7 @@ def test_a_killed_demo_goes_on_where_it_stopped_and_a_finished_one_does_nothing_
 
 def check_output(directory: Path, output: str) -> None:
     result = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    grid, settings = demo.demo_grid().rows, result["settings"]
+    grid, settings = demo.demo_grid("demo-quick").rows, result["settings"]
     rows = {(row["rule"], row["retention"]): row for row in result["rows"]}
     assert list(rows) == [(row.rule, row.retention) for row in grid]
     for row in result["rows"]:

@@ -182,16 +182,18 @@ def test_killed_resumed_deleted_parallel_and_serial_come_to_the_same(grid, tmp_p
     assert " chosen (" in capsys.readouterr().out
 
     # other settings are refused, and run again when that is asked for
-    changed = grid(directory="killed", **chosen, overrides={"max_steps": 2, "per_device_eval_batch_size": 16})
+    other = {"overrides": {"max_steps": 2, "per_device_eval_batch_size": 16}, "cells": {"all": 1.0}}
+    changed = grid(directory="killed", **chosen, **other)
     assert cli.main(changed) == 2
     said = capsys.readouterr().err
-    assert "6 finished cells" in said
+    assert "3 finished cells" in said
     assert "with another settings.max_steps" in said
     assert "--rerun_changed" in said
     assert written_at(tmp_path / "killed") == now
     assert cli.main([*changed, "--rerun_changed", "--workers", "1"]) == 0
-    assert "6 finished cells were made with other settings and run again" in capsys.readouterr().out
-    assert all(len(cell["losses"]) == 2 for cell in cells(tmp_path / "killed").values())
+    assert "3 finished cells were made with other settings and run again" in capsys.readouterr().out
+    again = {name: cell for name, cell in cells(tmp_path / "killed").items() if name.startswith("all-")}
+    assert [len(cell["losses"]) for cell in again.values()] == [2, 2, 2]
 
 
 @pytest.mark.slow

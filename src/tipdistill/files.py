@@ -139,8 +139,8 @@ def _lock(path: Path, directory: Path, doing: str) -> IO[str] | None:
                 what, _, process = " ".join(file.read(300).split()).partition(", ")
                 file.close()
                 raise ValueError(
-                    f"another {what or doing} is at work in {directory}{process and f' ({process})'}: wait until it has "
-                    "ended, or choose another output_dir."
+                    f"another {what or doing} is at work in {directory}{process and f' ({process})'}: wait until it "
+                    "has ended, or choose another output_dir."
                 ) from error
             file.close()
             if error.errno not in _NO_LOCKS:

@@ -26,7 +26,13 @@ _ECHO_SECONDS = 1.0
 
 
 class Stopped(SystemExit):
-    """SIGTERM or SIGUSR1 ended the work in order; `code` is 128 + its number."""
+    """SIGTERM or SIGUSR1 ended the work in order; `code` is 128 + its number.
+
+    Attributes:
+        told: whether the user was told how to go on.
+    """
+
+    told = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,7 +59,9 @@ def stop(signum: int, message: str | None = None) -> NoReturn:
         print(f"{signal.Signals(signum).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     if signum == signal.SIGINT:
         raise Interrupted if message is not None else KeyboardInterrupt
-    raise Stopped(128 + signum)
+    stopped = Stopped(128 + signum)
+    stopped.told = message is not None
+    raise stopped
 
 
 def _at_once(signum: int, frame: FrameType | None) -> None:

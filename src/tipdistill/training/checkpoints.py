@@ -143,8 +143,8 @@ def final_step(output_dir: str | Path) -> int | None:
 def finished(output_dir: str | Path, step: int, steps: int) -> str:
     """What is said where a finished run is resumed."""
     return (
-        f"{output_dir} is finished (step {step} of {steps}): no step was taken, and its model is as it was. To train on, "
-        "raise max_steps or num_train_epochs; to train again, choose another output_dir."
+        f"{output_dir} is finished (step {step} of {steps}): no step was taken, and its model is as it was. To train "
+        "on, raise max_steps or num_train_epochs; to train again, choose another output_dir."
     )
 
 

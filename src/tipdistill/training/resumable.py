@@ -111,7 +111,9 @@ class ResumableTrainer(DistillationTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kw: Any) -> None:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kw: Any
+    ) -> None:
         signum = self._asked_to_stop()
         if signum:
             self.control.should_log = self.control.should_save = True

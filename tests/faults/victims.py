@@ -72,7 +72,9 @@ def run(*victims: Victim, seconds: float = 300) -> list[int]:
 @cache
 def _library() -> Path:
     source = Path(__file__).with_name("preload.c")
-    library = Path(os.environ.get("TMPDIR", "/tmp")) / f"tipdistill-faults-{os.getuid()}-{int(source.stat().st_mtime)}.so"
+    library = (
+        Path(os.environ.get("TMPDIR", "/tmp")) / f"tipdistill-faults-{os.getuid()}-{int(source.stat().st_mtime)}.so"
+    )
     if not library.exists():
         built = library.with_suffix(f".{os.getpid()}")
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, source, "-ldl"], check=True)

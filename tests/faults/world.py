@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-_NO_MATTER = re.compile(r"^(time/|memory/)|seconds|runtime|per_second|peak_memory|measured|commit|^run$|^runs$|^step_time")
+_NO_MATTER = re.compile(
+    r"^(time/|memory/)|seconds|runtime|per_second|peak_memory|measured|commit|^run$|^runs$|^step_time"
+)
 
 
 def build(root: Path) -> Path:
@@ -110,9 +112,9 @@ def command(kind: str, root: Path, out: Path) -> list[str]:
         argv += ["transformers", "--num_samples", "2", "--batch_size", "4", "--max_new_tokens", "6"]
         return [*argv, "--output_dir", str(out), *(["--resume"] if (out / "eval.json").exists() else [])]
     if kind == "score":
-        argv = ["score", "--model_name_or_path", str(root / "student"), "--dataset_name", str(root / "prompts.jsonl")]
-        argv += ["--teacher_model_name_or_path", str(root / "teacher"), "--max_prompts", "12"]
-        return [*argv, "--max_new_tokens", "6", "--batch_size", "4", "--output_dir", str(out)]
+        argv = ["score", "--model", str(root / "student"), "--teacher", str(root / "teacher"), "--batch_size", "4"]
+        argv += ["--dataset", str(root / "prompts.jsonl"), "--max_prompts", "12", "--max_new_tokens", "6"]
+        return [*argv, "--output_dir", str(out)]
     if kind == "sweep":
         return ["sweep", str(root / "grid.yaml"), "--output_dir", str(out), "--workers", "1"]
     assert kind == "demo", kind

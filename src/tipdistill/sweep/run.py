@@ -5,15 +5,12 @@ The result is `sweep.json`, `sweep.md` and `sweep.csv` beside the cells; `worker
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from ..files import write_text
+from ..files import alone, write_text
 from ..provenance import environment
 from .board import Board
 from .cells import Cells, run_cell, source
@@ -45,7 +42,7 @@ def run_sweep(
     import torch
 
     cells.directory.mkdir(parents=True, exist_ok=True)
-    with _alone(cells.directory):
+    with alone(cells.directory, "sweep"):
         removed = cells.refuse_changed(rerun_changed)
         if removed:
             print(f"{removed} finished cells were made with other settings and run again.", flush=True)
@@ -57,19 +54,6 @@ def run_sweep(
         run = {"commit": machine["commit"], "measured": machine["measured"], "workers": workers}
         results, failed = _run_cells(cells, workers, threads, run)
         return _write_result(cells, results, failed, workers, machine)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Hold the directory against other sweeps, as long as this process lives."""
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another sweep is at work in {directory}: wait for it, or give another --output_dir."
-            ) from error
-        yield
 
 
 def _run_cells(

@@ -139,6 +139,16 @@ def _make_small() -> None:
     spawning = multiprocessing.get_context
     workers.multiprocessing.get_context = lambda _: spawning("fork")
     demo.TAUGHT["demo-quick"] = {"teacher": 4, "student": 4}
+    tiny = {"layers": 1, "width": 32}
+    small_task = replace(
+        demo.arithmetic.TASK,
+        teacher=replace(demo.arithmetic.TASK.teacher, **tiny),
+        student=replace(demo.arithmetic.TASK.student, **tiny),
+    )
+    demo.arithmetic.TASK = small_task
+    for name in ("taught", "sample", "score", "problems"):
+        if hasattr(demo.arithmetic, name):
+            setattr(demo.arithmetic, name, getattr(small_task, name))
     demo._MAP_PROMPTS = 8
     whole = demo.read_grid
 

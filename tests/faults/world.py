@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ def train(root: Path, output_dir: Path, **settings: Any) -> list[str]:
     for name, value in {"resume_from_checkpoint": "auto", **given}.items():
         argv += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return argv
+
+
+def rank(number: int, port: int | None = None) -> dict[str, str]:
+    """What a launcher of two processes tells one of them."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or 20000 + os.getpid() % 20000)}
+    return {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **address}
 
 
 def command(kind: str, root: Path, out: Path) -> list[str]:

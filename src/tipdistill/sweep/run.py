@@ -12,6 +12,7 @@ from typing import Any
 
 from ..files import alone, write_text
 from ..provenance import environment
+from ..signals import StopRequest, stop
 from .board import Board
 from .cells import Cells, run_cell, source
 from .grid import Cell
@@ -20,6 +21,7 @@ from .workers import Workers, cores
 
 RESULT = "sweep.json"
 LOG = "workers.log"
+_NOTICE = "cells that are under way save a checkpoint first"
 
 
 def run_sweep(
@@ -83,8 +85,12 @@ def _run_cells(
             ended = {*results, *failed}
             queue.extend(last for last in grid.last_cells(cell.row, rate) if last.key not in ended)
 
-    with Workers(workers, threads, cells.directory / LOG) as pool, board:
+    with Workers(workers, threads, cells.directory / LOG) as pool, board, StopRequest(_NOTICE, pool.kill) as request:
+        request.waits = True
         while queue or pool.busy:
+            if request.signum:
+                pool.tell_to_stop()
+                stop(request.signum)
             while queue and pool.idle:
                 cell = queue.popleft()
                 known = cells.known(cell)
@@ -97,13 +103,16 @@ def _run_cells(
                     settle(cell)
             for cell, future in pool.finished(timeout=0.5) if pool.busy else []:
                 error = future.exception()
-                if error is None:
+                if isinstance(error, SystemExit):  # a signal that reached the worker alone
+                    request.signum = request.signum or int(str(error.code)) - 128
+                elif error is None:
                     results[cell.key] = future.result()
                     board.finished(cell, results[cell.key])
                 else:
                     failed[cell.key] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                     board.failed(cell, failed[cell.key])
-                settle(cell)
+                if not request.signum:
+                    settle(cell)
             board.refresh()
     return results, failed
 

@@ -128,6 +128,11 @@ class TIPConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         self._check_teacher_patience()
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint is not needed: SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint in any case. "
+                "Leave it out."
+            )
         super().__post_init__()
         rule = resolve_rule(self.selection_rule)
         if self.selection_scope is None:

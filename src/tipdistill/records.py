@@ -178,8 +178,7 @@ class RecordsWriter:
         self._pieces = token_bytes(tokenizer)
         self._texts, self._bytes = _texts(self._pieces)
         self._extra = [name for name in about.fields() if name not in (*STATISTICS, "entropy_norm")]
-        self._tokens: list[pa.Table] = []
-        self._rollouts: list[pa.Table] = []
+        self._waiting: list[tuple[pa.Table, pa.Table]] = []  # tokens and rollouts of each call of `write`
         self._begin()
         self._number = len(_part_files(self._parts, TOKENS_FILE))
         self.rollouts = sum(_parquet(path).metadata.num_rows for path in _part_files(self._parts, ROLLOUTS_FILE))
@@ -233,33 +232,31 @@ class RecordsWriter:
             columns["score"] = _numbers(choice.score.float())
         for name, top in (("student_top5", scored.student_top), ("teacher_top5", scored.teacher_top)):
             columns[name] = self._top(top)
-        self._tokens.append(pa.table(columns))
-        self._rollouts.append(
-            pa.table(
-                {
-                    "rollout": numbers,
-                    "prompt_id": [rollout.prompt_id for rollout in rollouts],
-                    "prompt": [_as_text(rollout.prompt.encode("utf-8", "replace")) for rollout in rollouts],
-                    "completion": [self._text_of(rollout.completion_ids) for rollout in rollouts],
-                    "tokens": lengths,
-                    "finished": [rollout.finished for rollout in rollouts],
-                },
-                schema=ROLLOUTS_SCHEMA,
-            )
+        described = pa.table(
+            {
+                "rollout": numbers,
+                "prompt_id": [rollout.prompt_id for rollout in rollouts],
+                "prompt": [_as_text(rollout.prompt.encode("utf-8", "replace")) for rollout in rollouts],
+                "completion": [self._text_of(rollout.completion_ids) for rollout in rollouts],
+                "tokens": lengths,
+                "finished": [rollout.finished for rollout in rollouts],
+            },
+            schema=ROLLOUTS_SCHEMA,
         )
+        self._waiting.append((pa.table(columns), described))  # both at once: Ctrl-C may come at any line
         self.rollouts += len(rollouts)
-        if sum(len(table) for table in self._tokens) >= self.part_tokens:
+        if sum(len(tokens) for tokens, _ in self._waiting) >= self.part_tokens:
             self.flush()
 
     def flush(self) -> None:
         """Write what is held in memory as a part."""
-        if not self._tokens:
+        if not self._waiting:
             return
         # tokens first: a part counts once its rollouts are there
-        for name, tables in ((TOKENS_FILE, self._tokens), (ROLLOUTS_FILE, self._rollouts)):
+        for name, tables in zip((TOKENS_FILE, ROLLOUTS_FILE), zip(*self._waiting, strict=True), strict=True):
             _write_table(_part(self._parts, name, self._number), [pa.concat_tables(tables)])
         self._number += 1
-        self._tokens, self._rollouts = [], []
+        self._waiting = []
 
     def close(self) -> None:
         """Put the parts together into the records and remove them.
@@ -269,6 +266,7 @@ class RecordsWriter:
         """
         self.flush()
         _assemble(self.directory, complete=True)
+        (self._parts / SIDECAR_FILE).unlink()  # parts that do not say what they are of are never gone on with
         shutil.rmtree(self._parts)
 
     def _begin(self) -> None:

@@ -24,7 +24,6 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from trl import DistillationTrainer
 
 from .config import TIPConfig
 from .evaluate.task import Task
@@ -35,7 +34,7 @@ from .score import token_scores
 from .score.models import head
 from .select import kept_counts, needs_teacher, quadrants, resolve_rule, rule_fields, select
 from .tasks import load_task
-from .teachers import Comparison, Teacher, TeacherUnavailableError, choose_teacher
+from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_datasets, check_fills_a_batch, check_one_teacher
@@ -51,6 +50,7 @@ from .training.monitor import (
     tally,
 )
 from .training.recording import record_step
+from .training.resumable import ResumableTrainer
 from .training.scoring import (
     evaluating,
     for_models,
@@ -68,7 +68,7 @@ logger = get_logger(__name__)
 __all__ = ["TIPTrainer", "last_complete_checkpoint"]
 
 
-class TIPTrainer(DistillationTrainer):
+class TIPTrainer(ResumableTrainer):
     """Distil a student on its own rollouts, on the tokens that a selection rule keeps.
 
     L = (1 / |K|) Σ_{t ∈ K} D(P_S(·|c_t) ‖ P_T(·|c_t)), K the kept tokens of the whole generation batch (paper Eq. 9).
@@ -208,19 +208,6 @@ class TIPTrainer(DistillationTrainer):
     def _monitor(self) -> TrainingMonitor:
         # restore_callback_states_from_checkpoint puts another in the place of the one that was passed
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TrainingMonitor))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"there is no complete checkpoint in {self.args.output_dir} to resume from: start afresh without "
-                    "resume_from_checkpoint, or name the directory of one."
-                )
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        except TeacherUnavailableError as error:
-            raise TeacherUnavailableError(f"{error}. {self._last_whole_step.save(self)}") from error
 
     # Rollout: TRL's, in an order that a resumed run repeats, by an engine that holds the student's weights.
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import atexit
 import os
 import select
+import signal
 import sys
 import threading
 import traceback
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
+from ..signals import EXIT_FILE, Interrupted, Stopped, stopping_at_once
 from ..text import near_names
 
 # command: (module, relative to this one, with `main(argv) -> int`, what it does)
@@ -27,10 +30,19 @@ COMMANDS = {
     "recipes": (".recipes", "list the packaged recipes; `recipes show NAME` prints one"),
 }
 
+# what a signal that ends a command at once leaves
+_KEPT = {
+    "train": "No step was under way, so nothing is lost: start it again as before.",
+    "demo": "Parts that are finished are kept, and the same command goes on.",
+    "sweep": "Cells that are finished are kept, and the same command goes on.",
+    "score": "Rollouts that are written are kept, and the same command goes on.",
+    "eval": "Samples that are written are kept, and --resume goes on.",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 refused with one line on stderr, 130 interrupted, 141 where
-    whoever read its output stopped.
+    """Run one command and return its exit code: 0 done, 2 refused with one line on stderr, 128 + its number where a
+    signal ended it (130: Ctrl-C), 141 where whoever read its output stopped.
 
     TIPDISTILL_DEBUG=1 in the environment lets errors through with their traceback.
 
@@ -59,11 +71,16 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse("tipdistill", f"there is no command {command!r}. Did you mean {' or '.join(near)}?")
     module, _ = COMMANDS[command]
     try:
-        code = import_module(module, __name__).main(arguments[1:])
-        sys.stdout.flush()  # what is still buffered would fail after the last line here
-        return code
+        with stopping_at_once():
+            code = import_module(module, __name__).main(arguments[1:])
+            sys.stdout.flush()  # what is still buffered would fail after the last line here
+            return code
+    except Interrupted:  # which has said how to go on
+        return 130
     except KeyboardInterrupt:
-        return _refuse(f"tipdistill {command}", "interrupted.", code=130)
+        return _refuse(f"tipdistill {command}", f"interrupted. {_KEPT.get(command, '')}", code=130)
+    except Stopped as stopped:
+        return _stopped(f"tipdistill {command}", stopped, _KEPT.get(command, ""))
     except (ValueError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 141
@@ -74,7 +91,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """What the program starts: `main` on the process's own arguments, then `end_process`."""
-    end_process(main())
+    code = main()
+    if code > 128 and EXIT_FILE in os.environ:
+        Path(os.environ[EXIT_FILE]).write_text(str(code), encoding="utf-8")
+        code = 0  # a launcher would call a run that was told to stop a failed one
+    end_process(code)
 
 
 def end_process(code: int) -> NoReturn:
@@ -110,6 +131,13 @@ def end_process(code: int) -> NoReturn:
         finally:
             os._exit(code)
     raise SystemExit(code)
+
+
+def _stopped(who: str, stopped: Stopped, kept: str) -> int:
+    assert isinstance(stopped.code, int)
+    if not stopped.told:
+        _refuse(who, f"stopped by {signal.Signals(stopped.code - 128).name}. {kept}")
+    return stopped.code
 
 
 def _refuse(who: str, message: str, code: int = 2) -> int:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..extras import require
-from ..files import write_text
+from ..files import alone, write_text
 from ..pair import Pair, PairConfig, about_of, load_models, read_pair, sampled
 from ..probe import PARAMETERS, RETENTIONS, RULES, Settings
 from ..records import About, RecordsWriter
@@ -31,6 +31,11 @@ def main(argv: list[str]) -> int:
     """
     options = _parser().read(argv)
     directory = Path(options.output_dir)
+    with alone(directory, "probe"):
+        return _probe(options, directory)
+
+
+def _probe(options: argparse.Namespace, directory: Path) -> int:
     if (directory / PROBE_FILE).exists() and not options.overwrite_output_dir:
         raise ValueError(
             f"{directory} already holds a probe: choose another --output_dir, or replace it (--overwrite_output_dir)."

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..files import alone
 from ..pair import about_of, read_pair, write_scored
 from ..records import SIDECAR_FILE, TOKENS_FILE, About, Records, RecordsWriter, open_records
 from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
@@ -24,6 +25,11 @@ def main(argv: list[str]) -> int:
     """
     options = _parser().read(argv)
     directory = Path(options.output_dir)
+    with alone(directory, "scoring"):
+        return _score(options, directory)
+
+
+def _score(options: Any, directory: Path) -> int:
     if (directory / TOKENS_FILE).exists() and not options.overwrite_output_dir:
         raise ValueError(
             f"{directory} already holds token records: choose another --output_dir, or replace them with "

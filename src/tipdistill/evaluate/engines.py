@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,6 +74,7 @@ class Engine(Protocol):
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
+        needed: Collection[int] | None = None,
     ) -> Iterator[list[Completion]]:
         """Yield completions as they are done, some at a time, in any order.
 
@@ -83,6 +84,8 @@ class Engine(Protocol):
             sampling: how to draw.
             chat: put texts through the chat template as a user's message; None: where there is a template.
             special_tokens: keep them in the text, up to the end of the sequence.
+            needed: places of the prompts whose completions are asked for, None for all. An engine that samples some
+                prompts together yields those of a whole batch, so that a batch does not depend on what is needed.
         """
         ...
 
@@ -160,11 +163,14 @@ class Local:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
+        needed: Collection[int] | None = None,
     ) -> Iterator[list[Completion]]:
         dressed = [as_fed(self.tokenizer, prompt, chat) for prompt in prompts]
         longest = self._longest(dressed)
         for start in range(0, len(dressed), self.batch_size):
             batch = dressed[start : start + self.batch_size]
+            if needed is not None and not any(index in needed for index in range(start, start + len(batch))):
+                continue
             (rollouts,) = generate(
                 self.model,
                 self.tokenizer,
@@ -244,6 +250,7 @@ class Server:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
+        needed: Collection[int] | None = None,
     ) -> Iterator[list[Completion]]:
         if not prompts:
             return
@@ -254,6 +261,7 @@ class Server:
             futures = [
                 pool.submit(self._ask_unless_dead, dead, index, prompt, seed, sampling, chat, special_tokens)
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+                if needed is None or index in needed
             ]
             for future in as_completed(futures):
                 if future.cancelled():

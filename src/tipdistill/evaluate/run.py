@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..files import write_text
+from ..files import alone, write_text
 from ..provenance import versions
 from .answers import Verifiers
 from .engines import Engine, Sampling
@@ -72,6 +72,26 @@ def run(
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"tasks must be at least one, each of another name; got {', '.join(names) or 'none'}.")
     root = Path(output_dir)
+    with alone(root, "evaluation"):
+        return _run(
+            tasks, open_engine, root, num_samples, sampling, seed, ks, settings, resume, regrade, verifiers, on_progress
+        )
+
+
+def _run(
+    tasks: Sequence[Task],
+    open_engine: Callable[[], Engine],
+    root: Path,
+    num_samples: int,
+    sampling: Sampling,
+    seed: int,
+    ks: Sequence[int],
+    settings: dict[str, Any] | None,
+    resume: bool,
+    regrade: bool,
+    verifiers: Verifiers | None,
+    on_progress: OnProgress | None,
+) -> dict[str, Any]:
     asked = {
         **(settings or {}),
         "sampling": asdict(sampling),
@@ -254,27 +274,35 @@ def _sample(
     num_samples: int,
     on_progress: OnProgress | None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the missing samples as rows, each of them on the disk by then."""
+    """Yield the missing samples as rows, each of them on the disk by then.
+
+    An engine that samples some prompts together is given all of the task's, so that it forms the same batches, from
+    the same random numbers, whatever was sampled before a kill.
+    """
     if task.max_new_tokens is not None:
         sampling = Sampling(sampling.temperature, sampling.top_p, task.max_new_tokens)
-    prompts = [task.prompt_of(task.problems[problem]) for problem, _ in missing]
-    seeds = [_seed(seed, task.name, problem, sample) for problem, sample in missing]
-    total = len(task.problems) * num_samples
+    every = [(problem, sample) for problem in range(len(task.problems)) for sample in range(num_samples)]
+    prompts = [task.prompt_of(task.problems[problem]) for problem, _ in every]
+    seeds = [_seed(seed, task.name, problem, sample) for problem, sample in every]
+    lacking = set(missing)
+    needed = {index for index, key in enumerate(every) if key in lacking}
+    total = len(every)
     done = total - len(missing)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens):
+        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens, needed):
             rows = [
                 {
-                    "problem": missing[completion.index][0],
-                    "sample": missing[completion.index][1],
+                    "problem": every[completion.index][0],
+                    "sample": every[completion.index][1],
                     "prompt": prompts[completion.index],
-                    "reference": task.problems[missing[completion.index][0]].answer,
+                    "reference": task.problems[every[completion.index][0]].answer,
                     "response": completion.text,
                     "tokens": completion.tokens,
                     "finished": completion.finished,
                 }
                 for completion in completions
+                if completion.index in needed
             ]
             # lone surrogates that a server may send are no UTF-8
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import subprocess
 import sys
 import traceback
 from argparse import Namespace
@@ -20,9 +19,10 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 
 from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..pair import check_chat_template, check_models, read_models
+from ..signals import end_with_parent
 from ..teachers.served import TeacherUnavailableError, open_teacher
-from ..text import nearest
-from .launch import check_launched, launch_arguments, num_processes
+from ..training.checkpoints import checkpoint_to_resume, final_step, finished
+from .launch import check_launched, is_launched, launch_arguments, num_processes, supervise
 from .read import Request, as_yaml, build, read_arguments, write_config
 
 _DRY_RUN_PATIENCE = 5.0  # seconds
@@ -38,46 +38,59 @@ def run_recipe(argv: list[str]) -> int:
         ValueError, FileNotFoundError, ImportError: anything that can be refused before weights are loaded.
     """
     arguments = read_arguments(argv)
-    resume = _resume(arguments.values)
+    _resume(arguments.values)  # refuses before anything is loaded
     launch = [] if arguments.values.dry_run else launch_arguments(arguments.values)
     if launch or not arguments.environment.items() <= os.environ.items():
         return _start_again(launch, argv, arguments.environment)
-    if not arguments.values.dry_run:
-        check_launched(bool(arguments.values.use_cpu))
-    return _train(build(arguments), resume)
+    if is_launched():
+        end_with_parent()
+    if arguments.values.dry_run:
+        return _train(build(arguments), arguments.values)
+    check_launched(bool(arguments.values.use_cpu))
+    request = build(arguments)
+    from ..training.resumable import alone_in  # loads TRL's trainer
+
+    with alone_in(request.config.output_dir):
+        return _train(request, arguments.values)
 
 
 # What a run would overwrite, and how it is started.
 
 
-def _resume(namespace: Namespace) -> str | None:
-    """The checkpoint to resume from, if any; refuses to start over a run that is already there."""
-    asked, directory = namespace.resume_from_checkpoint, Path(namespace.output_dir or "trainer_output")
-    if asked in (None, False) or str(asked).lower() in ("false", "none"):
-        left = [*sorted(directory.glob("checkpoint-[0-9]*")), *sorted(directory.glob("*.safetensors"))]
-        if left and not namespace.overwrite_output_dir and not namespace.dry_run:
-            raise ValueError(
-                f"{directory} already holds a run ({', '.join(path.name for path in left[:3])}): continue it with "
-                "--resume_from_checkpoint true, start over with --overwrite_output_dir true, or choose another "
-                "--output_dir."
-            )
-        return None
-    if namespace.overwrite_output_dir:
-        raise ValueError("resume_from_checkpoint and overwrite_output_dir contradict each other: give one of them.")
-    if str(asked).lower() == "true":
-        from ..trainer import last_complete_checkpoint
+def _resume(namespace: Namespace, steps: int | None = None) -> tuple[str | None, int | None]:
+    """The checkpoint to resume from, if any, and the step of a run that is finished; refuses to start over a run.
 
-        checkpoint = last_complete_checkpoint(directory)
-        if checkpoint is None:
-            raise ValueError(f"there is no complete checkpoint in {directory} to resume from.")
-        return checkpoint
-    if not (Path(asked) / "trainer_state.json").is_file():
-        siblings = [path.name for path in Path(asked).parent.glob("checkpoint-*")]
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {asked}: no checkpoint there (trainer_state.json is missing)."
-            f"{nearest(Path(asked).name, siblings)}"
+    Args:
+        namespace: what was asked for.
+        steps: of the whole run; None where they are not known yet, and nothing is decided but what is refused anyhow.
+    """
+    asked, directory = str(namespace.resume_from_checkpoint).lower(), Path(namespace.output_dir or "trainer_output")
+    resumes = asked not in ("none", "false", "null", "")
+    if resumes and namespace.overwrite_output_dir:
+        raise ValueError("resume_from_checkpoint and overwrite_output_dir contradict each other: give one of them.")
+    done = final_step(directory) if resumes else None
+    if done is not None and asked in ("true", "auto") and steps is None:
+        return None, None
+    if done is not None and steps is not None and done >= steps:
+        named = Path(namespace.resume_from_checkpoint)
+        if asked in ("true", "auto") or (named.resolve().parent == directory.resolve() and _step_of(named) >= steps):
+            return None, done
+    checkpoint = checkpoint_to_resume(namespace.resume_from_checkpoint, directory) if resumes else None
+    left = [*sorted(directory.glob("checkpoint-[0-9]*")), *sorted(directory.glob("*.safetensors"))]
+    if asked == "auto":  # checkpoints that are not whole are what a first save left that was killed
+        left = [path for path in left if path.is_file()]
+    if checkpoint is None and left and not namespace.overwrite_output_dir and not namespace.dry_run:
+        raise ValueError(
+            f"{directory} already holds a run ({', '.join(path.name for path in left[:3])}): continue it with "
+            "--resume_from_checkpoint true, start over with --overwrite_output_dir true, or choose another "
+            "--output_dir."
         )
-    return str(asked)
+    return checkpoint, None
+
+
+def _step_of(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1
 
 
 def _start_again(launch: list[str], argv: list[str], environment: dict[str, str]) -> int:
@@ -85,7 +98,7 @@ def _start_again(launch: list[str], argv: list[str], environment: dict[str, str]
     launcher = ["-m", "accelerate.commands.launch", *launch] if launch else []
     command = [sys.executable, *launcher, "-m", "tipdistill.cli", "train", *argv]
     variables = {**os.environ, **environment, "TIPDISTILL_LAUNCHED": "1"}
-    return subprocess.run(command, env=variables, check=False).returncode
+    return supervise(command, variables)
 
 
 def _num_processes(request: Request) -> int:
@@ -98,7 +111,7 @@ def _num_processes(request: Request) -> int:
 # The run.
 
 
-def _train(request: Request, resume: str | None) -> int:
+def _train(request: Request, namespace: Namespace) -> int:
     script, config, model = request.script, request.config, request.model
     main_process = config.process_index == 0
     tokenizer, teacher_tokenizer, described = _check_models(request)
@@ -110,6 +123,14 @@ def _train(request: Request, resume: str | None) -> int:
             print(as_yaml(request.values), end="")
         print("\n".join(f"# {label:<10}{text}" for label, text in described.items()), flush=True)
     if script.dry_run:
+        return 0
+    steps = _steps(request, train_dataset)
+    from ..training.resumable import from_main
+
+    resume, done = from_main(lambda: _resume(namespace, steps))
+    if done is not None:
+        if main_process:
+            print(finished(config.output_dir, done, steps))
         return 0
 
     from ..trainer import TIPTrainer
@@ -150,15 +171,16 @@ def _train(request: Request, resume: str | None) -> int:
             for checkpoint in output_dir.glob("checkpoint-[0-9]*"):
                 shutil.rmtree(checkpoint)
         write_config(request.values, output_dir / "config.yaml")
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    except TeacherUnavailableError:
-        raise  # one line says it all, and where the checkpoint is
-    except (ValueError, OSError):
-        traceback.print_exc()  # whatever fails this late is no matter of a flag: one line would not do
-        raise
-    trainer.save_model(config.output_dir)
-    trainer.save_state()  # the log of the run, which the report draws, where no checkpoint is kept
+    with trainer.stop_request:  # a signal after the last step waits for the model
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except TeacherUnavailableError:
+            raise  # one line says it all, and where the checkpoint is
+        except (ValueError, OSError):
+            traceback.print_exc()  # whatever fails this late is no matter of a flag: one line would not do
+            raise
+        trainer.save_model(config.output_dir)
+        trainer.save_state()  # the log of the run, which the report draws, and the sign that it is finished
     trainer.accelerator.print(f"The distilled student is in {config.output_dir}.")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -248,6 +270,15 @@ def _describe_steps(request: Request, dataset: Any, dropped: int, tokenizer: Any
                 f"{len(dataset):,} prompts do not fill one step of {per_step:,}: lower per_device_train_batch_size or "
                 "gradient_accumulation_steps, or add prompts."
             )
-        epochs = math.ceil(config.num_train_epochs * (len(dataset) // per_step))
-        described["steps"] = f"{config.max_steps if config.max_steps > 0 else epochs:,}"
+        described["steps"] = f"{_steps(request, dataset):,}"
     return described
+
+
+def _steps(request: Request, dataset: Dataset | IterableDataset) -> int:
+    """Optimiser steps of the whole run."""
+    config = request.config
+    if config.max_steps > 0:
+        return config.max_steps
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * _num_processes(request)
+    assert isinstance(dataset, Dataset), "Trainer refuses a stream without max_steps"
+    return math.ceil(config.num_train_epochs * (len(dataset) // (rollouts // config.num_generations)))

@@ -28,6 +28,7 @@ import yaml
 from ..files import write_text
 from ..recipes.read import config_path, read_arguments
 from ..recipes.run import run_recipe
+from ..signals import Stopped
 from ..tasks import load_task
 from .grid import Cell, Grid
 
@@ -314,6 +315,8 @@ def run_cell(job: Job) -> dict[str, Any]:
     except Exception:
         traceback.print_exc()  # the log has it all, the table one line
         raise
+    if code > 128:
+        raise Stopped(code)  # a process of the run was told to stop
     if code:
         raise RuntimeError(f"the run ended with exit code {code}")
     result = _figures(job)

@@ -5,16 +5,14 @@ The result is `sweep.json`, `sweep.md` and `sweep.csv` beside the cells; `worker
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from ..files import write_text
+from ..files import alone, write_text
 from ..provenance import environment
+from ..signals import StopRequest, stop
 from .board import Board
 from .cells import Cells, run_cell, source
 from .grid import Cell
@@ -23,6 +21,7 @@ from .workers import Workers, cores
 
 RESULT = "sweep.json"
 LOG = "workers.log"
+_NOTICE = "cells that are under way save a checkpoint first"
 
 
 def run_sweep(
@@ -45,7 +44,7 @@ def run_sweep(
     import torch
 
     cells.directory.mkdir(parents=True, exist_ok=True)
-    with _alone(cells.directory):
+    with alone(cells.directory, "sweep"):
         removed = cells.refuse_changed(rerun_changed)
         if removed:
             print(f"{removed} finished cells were made with other settings and run again.", flush=True)
@@ -57,19 +56,6 @@ def run_sweep(
         run = {"commit": machine["commit"], "measured": machine["measured"], "workers": workers}
         results, failed = _run_cells(cells, workers, threads, run)
         return _write_result(cells, results, failed, workers, machine)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Hold the directory against other sweeps, as long as this process lives."""
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another sweep is at work in {directory}: wait for it, or give another --output_dir."
-            ) from error
-        yield
 
 
 def _run_cells(
@@ -99,8 +85,12 @@ def _run_cells(
             ended = {*results, *failed}
             queue.extend(last for last in grid.last_cells(cell.row, rate) if last.key not in ended)
 
-    with Workers(workers, threads, cells.directory / LOG) as pool, board:
+    with Workers(workers, threads, cells.directory / LOG) as pool, board, StopRequest(_NOTICE, pool.kill) as request:
+        request.waits = True
         while queue or pool.busy:
+            if request.signum:
+                pool.tell_to_stop()
+                stop(request.signum)
             while queue and pool.idle:
                 cell = queue.popleft()
                 known = cells.known(cell)
@@ -113,13 +103,16 @@ def _run_cells(
                     settle(cell)
             for cell, future in pool.finished(timeout=0.5) if pool.busy else []:
                 error = future.exception()
-                if error is None:
+                if isinstance(error, SystemExit):  # a signal that reached the worker alone
+                    request.signum = request.signum or int(str(error.code)) - 128
+                elif error is None:
                     results[cell.key] = future.result()
                     board.finished(cell, results[cell.key])
                 else:
                     failed[cell.key] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                     board.failed(cell, failed[cell.key])
-                settle(cell)
+                if not request.signum:
+                    settle(cell)
             board.refresh()
     return results, failed
 

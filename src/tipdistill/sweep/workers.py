@@ -32,7 +32,10 @@ def process_pool(workers: int, threads: int, log: Path) -> ProcessPoolExecutor:
 
 def _begin(threads: int, log: Path) -> None:
     """Set a worker up: quiet, on its share of the cores, and gone when its parent is."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, instead of failing one part and starting the next
+    # Ctrl-C reaches all processes of a terminal, and the parent tells its workers what to do; SIGTERM is its word
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with log.open("a") as said:  # warnings and progress bars would tear the live table
         os.dup2(said.fileno(), 1)
@@ -78,6 +81,17 @@ class Workers:
                 process.terminate()  # a job that nobody waits for would hold the exit up until it is done
         for pool in (*self._idle, *(pool for _, pool in self._busy.values())):
             pool.shutdown(wait=error[0] is None, cancel_futures=True)
+
+    def tell_to_stop(self) -> None:
+        """Send every process SIGTERM and wait: one that trains ends its step and saves first."""
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.terminate()
+        wait(self._busy)
+
+    def kill(self) -> None:
+        """End every process at once."""
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.kill()
 
     @property
     def idle(self) -> int:

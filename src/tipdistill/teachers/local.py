@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
@@ -21,7 +21,7 @@ from ..types import Head, TokenScores
 from ..vocabulary import check_same_tokenizer
 from . import Surroundings
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

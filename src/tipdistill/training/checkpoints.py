@@ -1,22 +1,38 @@
-"""Checkpoints beyond Trainer's own: the newest complete one, and one that is saved when a teacher stays away."""
+"""Checkpoints beyond Trainer's own: which is whole and goes on, and one that is saved when a teacher stays away."""
 
 from __future__ import annotations
 
 import json
+import logging
 import random
+import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-logger = get_logger(__name__)
+from ..text import nearest
+
+logger = logging.getLogger(__name__)  # accelerate's speaks only once there is a trainer
+
+STATE = "trainer_state.json"
+_WEIGHTS = (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.*",
+    "pytorch_model_fsdp_*/*",
+    "global_step*/*",
+)
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*/*", "global_step*/*")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint whose last file was written in full, or None; a killed save leaves others behind.
+    """The newest checkpoint that is whole and can be resumed from, or None; others are named in a warning.
+
+    A save that was killed, or that met a full disk, leaves a checkpoint that is not whole (`incomplete`).
 
     Args:
         output_dir: the run's directory.
@@ -28,13 +44,147 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     directory = Path(output_dir)
     checkpoints = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # Trainer writes it last
-        except (OSError, ValueError):
-            logger.warning(f"{path} was left incomplete by an interrupted save; skipping it.")
-            continue
-        return str(path)
+        why = incomplete(path)
+        if why is None:
+            return str(path)
+        logger.warning(f"{path} is passed over: {why}.")
     return None
+
+
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means, None for a run from the start.
+
+    Args:
+        asked: true for the newest complete checkpoint, "auto" for the same where there is one, the path of one, or
+            null, false or "none".
+        output_dir: the run's directory.
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+        FileNotFoundError: there is nothing at that path.
+
+    Example:
+        >>> checkpoint_to_resume("auto", "no/such/run") is None
+        True
+    """
+    if asked is None or str(asked).lower() in ("false", "none", "null", ""):
+        return None
+    if str(asked).lower() in ("true", "auto"):
+        checkpoint = last_complete_checkpoint(output_dir)
+        if checkpoint is None and str(asked).lower() == "true":
+            raise ValueError(
+                f"there is no complete checkpoint in {output_dir} to resume from: start afresh without "
+                "resume_from_checkpoint, or name the directory of one."
+            )
+        return checkpoint
+    path = Path(str(asked))
+    if not (path / STATE).is_file():
+        siblings = [sibling.name for sibling in path.parent.glob("checkpoint-*")]
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {asked}: no checkpoint there ({STATE} is missing).{nearest(path.name, siblings)}"
+        )
+    if (why := incomplete(path)) is not None:
+        raise ValueError(f"--resume_from_checkpoint {asked} cannot be resumed from: {why}.")
+    return str(path)
+
+
+def incomplete(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, None where it can.
+
+    Each file says itself how long it is: the header of safetensors, the directory at the end of torch's archives. So a
+    file that was cut off, or never written, is found without reading weights.
+
+    Args:
+        checkpoint: its directory.
+    """
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"an interrupted save left {STATE} {'out' if isinstance(error, OSError) else 'unfinished'}"
+    try:
+        files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+        cut = next((path for path in files if not _is_whole(path)), None)
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    if cut is not None:
+        return f"{cut.relative_to(checkpoint)} was not written to its end"
+    names = {path.relative_to(checkpoint).as_posix() for path in files}
+    if not isinstance(state, dict) or "global_step" not in state:
+        return None  # not Trainer's own, so nothing is known of what belongs to it
+    if not any(_matches(name, _WEIGHTS) for name in names):
+        return "it holds no weights"
+    if not any(_matches(name, _OPTIMIZER) for name in names):
+        return "it holds no state of the optimizer (save_only_model leaves it out)"
+    ranks = {name for name in names if _matches(name, ("rng_state*.pth",))}
+    if "rng_state.pth" not in ranks and ranks != {f"rng_state_{rank}.pth" for rank in range(max(1, len(ranks)))}:
+        return "the random state of a process is missing (rng_state)"
+    return None
+
+
+def final_step(output_dir: str | Path) -> int | None:
+    """The step that a finished run's model is of; None where a directory holds no finished run.
+
+    Args:
+        output_dir: the run's directory; trainer_state.json in it is what a finished run writes last.
+
+    Example:
+        >>> final_step("no/such/run") is None
+        True
+    """
+    directory = Path(output_dir)
+    try:
+        step = json.loads((directory / STATE).read_text(encoding="utf-8"))["global_step"]
+        files = [path for path in directory.iterdir() if path.is_file() and _matches(path.name, _WEIGHTS)]
+        return step if isinstance(step, int) and files and all(map(_is_whole, files)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def finished(output_dir: str | Path, step: int, steps: int) -> str:
+    """What is said where a finished run is resumed."""
+    return (
+        f"{output_dir} is finished (step {step} of {steps}): no step was taken, and its model is as it was. To train "
+        "on, raise max_steps or num_train_epochs; to train again, choose another output_dir."
+    )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of a checkpoint was written to its end, as far as its kind tells."""
+    size = path.stat().st_size
+    if path.suffix == ".json":
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+        shards = content.get("weight_map") if isinstance(content, dict) and path.name.endswith(".index.json") else None
+        return shards is None or all((path.parent / name).is_file() for name in set(shards.values()))
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 + length:
+                return False
+            try:
+                header = json.loads(file.read(length))
+                ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                return False
+            return size == 8 + length + max(ends, default=0)
+        if path.suffix in (".pt", ".pth", ".bin"):
+            if file.read(1) == b"\x80":  # pickled, by a torch of old
+                return True
+            try:
+                return bool(zipfile.ZipFile(file).namelist())
+            except (zipfile.BadZipFile, OSError):
+                return False
+    if path.suffix == ".distcp":
+        return size > 0 and (path.parent / ".metadata").is_file()
+    if path.name == "latest":  # DeepSpeed's, with the name of the folder of states
+        return any((path.parent / path.read_text(encoding="utf-8").strip()).glob("*.pt"))
+    return True
 
 
 class LastWholeStep(TrainerCallback):
@@ -68,7 +218,7 @@ class LastWholeStep(TrainerCallback):
         if step == self.first_step:
             return "No step was taken since the start, so nothing is lost: start again once the server is back."
         # asked of all processes before any of them acts on it
-        here = torch.tensor([(directory / "trainer_state.json").is_file()], device=accelerator.device).long()
+        here = torch.tensor([(directory / STATE).is_file()], device=accelerator.device).long()
         if bool(accelerator.gather(here).all()):
             return f"Step {step} is in {directory}: go on with resume_from_checkpoint."
         if self.random_state is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ class TaskEvaluation(TrainerCallback):
             control.should_log = should_log  # logging what was measured must not cost the step its own entry
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # a run that goes on from a step that was measured before its checkpoint was saved
+        measured = [entry["step"] for entry in state.log_history if any("/mean_at_" in name for name in entry)]
+        self.step = state.global_step if state.global_step in measured else None
         if state.global_step == 0 and self.on_start:
             self._at(0, control)
 
@@ -140,5 +143,6 @@ class _Written:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
+        needed: Collection[int] | None = None,
     ) -> Iterator[list[Completion]]:
         yield self.completions

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
@@ -17,7 +17,7 @@ from ..teachers.local import name_of
 from ..types import Rollout, Scored
 from .scoring import evaluating, loss_mask
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def sampled_rows(count: int, rollouts: int, device: Any) -> Tensor:

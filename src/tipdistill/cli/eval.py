@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
                 flags.concurrency,
                 flags.trust_remote_code,
                 flags.chat_template_kwargs,
+                flags.api_key_env,
             ),
             flags.output_dir,
             flags.num_samples,
@@ -121,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, help="where samples and metrics.json go")
     add("--engine", default="auto", help="transformers, vllm, or auto: vLLM where it is installed and there is a GPU")
     add("--base_url", help="an OpenAI-compatible server, such as http://localhost:8000/v1")
+    add(
+        "--api_key_env",
+        help="environment variable that holds the server's key (default: OPENAI_API_KEY, for https://api.openai.com)",
+    )
     add("--concurrency", type=int, default=32, help="requests in flight to the server (default 32)")
     add("--batch_size", type=int, default=16, help="prompts per forward with transformers (default 16)")
     add("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")

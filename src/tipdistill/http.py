@@ -127,8 +127,7 @@ def ask(
         except WrongAnswerError as error:
             raise RefusedError(f"{url} gives a wrong answer: {printable(str(error))}") from error
         except (OSError, httpx2.HTTPError, zlib.error, ValueError, KeyError, IndexError, TypeError) as error:
-            cause = _cause(error)
-            said = f"{type(cause).__name__}: {printable(str(cause))[:_SAID]}"
+            said = _reason(error)
         failed += 1
         if not again(failed, said):
             raise NoAnswerError(f"{url} gave no answer: {said}")
@@ -328,12 +327,14 @@ def _wait_for(exchange: Coroutine[Any, Any, _Value]) -> _Value:
         return own.submit(asyncio.run, exchange).result()
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The system's own error behind the client's, such as "Connection refused"; else the error itself."""
-    inner: BaseException | None = error
-    while inner is not None and not (isinstance(inner, OSError) and inner.errno):
-        inner = inner.__cause__ or inner.__context__
-    return inner or error
+def _reason(error: BaseException) -> str:
+    """What went wrong, from the system's own error where there is one behind the client's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConnectionError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ConnectionError) and cause.errno:
+        return f"{type(cause).__name__}: {os.strerror(cause.errno)}"
+    return f"{type(error).__name__}: {printable(str(error))[:_SAID]}"
 
 
 @cache

@@ -225,17 +225,17 @@ class TIPConfig(DistillationConfig):
     # `to_dict` to trackers.
 
     def __getstate__(self) -> dict[str, Any]:
-        return without_secrets(vars(self))
+        return without_secrets(self.__dict__)
 
     def __copy__(self) -> TIPConfig:
-        return self._with(dict(vars(self)))
+        return self._with(dict(self.__dict__))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TIPConfig:
-        return self._with(copy.deepcopy(vars(self), memo))
+        return self._with(copy.deepcopy(self.__dict__, memo))
 
     def _with(self, state: dict[str, Any]) -> TIPConfig:
         copied = object.__new__(type(self))
-        vars(copied).update(state)
+        copied.__dict__.update(state)
         return copied
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 replicate: runs/demo/results.json
 	for task in modular machine; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
 	failed=; for grid in benchmarks/replication/*.yaml benchmarks/replication/teacher/*.yaml benchmarks/replication/rates/*.yaml; do \
-		PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/tipdistill sweep $$grid || failed=1; done; test -z "$$failed"
+		PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/tipdistill sweep $$grid --trust_recipe || failed=1; done; test -z "$$failed"
 	sh benchmarks/replication/tokens_before.sh $(BIN)
 	$(BIN)/python -m benchmarks.replication --collect runs/replication
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -75,6 +76,22 @@ def printable(text: Any) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), str(text))
 
 
+def with_error(value: float | None, error: float | None) -> str:
+    """A figure and what follows its ±, which is left out where there is none: one sample has no deviation.
+
+    Args:
+        value: the figure; None: the ± alone.
+        error: a standard error or a deviation; NaN or None where it does not exist.
+
+    Example:
+        >>> with_error(0.5, 0.1), with_error(0.5, float("nan")), with_error(None, 0.1), with_error(None, None)
+        ('0.500 ± 0.100', '0.500', '± 0.100', '–')
+    """
+    exists = error is not None and math.isfinite(error)
+    parts = [f"{value:.3f}"] if value is not None else []
+    return " ".join([*parts, *([f"± {error:.3f}"] if exists else [])]) or "–"
+
+
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table.
 
@@ -85,7 +102,7 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
         | soft_or | 50 % |
     """
     lines = [list(headings), ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(' '.join(cell.splitlines()) for cell in line)} |" for line in lines)
 
 
 def replace_blocks(document: str, kind: str, content: Callable[[str], str | None]) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
-from ..text import near_names
+from ..text import near_names, printable
 
 # command: (module, relative to this one, with `main(argv) -> int`, what it does)
 COMMANDS = {
@@ -113,7 +113,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def _refuse(who: str, message: str, code: int = 2) -> int:
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"{who}: {' '.join(message.split())}"), file=sys.stderr)
     return code
 
 

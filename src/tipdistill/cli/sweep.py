@@ -12,7 +12,7 @@ from ..sweep import markdown, read_grid
 from ..sweep.cells import Cells
 from ..sweep.grid import code_in_grid
 from ..sweep.run import LOG, RESULT, run_sweep
-from ..text import printable
+from ..terminal import say
 from .flags import Parser
 
 
@@ -56,11 +56,11 @@ def main(argv: list[str]) -> int:
     cells.check()
     result = run_sweep(cells, options.workers, options.threads, options.rerun_changed)
     directory, failed = cells.directory, result["failed"]
-    print(printable(markdown(result)))
-    print(printable(f"{directory / RESULT} · sweep.md · sweep.csv; `tipdistill report {directory}` draws the page."))
+    say(markdown(result))
+    say(f"{directory / RESULT} · sweep.md · sweep.csv; `tipdistill report {directory}` draws the page.")
     if failed:
-        print(printable(f"{len(failed)} cells failed; the same command tries them again, {directory / LOG} has why:"))
-        print(printable("\n".join(f"  {key}: {why}" for key, why in failed.items())), flush=True)
+        say(f"{len(failed)} cells failed; the same command tries them again, {directory / LOG} has why:")
+        say("\n".join(f"  {key}: {why}" for key, why in failed.items()))
     return 1 if failed else 0
 
 
@@ -75,5 +75,5 @@ def _dry_run(options: Any, code: list[str]) -> int:
     finished = sum(cells.known(cell) is not None for cell in cells.every_cell())
     print(f"{grid.number_of_cells()} cells in {len(grid.rows)} rows, {finished} finished; nothing was run.")
     if code:
-        print(printable(f"Named and not imported; {FLAG} runs it: {'; '.join(code)}"))
+        say(f"Named and not imported; {FLAG} runs it: {'; '.join(code)}")
     return 0

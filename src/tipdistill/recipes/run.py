@@ -162,7 +162,9 @@ def _train(request: Request, resume: str | None, code: Sequence[str] = ()) -> in
     except TeacherUnavailableError:
         raise  # one line says it all, and where the checkpoint is
     except (ValueError, OSError):
-        traceback.print_exc()  # whatever fails this late is no matter of a flag: one line would not do
+        print(
+            printable(traceback.format_exc()), file=sys.stderr
+        )  # whatever fails this late is no matter of a flag: one line would not do
         raise
     trainer.save_model(config.output_dir)
     trainer.save_state()  # the log of the run, which the report draws, where no checkpoint is kept

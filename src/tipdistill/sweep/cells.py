@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 import tempfile
 import traceback
 import warnings
@@ -32,6 +33,7 @@ from ..recipes.run import run_recipe
 from ..recipes.trust import FLAG
 from ..redact import is_secret_variable, secret_names
 from ..tasks import is_code, load_task
+from ..text import printable
 from .grid import Cell, Grid
 
 CELL = "cell.json"
@@ -332,7 +334,7 @@ def run_cell(job: Job) -> dict[str, Any]:
     try:
         code = run_recipe(argv + (["--resume_from_checkpoint", checkpoint] if checkpoint else []))
     except Exception:
-        traceback.print_exc()  # the log has it all, the table one line
+        print(printable(traceback.format_exc()), file=sys.stderr)  # the log has it all, the table one line
         raise
     if code:
         raise RuntimeError(f"the run ended with exit code {code}")

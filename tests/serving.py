@@ -24,6 +24,7 @@ class Served:
         self.dead = False
         self.dies_after = None  # completions
         self.name, self.key, self.hang = "teacher", None, 0.3
+        self.change = lambda body, reply: reply  # what a completions request is answered with instead
 
     def completions(self, body):
         k = body["prompt_logprobs"]
@@ -90,6 +91,7 @@ def serving(model, tokenizer, **settings):
                     time.sleep(served.hang)
                 with served.lock:
                     status, reply = served.completions(body)
+                    reply = served.change(body, reply)
                 if fault == "nan":
                     row = reply["choices"][0]["prompt_logprobs"][-1]
                     row[next(iter(row))]["logprob"] = math.nan
@@ -105,7 +107,7 @@ def serving(model, tokenizer, **settings):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     served.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:

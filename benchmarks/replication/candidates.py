@@ -1,6 +1,6 @@
 """Rules for small budgets that were tried beside `gradient_norm_sampling` and did not do better.
 
-PYTHONPATH=. tipdistill sweep benchmarks/replication/screening/candidates.yaml
+PYTHONPATH=. tipdistill sweep benchmarks/replication/screening/candidates.yaml --trust_recipe
 """
 
 import torch

@@ -12,7 +12,7 @@ from textwrap import fill
 from typing import Any
 
 from tipdistill.sweep.result import markdown
-from tipdistill.text import check_known, markdown_table, replace_blocks
+from tipdistill.text import check_known, markdown_table, replace_blocks, with_error
 
 from .. import measure
 from .claims import (
@@ -357,7 +357,7 @@ def tokens_before(results: Results) -> str:
         figures = [tokens[key] for key in ("reverse_kl", "student_entropy_norm", "teacher_entropy_norm")]
         ranks = [f"{rank[key]:.2f}".replace("-", "−") for key in ("student_entropy", "teacher_entropy")]
         accuracy = tokens["teacher_accuracy"]
-        solved = f"{accuracy['mean_at_k']:.3f} ± {accuracy['standard_error']:.3f}"
+        solved = with_error(accuracy["mean_at_k"], accuracy["standard_error"])
         lines.append([title, solved, *quadrants, *map(with_interval, figures), *ranks])
     header = [
         *("task", "teacher's accuracy", "Q1", "Q2", "Q3", "Q4", "divergence, nats"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import DistillationConfig
 
+from .http import server_url
+from .redact import without_secrets
 from .select import SCOPES, resolve_rule
 from .text import check_known
 
@@ -48,7 +52,8 @@ class TIPConfig(DistillationConfig):
         teacher_served_name: the name that the server knows the teacher by; None: the only one it serves.
         teacher_top_k: how many of the teacher's likeliest tokens to ask for; 0: the whole vocabulary; None: that where
             the server allows it, else 20.
-        teacher_api_key_env: name of the environment variable that holds the server's key, where it wants one.
+        teacher_api_key_env: environment variable that holds the server's key; None: OPENAI_API_KEY, for
+            https://api.openai.com alone.
         teacher_timeout: of one request, in seconds.
         teacher_time_limit: how long the server may be out before the run stops with a checkpoint, in seconds.
         teacher_concurrency: requests in flight, of each process.
@@ -112,8 +117,9 @@ class TIPConfig(DistillationConfig):
         default=None,
         metadata={"help": "Likeliest tokens to ask the server for; 0: all; null: all where it allows that, else 20."},
     )
-    teacher_api_key_env: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds the server's key."}
+    teacher_api_key_env: str | None = field(
+        default=None,
+        metadata={"help": "Environment variable that holds the server's key; null: OPENAI_API_KEY, for OpenAI alone."},
     )
     teacher_timeout: float = field(default=600.0, metadata={"help": "Seconds of one request to the teacher."})
     teacher_time_limit: float = field(
@@ -127,6 +133,9 @@ class TIPConfig(DistillationConfig):
     eval_tasks_on_start: bool = field(default=True, metadata={"help": "Measure eval_tasks before the first step too."})
 
     def __post_init__(self) -> None:
+        for name in ("teacher_url", "vllm_server_base_url"):
+            if getattr(self, name) is not None:
+                server_url(name, getattr(self, name))  # first: no other message may repeat a password in it
         self._check_teacher_patience()
         if self.enable_jit_checkpoint:
             raise ValueError(
@@ -216,6 +225,35 @@ class TIPConfig(DistillationConfig):
                 "server gives log-probabilities at temperature 1, and of its likeliest tokens alone the rest cannot "
                 "be brought to another."
             )
+
+    # Keys stay in this process. Trainer pickles its arguments into every checkpoint (training_args.bin), and sends
+    # `to_dict` to trackers.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_secrets(self.__dict__)
+
+    def __copy__(self) -> TIPConfig:
+        return self._with(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TIPConfig:
+        return self._with(copy.deepcopy(self.__dict__, memo))
+
+    def _with(self, state: dict[str, Any]) -> TIPConfig:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(state)
+        return copied
+
+    def to_dict(self) -> dict[str, Any]:
+        """TRL's, without keys in its nested dictionaries either."""
+        shown = super().to_dict()
+        return {name: without_secrets(value) if isinstance(value, dict) else value for name, value in shown.items()}
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        shown = sorted(self.to_dict().items())
+        return "\n".join([f"{type(self).__name__}(", *(f"{name}={value!r}," for name, value in shown), ")"])
 
     def task_names(self) -> list[str]:
         """The names in `eval_tasks`."""

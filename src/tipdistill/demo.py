@@ -28,7 +28,7 @@ from .sweep.run import LOG, run_sweep
 from .sweep.workers import Workers
 from .tasks import arithmetic, load_task
 from .tasks.written import point_to
-from .text import markdown_table
+from .text import markdown_table, with_error
 
 GRIDS = Path(str(files("tipdistill"))) / "sweep"
 # packaged grid → optimiser steps that each model is taught before distillation
@@ -223,8 +223,8 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         [
             row["name"],
             f"{100 * row['retention']:.0f} %",
-            f"{row['accuracy_before']:.3f} ± {row['standard_error_before']:.3f}",
-            f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}",
+            with_error(row["accuracy_before"], row["standard_error_before"]),
+            with_error(row["accuracy"], row["standard_error"]),
             f"{row['trained_tokens']:,}",
             f"{row['seconds']:.0f} s",
         ]

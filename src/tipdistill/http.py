@@ -1,25 +1,46 @@
-"""JSON over HTTP, asked again while asking again can help; the standard library alone.
+"""JSON over HTTP: what is sent where, how long and how large an answer may be, and what is asked again.
 
 What passes by itself is asked again: no connection, a time-out, an answer that is cut off or makes no sense (a proxy's
 error page), an error of the server's own (5xx), and 408, 425 and 429, by which a server says that it is busy. Any other
-4xx is final. How long to wait, and when to give up, is the caller's to say.
+4xx, a redirect, an answer that is too large, and one whose values cannot be right are final. How long to wait, and when
+to give up, is the caller's to say.
+
+A key goes to the server that it was named for and nowhere else: redirects are not followed, a server of this machine is
+never asked through a proxy, and neither ~/.netrc nor a name in the URL is turned into a password.
 """
 
 from __future__ import annotations
 
-import gzip
+import asyncio
+import ipaddress
 import json
+import logging
+import os
+import ssl
 import time
-import urllib.error
-import urllib.request
 import zlib
-from collections.abc import Callable
-from http.client import HTTPException
-from typing import Any, NamedTuple
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import SplitResult, urlsplit
+
+import httpx2
+
+from .text import printable
+
+logger = logging.getLogger(__name__)
 
 # request timeout, too early, too many requests
 BUSY = (408, 425, 429)
+LARGEST = 64 * 2**20
+"""Bytes of an answer, unpacked, where the caller knows no closer limit."""
+DEFAULT_KEY = "OPENAI_API_KEY"
+_ITS_ORIGIN = ("https", "api.openai.com", 443)
 _SAID = 500  # bytes of an error's body that are told
+_PORTS = {"http": 80, "https": 443}
+
+_Value = TypeVar("_Value")
 
 
 class RefusedError(ValueError):
@@ -28,6 +49,10 @@ class RefusedError(ValueError):
 
 class NoAnswerError(OSError):
     """The server gave no usable answer, and is not asked again."""
+
+
+class WrongAnswerError(ValueError):
+    """Said by `read` of an answer whose parts are there and cannot be right: a token that no vocabulary has."""
 
 
 class Answer(NamedTuple):
@@ -51,6 +76,7 @@ def ask(
     read: Callable[[Any], Any] = lambda reply: reply,
     api_key: str | None = None,
     timeout: float = 600.0,
+    largest: int = LARGEST,
 ) -> Answer:
     """Send a request until it is answered.
 
@@ -59,12 +85,15 @@ def ask(
         body: sent as JSON (POST); None: a GET.
         again: called with how many attempts have failed and what went wrong last; waits, and says whether to ask again.
             `doubling` makes one.
-        read: JSON answer → value. A ValueError, KeyError, IndexError or TypeError says that it is no answer.
+        read: JSON answer → value. A WrongAnswerError says that the answer cannot be right; another ValueError, a
+            KeyError, IndexError or TypeError that it is none, and another may come.
         api_key: sent as a bearer token.
-        timeout: of one attempt, in seconds.
+        timeout: of one attempt from its first byte to its last, in seconds.
+        largest: bytes of an answer, unpacked.
 
     Raises:
-        RefusedError: a 4xx that is final, with what the server said.
+        RefusedError: a 4xx that is final (with what the server said), a redirect, an answer that is larger, nested too
+            deeply, or refused by `read`.
         NoAnswerError: `again` gave up; with what went wrong last.
 
     Example:
@@ -73,24 +102,32 @@ def ask(
         tipdistill.http.NoAnswerError: http://127.0.0.1:9 gave no answer: ConnectionRefusedError: ...
     """
     payload = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
+    headers = {"Accept": "application/json", "Accept-Encoding": "gzip"}
+    if payload is not None:
+        headers["Content-Type"] = "application/json"
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     failed = 0
     while True:
         try:
-            request = urllib.request.Request(url, payload, headers)
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                raw = response.read()
-                text = gzip.decompress(raw) if response.headers.get("Content-Encoding") == "gzip" else raw
-            return Answer(read(json.loads(text)), len(payload or b""), len(raw))
-        except urllib.error.HTTPError as error:
-            said = f"HTTP {error.code}: {error.read(_SAID).decode(errors='replace')}"
-            if error.code < 500 and error.code not in BUSY:
-                raise RefusedError(f"{url} refused the request: {said}") from error
-        except (OSError, EOFError, zlib.error, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-            reason = getattr(error, "reason", error)  # urllib wraps what happened to the connection
-            said = f"{type(reason if isinstance(reason, Exception) else error).__name__}: {reason}"
+            status, location, raw, received = _wait_for(_exchange(url, payload, headers, timeout, largest))
+            if 300 <= status < 400:
+                raise RefusedError(
+                    f"{url} sends requests on to {_origin_text(location)} (HTTP {status}), and redirects are not "
+                    "followed, so that no key and no prompt goes where it was not sent: give that address, if it is "
+                    "the right one."
+                )
+            if 200 <= status < 300:
+                return Answer(read(_parsed(raw)), len(payload or b""), received)
+            said = f"HTTP {status}: {printable(raw[:_SAID].decode(errors='replace'))}"
+            if status < 500 and status not in BUSY:
+                raise RefusedError(f"{url} refused the request: {said}")
+        except RefusedError:
+            raise
+        except WrongAnswerError as error:
+            raise RefusedError(f"{url} gives a wrong answer: {printable(str(error))}") from error
+        except (OSError, httpx2.HTTPError, zlib.error, ValueError, KeyError, IndexError, TypeError) as error:
+            said = _reason(error)
         failed += 1
         if not again(failed, said):
             raise NoAnswerError(f"{url} gave no answer: {said}")
@@ -116,3 +153,205 @@ def doubling(attempts: int, pause: float) -> Callable[[int, str], bool]:
         return True
 
     return again
+
+
+def server_url(field: str, url: Any) -> str:
+    """The address of a server without its last slash, once nothing in it is a secret.
+
+    It is printed, logged and written into configurations, so it may hold no password and no key.
+
+    Args:
+        field: what gave it, as errors call it.
+        url: up to and with the version, such as http://localhost:8000/v1.
+
+    Raises:
+        ValueError: it is no http or https address, or it holds a user name, a password, a query or a fragment, which
+            the message does not repeat.
+
+    Example:
+        >>> server_url("teacher_url", "http://localhost:8000/v1/")
+        'http://localhost:8000/v1'
+        >>> server_url("teacher_url", "http://me:secret@localhost:8000/v1")
+        Traceback (most recent call last):
+        ValueError: teacher_url holds a user name or a password, which logs and records would show: leave it out, and \
+give the server's key in an environment variable.
+    """
+    text = str(url)
+    if "@" in text.partition("://")[2].partition("/")[0] or "@" in text.partition("?")[0].partition("#")[0]:
+        raise ValueError(
+            f"{field} holds a user name or a password, which logs and records would show: leave it out, and give the "
+            "server's key in an environment variable."
+        )
+    if "?" in text or "#" in text:
+        raise ValueError(f"{field} must end with the path, such as /v1: what follows a ? or a # may be a key.")
+    if not isinstance(url, str) or not text.startswith(("http://", "https://")):
+        raise ValueError(f"{field} must begin with http:// or https://, got {text!r}.")
+    try:
+        parts = urlsplit(text)
+        named = bool(parts.hostname) and parts.port != 0
+        httpx2.URL(text)
+    except (ValueError, httpx2.InvalidURL):
+        named = False
+    if not named or text != "".join(text.split()) or not text.isprintable():
+        raise ValueError(f"{field} is no address of a server, such as http://localhost:8000/v1: got {text!r}.")
+    return text.rstrip("/")
+
+
+def key_of(field: str, variable: str | None, url: str) -> str | None:
+    """The key to send to a server; None where there is none for it.
+
+    Args:
+        field: what names the variable, as errors call it.
+        variable: the environment variable that holds the key; None: OPENAI_API_KEY, for https://api.openai.com alone.
+        url: of the server.
+
+    Raises:
+        ValueError: the variable that was named is not set, or holds what no header can.
+
+    Example:
+        >>> key_of("teacher_api_key_env", None, "http://localhost:8000/v1") is None
+        True
+    """
+    if variable is None:
+        named = DEFAULT_KEY if _origin(urlsplit(url)) == _ITS_ORIGIN else None
+        key = os.environ.get(named, "").strip() if named else ""
+        return key or None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(
+            f"{field} names the environment variable {variable}, which is not set: export it, or leave it."
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"the key in {variable} ({field}) holds characters that no key has: a space, or no ASCII.")
+    if url.startswith("http://") and not is_loopback(url):
+        _warn_of_plain_http(field, variable, _origin_text(url))
+    return key
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a server is on this machine, so that nothing travels over a network.
+
+    Example:
+        >>> [is_loopback(f"http://{host}/v1") for host in ("localhost:8000", "127.0.0.1", "[::1]:1", "10.0.0.1")]
+        [True, True, True, False]
+    """
+    host = (urlsplit(url).hostname or "").rstrip(".")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+@cache  # once per server
+def _warn_of_plain_http(field: str, variable: str, origin: str) -> None:
+    logger.warning(
+        f"The key in {variable} ({field}) goes to {origin} over plain http: whoever carries the traffic can read it. "
+        "Use https, or a tunnel to localhost."
+    )
+
+
+async def _exchange(
+    url: str, payload: bytes | None, headers: dict[str, str], timeout: float, largest: int
+) -> tuple[int, str, bytes, int]:
+    """One attempt: status, where a redirect leads, the body (of an error its beginning), bytes of it as transferred."""
+    try:
+        async with asyncio.timeout(timeout):  # of everything together: a server that drips cannot outlive it
+            async with (
+                _client(url) as client,
+                client.stream("GET" if payload is None else "POST", url, content=payload, headers=headers) as response,
+            ):
+                location = response.headers.get("Location", "")
+                raw, received = await _body(url, response, largest if response.is_success else _SAID)
+                return response.status_code, location, raw, received
+    except TimeoutError:
+        raise TimeoutError(f"no whole answer within {timeout:g} seconds") from None
+
+
+def _client(url: str) -> httpx2.AsyncClient:
+    try:
+        # a proxy named in the environment is for other machines
+        return httpx2.AsyncClient(timeout=None, verify=_certificates(), trust_env=not is_loopback(url))
+    except (httpx2.InvalidURL, ValueError, ImportError) as error:
+        raise RefusedError(
+            f"{url} cannot be asked through the proxy that the environment names (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY): "
+            f"{type(error).__name__}."
+        ) from None  # its address may hold a password
+
+
+async def _body(url: str, response: httpx2.Response, largest: int) -> tuple[bytes, int]:
+    """The body unpacked, never more than `largest` bytes of it, and its bytes as transferred."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip"):
+        raise RefusedError(f"{url} answers in the encoding {printable(encoding)!r:.40}, which was not asked for.")
+    inflate = zlib.decompressobj(31) if encoding != "identity" else None
+    whole, received = bytearray(), 0
+    async for piece in response.aiter_raw():
+        received += len(piece)
+        while piece:
+            if inflate is None:
+                whole += piece
+                piece = b""
+            else:
+                if inflate.eof:  # a gzip file may be several in a row
+                    inflate = zlib.decompressobj(31)
+                whole += inflate.decompress(piece, largest + 1 - len(whole))
+                piece = inflate.unconsumed_tail or inflate.unused_data
+            if len(whole) > largest:
+                if not response.is_success:
+                    return bytes(whole[:largest]), received
+                raise RefusedError(f"{url} answers with more than {largest:,} bytes, which no answer to this needs.")
+    if inflate is not None and not inflate.eof and received:
+        raise ValueError("the compressed answer is cut off")
+    return bytes(whole), received
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise WrongAnswerError("its JSON is nested too deeply.") from None
+    except json.JSONDecodeError:
+        raise  # a page of a proxy, or cut off
+    except ValueError as error:  # no UTF-8, or a number of thousands of digits
+        if raw.lstrip()[:1] not in (b"{", b"["):
+            raise
+        raise WrongAnswerError(f"its JSON cannot be read: {str(error)[:_SAID]}") from error
+
+
+def _wait_for(exchange: Coroutine[Any, Any, _Value]) -> _Value:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(exchange)
+    with ThreadPoolExecutor(1) as own:  # a notebook has a loop in this thread
+        return own.submit(asyncio.run, exchange).result()
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, from the system's own error where there is one behind the client's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConnectionError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ConnectionError) and cause.errno:
+        return f"{type(cause).__name__}: {os.strerror(cause.errno)}"
+    return f"{type(error).__name__}: {printable(str(error))[:_SAID]}"
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    return httpx2.create_ssl_context()
+
+
+def _origin(parts: SplitResult) -> tuple[str, str, int | None]:
+    return parts.scheme, (parts.hostname or "").lower(), parts.port or _PORTS.get(parts.scheme)
+
+
+def _origin_text(url: str) -> str:
+    """Scheme, host and port: what of an address is never a secret."""
+    try:
+        parts = urlsplit(url)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        named = f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}"
+    except ValueError:
+        return "an address that is none"
+    return printable(named) if parts.scheme and parts.hostname else "another path of the same server"

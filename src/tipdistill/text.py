@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+# C0 and C1 but for tab and line feed; line and paragraph separators, marks of direction, lone surrogates
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def near_names(name: Any, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
@@ -59,6 +63,35 @@ def check_known(kind: str, name: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{kind} must be one of {', '.join(allowed)}, got {name!r}.{nearest(name, allowed)}")
 
 
+def printable(text: Any) -> str:
+    """A text as a terminal may show it: control characters and marks that turn the writing direction stand as escapes.
+
+    File names, names from a server and what a model wrote may hold them; a terminal would obey them. Line breaks and
+    tabs are left.
+
+    Example:
+        >>> printable("a\\x1b[31mred\\u202e")
+        'a\\\\x1b[31mred\\\\u202e'
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), str(text))
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A figure and what follows its ±, which is left out where there is none: one sample has no deviation.
+
+    Args:
+        value: the figure; None: the ± alone.
+        error: a standard error or a deviation; NaN or None where it does not exist.
+
+    Example:
+        >>> with_error(0.5, 0.1), with_error(0.5, float("nan")), with_error(None, 0.1), with_error(None, None)
+        ('0.500 ± 0.100', '0.500', '± 0.100', '–')
+    """
+    exists = error is not None and math.isfinite(error)
+    parts = [f"{value:.3f}"] if value is not None else []
+    return " ".join([*parts, *([f"± {error:.3f}"] if exists else [])]) or "–"
+
+
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table.
 
@@ -69,7 +102,7 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
         | soft_or | 50 % |
     """
     lines = [list(headings), ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(' '.join(cell.splitlines()) for cell in line)} |" for line in lines)
 
 
 def replace_blocks(document: str, kind: str, content: Callable[[str], str | None]) -> str:

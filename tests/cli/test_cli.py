@@ -155,6 +155,7 @@ def test_a_packaged_recipe_is_found_by_name():
 def test_environment_of_a_recipe_is_set_and_its_secrets_are_not_written_down(tmp_path, monkeypatch):
     monkeypatch.delenv("TIP_TEST_MODE", raising=False)
     config = write(tmp_path / "r.yaml", {"env": {"TIP_TEST_MODE": 1, "TIP_API_KEY": "x"}, "hub_token": "y"})
+    config.append("--trust_recipe")
     request = parse([*config, *MODELS, *CPU])
     assert request.values["env"] == {"TIP_TEST_MODE": "1"}
     assert "hub_token" not in request.values
@@ -171,6 +172,7 @@ def test_environment_of_a_recipe_is_set_and_its_secrets_are_not_written_down(tmp
     assert main(["train", *config, *MODELS, *CPU]) == 0
     ((command, environment),) = started
     assert command[1:5] == ["-m", "tipdistill.cli", "train", "--config"]
+    assert "--trust_recipe" in command
     assert environment["TIP_TEST_MODE"] == "1"
 
 

@@ -91,7 +91,7 @@ def grid(world, tmp_path, monkeypatch):
         }
         path = tmp_path / "grid.yaml"
         path.write_text(yaml.safe_dump(asked, sort_keys=False))
-        return ["sweep", str(path), "--output_dir", str(tmp_path / directory), "--threads", "1"]
+        return ["sweep", str(path), "--output_dir", str(tmp_path / directory), "--threads", "1", "--trust_recipe"]
 
     return write
 

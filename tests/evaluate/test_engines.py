@@ -94,12 +94,43 @@ def test_a_server_completes_texts_and_conversations(stub_server):
     assert (body["seed"], body["max_tokens"], body["temperature"], body["model"]) == (3, 6, 1.0, "m")
 
 
-def test_the_key_is_sent_and_only_where_there_is_one(stub_server, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    next(Server(stub_server.url, "m").generate(sums(1), [0], SHORT))
+def test_a_key_is_sent_where_it_is_named_and_openais_own_to_openai_alone(stub_server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "abc")
     next(Server(stub_server.url, "m").generate(sums(1), [0], SHORT))
+    next(Server(stub_server.url, "m", api_key_env="OPENAI_API_KEY").generate(sums(1), [0], SHORT))
     assert [headers.get("Authorization") for headers in stub_server.headers] == [None, "Bearer abc"]
+    with pytest.raises(ValueError, match="api_key_env names the environment variable NO_SUCH_KEY, which is not set"):
+        open_engine("m", base_url=stub_server.url, api_key_env="NO_SUCH_KEY")
+    with pytest.raises(ValueError, match="name it with base_url"):
+        open_engine("m", api_key_env="OPENAI_API_KEY")
+
+
+CHOICE = {"message": {"content": "4"}, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"choices": [{**CHOICE, "message": {"content": 5}}], "usage": {"completion_tokens": 1}}, "text of a comp"),
+        ({"choices": [CHOICE], "usage": {"completion_tokens": float("inf")}}, "completion_tokens is inf"),
+        ({"choices": [CHOICE], "usage": {"completion_tokens": float("nan")}}, "completion_tokens is nan"),
+        ({"choices": [CHOICE], "usage": {"completion_tokens": -1}}, "completion_tokens is -1"),
+        ({"choices": [CHOICE], "usage": {"completion_tokens": True}}, "completion_tokens is True"),
+        ({"choices": [CHOICE], "usage": {"completion_tokens": 10**11}}, "completion_tokens is 100000000000"),
+        ({"choices": [CHOICE, CHOICE], "usage": {"completion_tokens": 1}}, "2 choices"),
+        ({"choices": [{**CHOICE, "finish_reason": 3}], "usage": {"completion_tokens": 1}}, "finish_reason is 3"),
+        ({"choices": {"0": CHOICE}, "usage": {"completion_tokens": 1}}, "no choices"),
+        ([1], "no choices"),
+    ],
+    ids=["content", "infinite", "nan", "negative", "true", "huge", "two", "reason", "mapping", "list"],
+)
+def test_an_answer_that_cannot_be_right_is_final_and_says_which_server(stub_server, reply, message):
+    stub_server.answer = lambda body: reply
+    with pytest.raises(ValueError, match=message) as raised:
+        next(Server(stub_server.url, "m", pause=0.01).generate(sums(1), [0], SHORT))
+    assert isinstance(raised.value, ServerError)  # what was sampled before is kept
+    assert stub_server.url in str(raised.value)
+    assert len(stub_server.bodies) == 1
 
 
 def test_a_length_limit_is_a_truncation(stub_server):
@@ -139,7 +170,7 @@ def test_a_server_that_recovers_is_asked_again(stub_server):
     threading.Timer(0.03, lambda: setattr(stub_server, "dies_after", None)).start()
     assert next(server.generate(sums(1), [0], SHORT))[0].text == r"So \boxed{0}."
     stub_server.answer = recover
-    with pytest.raises(ServerError, match="answered without choices"):
+    with pytest.raises(ServerError, match="no choices, finish_reason or usage"):
         next(server.generate(sums(1), [0], SHORT))
 
 

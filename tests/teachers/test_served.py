@@ -152,6 +152,70 @@ def test_what_cannot_be_right_is_refused_at_the_start(served, tiny_tokenizer):
     assert served.headers[-1]["Authorization"] == "Bearer secret"
 
 
+def of_last(change):
+    """The answer with the entry of its last token changed."""
+
+    def changed(body, reply):
+        rows = reply["choices"][0]["prompt_logprobs"]
+        rows[-1] = change(rows[-1])
+        return reply
+
+    return changed
+
+
+ENTRY = {"logprob": -9.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {**row, str(10**11): ENTRY}, "'100000000000' is no token id"),
+        (lambda row: {**row, "-5": ENTRY}, "'-5' is no token id"),
+        (lambda row: {**row, "1.5": ENTRY}, r"'1\.5' is no token id"),
+        (lambda row: {**row, "Infinity": ENTRY}, "'Infinity' is no token id"),
+        (lambda row: {**row, "٣": ENTRY}, "is no token id"),
+        (lambda row: {**row, "9" * 5000: ENTRY}, "is no token id"),
+        (lambda row: {token: {"logprob": "-1"} for token in row}, "is '-1', and not a number"),
+        (lambda row: {token: {"logprob": True} for token in row}, "is True, and not a number"),
+        (lambda row: {token: {"logprob": -(10**400)} for token in row}, "no number that a float holds"),
+        (lambda row: {token: value for token, value in row.items() if token != "7"}, "no log-probability of the token"),
+        (lambda row: dict(list(row.items())[:2]) | {"7": row["7"]}, "gave 3 log-probabilities, and 4 were asked"),
+        (lambda row: {**row, **{str(token): ENTRY for token in range(90, 99)}}, "log-probabilities, and 4 were asked"),
+        (lambda row: None, "of the prompt has no entry"),
+        (lambda row: [], "of the prompt has no entry"),
+    ],
+    ids=[
+        *("huge", "negative", "fraction", "infinite", "arabic", "digits", "text", "true", "overflow"),
+        *("unsampled", "fewer", "more", "null", "list"),
+    ],
+)
+def test_an_answer_that_cannot_be_right_is_refused_at_once(served, tiny_tokenizer, change, message):
+    server = client(served, tiny_tokenizer, top_k=4)
+    asked = len(served.bodies)
+    served.change = of_last(change)
+    with pytest.raises(ValueError, match=message):
+        server.ask([Question(IDS[:3], IDS[3:], [1])])
+    assert len(served.bodies) == asked + 1
+
+
+def test_a_model_without_a_name_and_a_token_that_is_none_are_refused(served, tiny_tokenizer):
+    served.name = ""
+    with pytest.raises(ValueError, match=rf"{served.url}/models gives a wrong answer: a model of /models has no id"):
+        client(served, tiny_tokenizer)
+    served.name = "teacher"
+    for token in (10**11, -1, True, 1.5, "1"):
+        served.tokenizer = lambda *_, token=token, **__: {"input_ids": [token]}
+        with pytest.raises(ValueError, match=r"/tokenize gives .* for a token"):
+            client(served, tiny_tokenizer)
+
+
+def test_an_answer_may_be_as_large_as_what_was_asked_and_no_larger(served, tiny_tokenizer):
+    server = client(served, tiny_tokenizer, top_k=4)
+    served.change = lambda body, reply: {**reply, "padding": "x" * 2**21}
+    with pytest.raises(ValueError, match=r"answers with more than 1,0\d\d,\d\d\d bytes"):
+        server.ask([Question(IDS[:3], IDS[3:], [1])])
+
+
 # Training.
 
 PLAIN = {

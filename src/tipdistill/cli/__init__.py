@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..signals import EXIT_FILE, Interrupted, Stopped, stopping_at_once
-from ..text import near_names
+from ..text import near_names, printable
 
 # command: (module, relative to this one, with `main(argv) -> int`, what it does)
 COMMANDS = {
@@ -141,7 +141,7 @@ def _stopped(who: str, stopped: Stopped, kept: str) -> int:
 
 
 def _refuse(who: str, message: str, code: int = 2) -> int:
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"{who}: {' '.join(message.split())}"), file=sys.stderr)
     return code
 
 

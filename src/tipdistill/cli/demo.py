@@ -53,12 +53,12 @@ def show(result: dict[str, Any], directory: Path, seconds: float) -> None:
         seconds: that the demo took.
     """
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     from ..demo import table as table_of
+    from ..terminal import PlainConsole
 
-    console, settings = Console(), result["settings"]
+    console, settings = PlainConsole(), result["settings"]
     table = Table(
         title=f"mean@{settings['samples']} at temperature 1 on {settings['problems']} held-out problems, "
         "± standard error",

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..text import markdown_table
+from ..terminal import say
+from ..text import markdown_table, printable, with_error
 
 
 def main(argv: list[str]) -> int:
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
                 flags.concurrency,
                 flags.trust_remote_code,
                 flags.chat_template_kwargs,
+                flags.api_key_env,
             ),
             flags.output_dir,
             flags.num_samples,
@@ -63,8 +65,8 @@ def main(argv: list[str]) -> int:
             progress,
         )
     progress.end()
-    print(table(metrics))
-    print(f"\n{Path(flags.output_dir) / 'metrics.json'}")
+    say(table(metrics))
+    say(f"\n{Path(flags.output_dir) / 'metrics.json'}")
     return 0
 
 
@@ -90,8 +92,8 @@ def table(metrics: dict[str, Any]) -> str:
     rows = []
     for name, numbers in metrics["tasks"].items():
         rows.append(
-            [name, f"{numbers['problems']:,}", f"{numbers['mean_at_k']:.3f} ± {numbers['standard_error']:.3f}"]
-            + [f"± {numbers['deviation_over_samples']:.3f}", f"{numbers['maj_at_k']:.3f}"]
+            [name, f"{numbers['problems']:,}", with_error(numbers["mean_at_k"], numbers["standard_error"])]
+            + [with_error(None, numbers["deviation_over_samples"]), f"{numbers['maj_at_k']:.3f}"]
             + [f"{numbers['pass_at_k'][other]:.3f}" for other in passes]
             + [f"{numbers['mean_tokens']:,.0f}", f"{100 * numbers['truncated']:.1f} %"]
         )
@@ -121,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, help="where samples and metrics.json go")
     add("--engine", default="auto", help="transformers, vllm, or auto: vLLM where it is installed and there is a GPU")
     add("--base_url", help="an OpenAI-compatible server, such as http://localhost:8000/v1")
+    add(
+        "--api_key_env",
+        help="environment variable that holds the server's key (default: OPENAI_API_KEY, for https://api.openai.com)",
+    )
     add("--concurrency", type=int, default=32, help="requests in flight to the server (default 32)")
     add("--batch_size", type=int, default=16, help="prompts per forward with transformers (default 16)")
     add("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")
@@ -178,7 +184,7 @@ class _Progress:
         self.last = ("", -1)
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        tenth = 10 * done // total
+        tenth, what = 10 * done // total, printable(what)
         if self.terminal:
             print(f"\r\033[K{what}: {done:,} of {total:,}", end="", file=sys.stderr, flush=True)
         elif (what, tenth) != self.last:

@@ -14,6 +14,7 @@ from ..plan.machines import read_machine
 from ..plan.memory import SHARDING, TEACHERS
 from ..plan.recipe import setup_of_recipe
 from ..recipes.read import read_values
+from ..terminal import say
 from ..text import check_known
 
 _DESCRIPTION = """\
@@ -46,12 +47,12 @@ def main(argv: list[str]) -> int:
     setup = setup_of_recipe(values, machine, own.gpus, own.sharding, own.teacher_place, own.prompt_tokens)
     planned = plan(setup, machine)
     where = own.machine.upper() if own.machine in MACHINES else own.machine
-    print(f"{values.model_name_or_path} from {values.teacher_model_name_or_path} on {own.gpus:,} × {where}\n")
-    print(as_text(planned))
+    say(f"{values.model_name_or_path} from {values.teacher_model_name_or_path} on {own.gpus:,} × {where}\n")
+    say(as_text(planned))
     if own.json:
         own.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(own.json, json.dumps(planned, indent=1) + "\n")
-        print(f"\nwritten: {own.json}")
+        say(f"\nwritten: {own.json}")
     return 0
 
 

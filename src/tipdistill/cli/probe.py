@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..extras import require
@@ -17,6 +16,7 @@ from ..files import alone, write_text
 from ..pair import Pair, PairConfig, about_of, load_models, read_pair, sampled
 from ..probe import PARAMETERS, RETENTIONS, RULES, Settings
 from ..records import About, RecordsWriter
+from ..terminal import PlainConsole, say
 from .flags import pair_of, pair_parser
 
 PROBE_FILE = "probe.json"
@@ -48,11 +48,11 @@ def _probe(options: argparse.Namespace, directory: Path) -> int:
     pair = read_pair(config)
     if len(pair.prompts) < 4:
         raise ValueError(f"a probe needs at least 4 prompts, half of them to be held out; got {len(pair.prompts)}.")
-    print("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()), flush=True)
+    say("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()))
     result = _run(config, pair, settings, directory)
     write_text(directory / PROBE_FILE, json.dumps(result, indent=2) + "\n")
     show(result)
-    print(f"Look at it: tipdistill report {directory} · all figures: {directory / PROBE_FILE}")
+    say(f"Look at it: tipdistill report {directory} · all figures: {directory / PROBE_FILE}")
     return 0
 
 
@@ -106,8 +106,8 @@ def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path) ->
     from ..probe import probe
     from ..score.models import score_rollouts
 
-    def say(line: str) -> None:
-        print(f"# {line}", flush=True)
+    def note(line: str) -> None:
+        say(f"# {line}")
 
     student, teacher = load_models(config)
     started = time.perf_counter()
@@ -122,10 +122,10 @@ def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path) ->
         tokens_per_forward=config.tokens_per_forward,
     )
     seconds = time.perf_counter() - started
-    say(f"{len(scored.scores):,} tokens of {len(rollouts):,} rollouts sampled and scored in {seconds:.0f} s")
+    note(f"{len(scored.scores):,} tokens of {len(rollouts):,} rollouts sampled and scored in {seconds:.0f} s")
     with RecordsWriter(directory, pair.tokenizer, about) as writer:
         writer.write(rollouts, scored)
-    result = probe(student, teacher, rollouts, scored.scores, settings, say)
+    result = probe(student, teacher, rollouts, scored.scores, settings, note)
     return {
         "student": config.model,
         "teacher": config.teacher,
@@ -137,9 +137,9 @@ def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path) ->
 
 def show(result: dict[str, Any]) -> None:
     """The rows of a probe as a table, its warnings, and what it recommends."""
-    console = Console()
+    console = PlainConsole()
     if console.width < _WIDTH:
-        console = Console(width=_WIDTH)  # a table that is cut off is no use; a terminal wraps it
+        console = PlainConsole(width=_WIDTH)  # a table that is cut off is no use; a terminal wraps it
     table = Table(
         *("rule", "kept", "divergence", "Q3", "cosine", "descent / all", "over random"),
         title=f"{result['student']} from {result['teacher']}",
@@ -159,10 +159,8 @@ def show(result: dict[str, Any]) -> None:
         )
     console.print(table)
     for warning in result["warnings"]:
-        console.print(f"! {warning}", soft_wrap=True, markup=False)
-    console.print(
-        f"Take {best['rule']} at a retention of {best['retention']:g}: {best['reason']}", soft_wrap=True, markup=False
-    )
+        console.print(f"! {warning}", soft_wrap=True)
+    console.print(f"Take {best['rule']} at a retention of {best['retention']:g}: {best['reason']}", soft_wrap=True)
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -6,6 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
+from ..terminal import say
+
 
 def main(argv: list[str]) -> int:
     """Write the page; returns the exit code.
@@ -43,5 +45,5 @@ def main(argv: list[str]) -> int:
         figures=not options.no_figures,
     )
     figures = "" if options.no_figures else f" · figures: {page.with_name(f'{page.stem}-figures')}"
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s){figures}")
+    say(f"{page} ({page.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s){figures}")
     return 0

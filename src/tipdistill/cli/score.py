@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -14,6 +13,7 @@ from ..files import alone
 from ..pair import about_of, read_pair, write_scored
 from ..records import SIDECAR_FILE, TOKENS_FILE, About, Records, RecordsWriter, open_records
 from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
+from ..terminal import PlainConsole, say
 from .flags import pair_of, pair_parser
 
 
@@ -45,7 +45,7 @@ def _score(options: Any, directory: Path) -> int:
     pair = read_pair(config)
     started = time.perf_counter()
     with RecordsWriter(directory, pair.tokenizer, about(pair.vocabulary)) as writer:
-        print("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()), flush=True)
+        say("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()))
         with _progress() as progress:
             total = len(pair.prompts) * config.num_generations
             task = progress.add_task("rollouts scored", total=total, completed=writer.rollouts)
@@ -68,12 +68,12 @@ def _parser() -> Any:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description} {task.completed}/{task.total}"), BarColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=PlainConsole(stderr=True))
 
 
 def show(records: Records, seconds: float) -> None:
     """Quadrants and what each rule keeps, as tables."""
-    sidecar, console = records.sidecar, Console()
+    sidecar, console = records.sidecar, PlainConsole()
     console.print(
         f"{sidecar['tokens']:,} tokens of {sidecar['rollouts']:,} rollouts in {seconds:.0f} s: {records.directory}"
     )

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from .. import sweep
+from ..dotted import names_only
+from ..recipes.trust import FLAG, confirm
 from ..sweep import markdown, read_grid
 from ..sweep.cells import Cells
+from ..sweep.grid import code_in_grid
 from ..sweep.run import LOG, RESULT, run_sweep
+from ..terminal import say
 from .flags import Parser
 
 
@@ -35,22 +41,39 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--rerun_changed", action="store_true", help="run cells again that were made with other settings or versions"
     )
+    parser.add_argument(FLAG, action="store_true", help="run the code that the grid and its recipe name")
     options = parser.read(argv)
     for name in ("workers", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}.")
+    code = [] if options.trust_recipe or _is_packaged(options.grid) else code_in_grid(options.grid)
+    if options.dry_run:  # imports nothing that the grid names
+        with names_only():
+            return _dry_run(options, code)
+    confirm(options.grid, code)
     grid = read_grid(options.grid)
     cells = Cells(grid, options.output_dir or grid.output_dir)
     cells.check()
-    if options.dry_run:
-        finished = sum(cells.known(cell) is not None for cell in cells.every_cell())
-        print(f"{grid.number_of_cells()} cells in {len(grid.rows)} rows, {finished} finished; nothing was run.")
-        return 0
     result = run_sweep(cells, options.workers, options.threads, options.rerun_changed)
     directory, failed = cells.directory, result["failed"]
-    print(markdown(result))
-    print(f"{directory / RESULT} · sweep.md · sweep.csv; `tipdistill report {directory}` draws the page.")
+    say(markdown(result))
+    say(f"{directory / RESULT} · sweep.md · sweep.csv; `tipdistill report {directory}` draws the page.")
     if failed:
-        print(f"{len(failed)} cells failed; the same command tries them again, {directory / LOG} has why:")
-        print("\n".join(f"  {key}: {why}" for key, why in failed.items()), flush=True)
+        say(f"{len(failed)} cells failed; the same command tries them again, {directory / LOG} has why:")
+        say("\n".join(f"  {key}: {why}" for key, why in failed.items()))
     return 1 if failed else 0
+
+
+def _is_packaged(path: Path) -> bool:
+    return path.resolve().parent == Path(sweep.__file__).resolve().parent
+
+
+def _dry_run(options: Any, code: list[str]) -> int:
+    grid = read_grid(options.grid)
+    cells = Cells(grid, options.output_dir or grid.output_dir)
+    cells.check(trusted=not code)
+    finished = sum(cells.known(cell) is not None for cell in cells.every_cell())
+    print(f"{grid.number_of_cells()} cells in {len(grid.rows)} rows, {finished} finished; nothing was run.")
+    if code:
+        say(f"Named and not imported; {FLAG} runs it: {'; '.join(code)}")
+    return 0

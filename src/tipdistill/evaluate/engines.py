@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -13,12 +12,14 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import http
+from .. import http, replies
 from ..data import encode_prompts
 from ..rollout import generate
 
 ENGINES = ("auto", "transformers", "vllm")
 _VLLM_REQUESTS = 512
+# what a server's answer may take: itself, and each token of it
+_ANSWER, _BYTES_OF_TOKEN = 2**20, 1024
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def open_engine(
     concurrency: int = 32,
     trust_remote_code: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
+    api_key_env: str | None = None,
 ) -> Engine:
     """The engine that was asked for.
 
@@ -111,6 +113,7 @@ def open_engine(
         concurrency: requests in flight (server).
         trust_remote_code: run the model's own code.
         chat_template_kwargs: passed to the chat template, such as {"enable_thinking": False}.
+        api_key_env: see `Server`.
 
     Raises:
         ValueError: an unknown engine, or a number out of range.
@@ -119,7 +122,9 @@ def open_engine(
     if batch_size < 1 or concurrency < 1:
         raise ValueError(f"batch_size and concurrency must be at least 1, got {batch_size} and {concurrency}.")
     if base_url is not None:
-        return Server(base_url, model, concurrency, chat_template_kwargs=chat_template_kwargs)
+        return Server(base_url, model, concurrency, chat_template_kwargs=chat_template_kwargs, api_key_env=api_key_env)
+    if api_key_env is not None:
+        raise ValueError("api_key_env is the key of a server: name it with base_url.")
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
     installed = importlib.util.find_spec("vllm") is not None
@@ -208,23 +213,28 @@ class ServerError(OSError):
     """The server gave no usable answer; what was sampled before is kept."""
 
 
+class ServerRefusedError(ServerError, ValueError):
+    """The server answered, and asking again would not change the answer."""
+
+
 class Server:
     """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, or a hosted one.
 
-    Sends the key in the environment variable OPENAI_API_KEY, where there is one. A request that fails is sent again,
-    with growing pauses, before the evaluation stops.
+    A request that fails is sent again, with growing pauses, before the evaluation stops.
 
     Args:
         base_url: up to and with the version, such as http://localhost:8000/v1.
         model: the name that the server knows.
         concurrency: requests in flight.
         attempts: how often a request is sent before it counts as failed.
-        timeout: of one request, in seconds.
+        timeout: of one request, from its first byte to its last, in seconds.
         pause: before the second attempt, in seconds; each later one is twice as long.
         chat_template_kwargs: see `open_engine`; vLLM and SGLang pass them on.
+        api_key_env: the environment variable that holds the key; None: OPENAI_API_KEY, for https://api.openai.com
+            alone.
 
     Raises:
-        ValueError: the URL is none.
+        ValueError: the URL is none or holds a secret, or the variable is not set.
     """
 
     def __init__(
@@ -236,10 +246,10 @@ class Server:
         timeout: float = 3600.0,
         pause: float = 1.0,
         chat_template_kwargs: dict[str, Any] | None = None,
+        api_key_env: str | None = None,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url must begin with http:// or https://, got {base_url!r}.")
-        self.base_url, self.model, self.concurrency = base_url.rstrip("/"), model, concurrency
+        self.base_url, self.model, self.concurrency = http.server_url("base_url", base_url), model, concurrency
+        self._api_key = http.key_of("api_key_env", api_key_env, self.base_url)
         self.attempts, self.timeout, self.pause = attempts, timeout, pause
         self.chat_template_kwargs = chat_template_kwargs
 
@@ -315,31 +325,25 @@ class Server:
             if self.chat_template_kwargs:
                 body["chat_template_kwargs"] = self.chat_template_kwargs
             messages = prompt if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-            reply = self._post("/chat/completions", {**body, "messages": messages})
+            asked, path = {**body, "messages": messages}, "/chat/completions"
         else:
-            reply = self._post("/completions", {**body, "prompt": prompt})
-        try:
-            choice = reply["choices"][0]
-            text = choice["message"].get("content") if as_chat else choice["text"]
-            tokens = int(reply["usage"]["completion_tokens"])
-            return Completion(index, text or "", tokens, choice["finish_reason"] != "length")
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise ServerError(
-                f"{self.base_url} answered without choices, finish_reason or usage.completion_tokens: {reply!r:.200}"
-            ) from error
-
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+            asked, path = {**body, "prompt": prompt}, "/completions"
         url = self.base_url + path
         try:
-            return http.ask(
+            answer = http.ask(
                 url,
-                body,
+                asked,
                 again=http.doubling(self.attempts, self.pause),
-                api_key=os.environ.get("OPENAI_API_KEY"),
+                read=lambda reply: replies.written(reply, as_chat),
+                api_key=self._api_key,
                 timeout=self.timeout,
-            ).value
-        except (http.RefusedError, http.NoAnswerError) as error:
+                largest=_ANSWER + sampling.max_new_tokens * _BYTES_OF_TOKEN,
+            )
+        except http.RefusedError as error:
+            raise ServerRefusedError(f"the server at {url} failed: {error}") from error
+        except http.NoAnswerError as error:
             raise ServerError(f"the server at {url} failed: {error}") from error
+        return Completion(index, *answer.value)
 
 
 def as_fed(tokenizer: Any, prompt: Any, chat: bool | None) -> Any:

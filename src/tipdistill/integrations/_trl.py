@@ -7,13 +7,18 @@ compares them with the installed TRL and says what moved.
 
 from __future__ import annotations
 
+from typing import Any
+
 from trl.models import prepare_deepspeed
+from trl.trainer import distillation_trainer
 from trl.trainer.utils import (
     RepeatSampler,
     create_model_from_path,
     disable_dropout_in_model,
     maybe_gather_lm_head_ctx,
 )
+
+from ..text import printable
 
 __all__ = [
     "ATTRIBUTES",
@@ -107,3 +112,22 @@ class EpochSampler(RepeatSampler):
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + self.epoch)
         return super().__iter__()
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_shown(inside) for inside in value]
+    return {name: _shown(inside) for name, inside in value.items()} if isinstance(value, dict) else value
+
+
+def print_completions(prompts: list[Any], completions: list[Any], *rest: Any, **named: Any) -> None:
+    """What `log_completions` prints, without the escapes that a model may have written."""
+    _print_completions_of_trl(_shown(prompts), _shown(completions), *rest, **named)
+
+
+# by another name where this module was loaded before
+if distillation_trainer.print_prompt_completions_sample.__name__ != print_completions.__name__:
+    _print_completions_of_trl = distillation_trainer.print_prompt_completions_sample
+    distillation_trainer.print_prompt_completions_sample = print_completions

@@ -6,8 +6,7 @@ import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-import yaml
-
+from ..documents import read_yaml
 from ..text import check_known, nearest
 
 
@@ -84,10 +83,7 @@ def read_machine(name: str) -> Machine:
         return MACHINES[name]
     if not path.is_file():
         raise FileNotFoundError(f"there is no machine file {path}.")
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    given = read_yaml(path)
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold a mapping of a machine's fields to numbers, got {type(given).__name__}.")
     base = given.pop("base", None)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+from ..documents import parse_yaml, read_yaml
 from ..extras import EXTRAS, require
 from ..select import resolve_rule
 from ..text import nearest
@@ -137,7 +136,9 @@ def sharding_of(preset: str | None) -> str:
     if preset is None or preset.lower() in ("", "none", "null"):
         return "none"
     path = resolve_accelerate_config_argument(["--accelerate_config", preset])[1]
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    settings = read_yaml(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"accelerate_config = {preset} must hold a mapping, as `accelerate config` writes it.")
     kind = settings.get("distributed_type", "NO")
     if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
         return "none"
@@ -168,4 +169,7 @@ def _dtype(name: Any, config: Any) -> torch.dtype:
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
-    return (yaml.safe_load(value) if isinstance(value, str) else value) or {}
+    given = (parse_yaml(value, "model_init_kwargs") if isinstance(value, str) else value) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"model_init_kwargs must be a mapping, got {given!r:.60}.")
+    return given

@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+from ..documents import read_yaml
 from ..extras import EXTRAS, require
 from ..signals import EXIT_FILE, STARTED_BY, StopRequest, end_with_parent
 from ..text import nearest
@@ -121,7 +121,7 @@ def _settings(namespace: Any) -> tuple[str | None, dict[str, Any]]:
             f"accelerate_config = {preset} is no file and none of TRL's presets ({', '.join(PRESETS)})."
             f"{nearest(preset, PRESETS)}"
         ) from error
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"accelerate_config = {preset} must hold a mapping, as `accelerate config` writes it.")
     return path, settings

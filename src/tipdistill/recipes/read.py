@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import re
 from argparse import Action, ArgumentTypeError, Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from importlib.metadata import version
@@ -17,14 +17,20 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from ..config import TIPConfig
+from ..documents import read_yaml
+from ..dotted import names_only
 from ..extras import EXTRAS, require
 from ..files import write_text
+from ..redact import is_secret_variable, without_secrets
 from ..text import near_names, nearest
 from . import recipe_names, recipe_path
+from .trust import FLAG, check_environment, code_named, confirm
 
 # Asked of one run, so never part of a configuration that is written down; a token is never written at all.
-_OF_ONE_RUN = ("dry_run", "overwrite_output_dir", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
-_SECRET = re.compile("token|key|secret|password", re.IGNORECASE)
+_OF_ONE_RUN = (
+    *("dry_run", "overwrite_output_dir", "resume_from_checkpoint", "trust_recipe"),
+    *("hub_token", "push_to_hub_token"),
+)
 _VERSIONS = ("tipdistill", "trl", "transformers", "accelerate", "datasets", "torch")
 
 
@@ -43,6 +49,7 @@ class TIPScriptArguments(ScriptArguments):
         accelerate_config: start through accelerate, with one of TRL's presets (multi_gpu, zero2, zero3, fsdp2, ...) or
             a file of `accelerate config`; "none" for no launcher.
         num_processes: processes to start; the preset's own number where None.
+        trust_recipe: run the code that the recipe names (docs/security.md). A flag alone: no recipe vouches for itself.
     """
 
     prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
@@ -67,6 +74,7 @@ class TIPScriptArguments(ScriptArguments):
         metadata={"help": "Start through accelerate: one of TRL's presets (multi_gpu, zero2, zero3, ...) or a file."},
     )
     num_processes: int | None = field(default=None, metadata={"help": "Processes that accelerate starts."})
+    trust_recipe: bool = field(default=False, metadata={"help": "Run the code that the recipe names."})
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "num_processes"):
@@ -96,12 +104,20 @@ class _Parser(TrlParser):
 
 @dataclass(frozen=True)
 class Arguments:
-    """YAML and flags, parsed and checked, before the dataclasses (which set up devices) are built from them."""
+    """YAML and flags, parsed and checked, before the dataclasses (which set up devices) are built from them.
+
+    Attributes:
+        parser, flags: what they were parsed by and from.
+        environment: variables that the recipe sets.
+        values: field → value.
+        code: what the recipe names of code, see `trust.code_named`; once it is trusted, but for a dry run.
+    """
 
     parser: _Parser
     flags: list[str]
     environment: dict[str, str]
     values: Namespace
+    code: list[str]
 
 
 def parse(argv: list[str]) -> Request:
@@ -126,8 +142,16 @@ def parse(argv: list[str]) -> Request:
 
 def read_arguments(argv: list[str]) -> Arguments:
     """Parse and check; see `parse`."""
-    parser, flags, environment = _with_config(argv)
-    return Arguments(parser, flags, environment, _check_arguments(parser, flags))
+    parser, flags, path, settings = _with_config(argv)
+    values = _check_arguments(parser, flags)
+    code = _code_of(path, settings, values, flags)
+    if code and not values.dry_run:
+        assert path is not None
+        confirm(path, code)
+        flags = [*flags, FLAG]
+    if values.dry_run and not values.trust_recipe and "trust_remote_code" in code:
+        flags = [*flags, "--trust_remote_code", "false"]  # the models' own code is code that the recipe names
+    return Arguments(parser, flags, check_environment(str(path), settings.get("env")), values, code)
 
 
 def read_values(argv: list[str]) -> Namespace:
@@ -140,47 +164,73 @@ def read_values(argv: list[str]) -> Namespace:
         >>> read_values(["--config", "laptop", "--retention", "0.2"]).retention
         0.2
     """
-    parser, flags, _ = _with_config(argv)
-    return _known_flags(parser, flags)
+    parser, flags, path, settings = _with_config(argv)
+    values = _known_flags(parser, flags)
+    if path is not None:
+        confirm(path, _code_of(path, settings, values, flags))
+    return values
 
 
 def build(arguments: Arguments) -> Request:
     """The dataclasses of checked arguments; their own checks run here."""
-    script, config, model, mixture = arguments.parser.parse_args_into_dataclasses(
-        arguments.flags, look_for_args_file=False
-    )
-    values = {name: _plain(getattr(arguments.values, name)) for name in _field_names() if name not in _OF_ONE_RUN}
-    shareable = {name: value for name, value in arguments.environment.items() if not _SECRET.search(name)}
+    with names_only() if arguments.values.dry_run else nullcontext():
+        script, config, model, mixture = arguments.parser.parse_args_into_dataclasses(
+            arguments.flags, look_for_args_file=False
+        )
+    fields_of_run = [name for name in _field_names() if name not in _OF_ONE_RUN]
+    values = {name: without_secrets(_plain(getattr(arguments.values, name))) for name in fields_of_run}
+    shareable = {name: value for name, value in arguments.environment.items() if not is_secret_variable(name)}
     if shareable:
         values["env"] = shareable
     return Request(script, config, model, mixture, values)
 
 
-def _with_config(argv: list[str]) -> tuple[_Parser, list[str], dict[str, str]]:
-    """A parser whose defaults are the YAML file's, the remaining flags, and the file's environment variables."""
+def _with_config(argv: list[str]) -> tuple[_Parser, list[str], Path | None, dict[str, Any]]:
+    """A parser whose defaults are the YAML file's, the remaining flags, the file, and what it says."""
     parser = _Parser(
         _TYPES,
         prog="tipdistill train",
         usage="tipdistill train --config RECIPE [--field value ...]",
-        description="RECIPE is a YAML file or one of: " + ", ".join(recipe_names()),
+        description="RECIPE is a YAML file or one of: "
+        + ", ".join(recipe_names())
+        + f". A recipe is code where it names functions or sets variables: read one from elsewhere before {FLAG}.",
         allow_abbrev=False,
     )
     source, flags = _take_config(argv)
     if source is None:
-        return parser, flags, {}
+        return parser, flags, None, {}
     path = config_path(source)
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    settings = read_recipe(path)
+    fields_given = {name: value for name, value in settings.items() if name != "env"}
+    _check_settings(path, fields_given, parser)
+    check_environment(str(path), settings.get("env"))
+    parser.set_defaults_with_config(**fields_given)
+    return parser, flags, path, settings
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a recipe's file, and its `env`; their names and types are not checked here.
+
+    Raises:
+        ValueError: it cannot be read, or holds no mapping.
+    """
+    settings = read_yaml(path) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a mapping of fields to values, got {type(settings).__name__}.")
-    environment = settings.pop("env", None) or {}
-    if not isinstance(environment, dict):
-        raise ValueError(f"{path}: `env` must map names of environment variables to values, got {environment!r}.")
-    _check_settings(path, settings, parser)
-    parser.set_defaults_with_config(**settings)
-    return parser, flags, {name: str(value) for name, value in environment.items()}
+    return settings
+
+
+def is_packaged(path: Path) -> bool:
+    """Whether a recipe comes with tipdistill, and so with the code that runs it."""
+    return path.parent == recipe_path("laptop").parent
+
+
+def _code_of(path: Path | None, settings: dict[str, Any], values: Namespace, flags: list[str]) -> list[str]:
+    """What the recipe, and not a flag in its place, names of code that nobody has vouched for."""
+    if path is None or values.trust_recipe or is_packaged(path):
+        return []
+    given = {flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+    return code_named({name: value for name, value in settings.items() if name not in given})
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -221,6 +271,8 @@ def _check_settings(path: Path, settings: dict[str, Any], parser: _Parser) -> No
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # a later action of the same name is its --no_ form
     for name, value in settings.items():
+        if name == "trust_recipe":
+            raise ValueError(f"{path}: no recipe vouches for itself: give {FLAG} on the command line.")
         if name not in _field_names():
             raise ValueError(f"{path}: there is no field {name!r}.{nearest(str(name), _field_names())}")
         _check_value(f"{path}: {name}", value, actions[name])

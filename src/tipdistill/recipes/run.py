@@ -11,6 +11,7 @@ import shutil
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
+from ..dotted import names_only
 from ..pair import check_chat_template, check_models, read_models
 from ..signals import end_with_parent
 from ..teachers.served import TeacherUnavailableError, open_teacher
+from ..text import nearest, printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from .launch import check_launched, is_launched, launch_arguments, num_processes, supervise
 from .read import Request, as_yaml, build, read_arguments, write_config
+from .trust import FLAG
 
 _DRY_RUN_PATIENCE = 5.0  # seconds
 
@@ -39,13 +43,14 @@ def run_recipe(argv: list[str]) -> int:
     """
     arguments = read_arguments(argv)
     _resume(arguments.values)  # refuses before anything is loaded
-    launch = [] if arguments.values.dry_run else launch_arguments(arguments.values)
+    if arguments.values.dry_run:  # starts nothing, and imports nothing that the recipe names
+        with names_only():
+            return _train(build(arguments), arguments.values, arguments.code)
+    launch = launch_arguments(arguments.values)
     if launch or not arguments.environment.items() <= os.environ.items():
-        return _start_again(launch, argv, arguments.environment)
+        return _start_again(launch, [*argv, FLAG] if arguments.code else argv, arguments.environment)
     if is_launched():
         end_with_parent()
-    if arguments.values.dry_run:
-        return _train(build(arguments), arguments.values)
     check_launched(bool(arguments.values.use_cpu))
     request = build(arguments)
     from ..training.resumable import alone_in  # loads TRL's trainer
@@ -111,17 +116,19 @@ def _num_processes(request: Request) -> int:
 # The run.
 
 
-def _train(request: Request, namespace: Namespace) -> int:
+def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> int:
     script, config, model = request.script, request.config, request.model
     main_process = config.process_index == 0
     tokenizer, teacher_tokenizer, described = _check_models(request)
     train_dataset, dropped = _prompts(request, "train", tokenizer)
     eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
     described |= _describe_steps(request, train_dataset, dropped, tokenizer)
+    if code:
+        described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"
     if main_process:
         if script.dry_run:
-            print(as_yaml(request.values), end="")
-        print("\n".join(f"# {label:<10}{text}" for label, text in described.items()), flush=True)
+            print(printable(as_yaml(request.values)), end="")
+        print("\n".join(f"# {label:<10}{_line(text)}" for label, text in described.items()), flush=True)
     if script.dry_run:
         return 0
     steps = _steps(request, train_dataset)
@@ -177,16 +184,21 @@ def _train(request: Request, namespace: Namespace) -> int:
         except TeacherUnavailableError:
             raise  # one line says it all, and where the checkpoint is
         except (ValueError, OSError):
-            traceback.print_exc()  # whatever fails this late is no matter of a flag: one line would not do
+            # whatever fails this late is no matter of a flag: one line would not do
+            print(printable(traceback.format_exc()), file=sys.stderr)
             raise
         trainer.save_model(config.output_dir)
         trainer.save_state()  # the log of the run, which the report draws, and the sign that it is finished
-    trainer.accelerator.print(f"The distilled student is in {config.output_dir}.")
+    trainer.accelerator.print(printable(f"The distilled student is in {config.output_dir}."))
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a process that leaves while another still talks to it aborts that one
     trainer.end()
     return 0
+
+
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

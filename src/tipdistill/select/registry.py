@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
+from ..dotted import is_dotted, load
 from ..text import nearest
 from ..types import OF_STUDENT, TokenScores
 from . import rules
@@ -90,19 +90,26 @@ def needs_teacher(rule: str | Callable[[TokenScores], Tensor] | Rule) -> bool:
     return fields is None or not OF_STUDENT.issuperset(fields)
 
 
+def is_code(rule: Any) -> bool:
+    """Whether a rule is named by a dotted path outside of tipdistill, whose module runs when it is imported.
+
+    Example:
+        >>> [is_code(rule) for rule in ("soft_or", "complement:mine.rule", "tipdistill.select.rules:entropy")]
+        [False, True, False]
+    """
+    if not isinstance(rule, str):
+        return False
+    path = rule.removeprefix(COMPLEMENT)
+    return path not in RULES and is_dotted(path) and not path.startswith("tipdistill.")
+
+
 def _imported(path: str) -> Rule:
-    module, _, name = path.replace(":", ".").rpartition(".")
     known = [*RULES, *(COMPLEMENT + name for name, rule in RULES.items() if rule.budget in ("top", "sample"))]
     unknown = (
         f"unknown rule {path!r}; there are {', '.join(RULES)}, '{COMPLEMENT}<rule>', and the dotted path of a function "
         f"of TokenScores.{nearest(path, known)}"
     )
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise ValueError(unknown)
-    try:
-        attribute = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{unknown} As a path: {error}; its folder must be on PYTHONPATH.") from error
+    attribute = load(path, unknown)
     if not callable(attribute) and not isinstance(attribute, Rule):
         raise ValueError(f"the rule {path!r} is a {type(attribute).__name__}, not a function of TokenScores.")
     return resolve_rule(attribute)

@@ -20,14 +20,15 @@ class Board:
     """
 
     def __init__(self, grid: Grid, finished: int, workers: int, threads: int) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        from ..terminal import PlainConsole
 
         self.total, self.ended = grid.number_of_cells(), 0
         self.workers, self.began = workers, time.monotonic()
         self.since: dict[str, float] = {}
         self.seconds: list[float] = []
-        self.console = Console()
+        self.console = PlainConsole()
         self.progress = Progress(
             BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=self.console
         )
@@ -45,7 +46,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+        self.console.print(text, soft_wrap=True, highlight=False)
 
     def started(self, cell: Cell) -> None:
         """A worker has the cell."""

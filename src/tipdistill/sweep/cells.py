@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 import tempfile
 import traceback
 import warnings
@@ -25,11 +26,15 @@ from typing import Any
 
 import yaml
 
+from ..dotted import imports
 from ..files import write_text
-from ..recipes.read import config_path, read_arguments
+from ..recipes.read import config_path, read_arguments, read_recipe
 from ..recipes.run import run_recipe
+from ..recipes.trust import FLAG
+from ..redact import is_secret_variable, secret_names
 from ..signals import Stopped
-from ..tasks import load_task
+from ..tasks import is_code, load_task
+from ..text import printable
 from .grid import Cell, Grid
 
 CELL = "cell.json"
@@ -53,13 +58,9 @@ class Cells:
 
     def __init__(self, grid: Grid, directory: Path) -> None:
         self.grid, self.directory = grid, directory
-        path = config_path(grid.base)
-        try:
-            self.base = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(self.base, dict):
-            raise ValueError(f"{path} must hold a mapping of fields to values.")
+        self.base = read_recipe(config_path(grid.base))
+        for settings in (self.base, grid.overrides, *(row.overrides for row in grid.rows)):
+            _refuse_secrets(settings)
         named = {name for row in grid.rows for name in row.overrides} | set(grid.overrides) | set(self.base)
         self.common = {
             # figures of every step are read, and a bar of each cell would fill the log
@@ -69,6 +70,8 @@ class Cells:
             **({} if "report_to" in named else {"report_to": "none"}),
         }
         self.tasks = {name: load_task(name) for name in {*grid.test, *filter(None, [grid.validation_task])}}
+        self.unread = {name for name in self.tasks if is_code(name) and not imports()}
+        """Tasks that a dry run does not import, and so cannot compare."""
         self._fingerprint = cache(fingerprint)  # of files that stay as they are while the cells run
 
     def every_cell(self) -> list[Cell]:
@@ -108,7 +111,7 @@ class Cells:
         settings = self.settings(cell)
         depends = {
             **{f"settings.{name}": value for name, value in settings.items()},
-            **{f"task.{name}": self.tasks[name].fingerprint() for name in cell.tasks},
+            **{f"task.{name}": self.tasks[name].fingerprint() for name in cell.tasks if name not in self.unread},
             **{
                 f"files.{name}": self._fingerprint(settings[name])
                 for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name")
@@ -130,7 +133,11 @@ class Cells:
     def known(self, cell: Cell) -> dict[str, Any] | None:
         """The figures of a finished cell that was made with what is asked for now."""
         stored = self.finished(cell)
-        return stored["result"] if stored is not None and stored["made_with"] == self.made_with(cell) else None
+        if stored is None:
+            return None
+        unread = {f"task.{name}" for name in self.unread}
+        before = {name: value for name, value in stored["made_with"].items() if name not in unread}
+        return stored["result"] if before == self.made_with(cell) else None
 
     def kept_threads(self) -> int | None:
         """The threads that finished cells ran with: others would round differently."""
@@ -166,8 +173,11 @@ class Cells:
             shutil.rmtree(self.directory / "cells" / key)
         return len(changed)
 
-    def check(self) -> None:
+    def check(self, trusted: bool = True) -> None:
         """Refuse what would not run, before anything does: every row's fields, then models, tokenizers and prompts.
+
+        Args:
+            trusted: whether somebody vouched for the code that the grid names; else a model's own code does not run.
 
         Raises:
             ValueError, FileNotFoundError, ImportError: as `tipdistill train --dry_run`.
@@ -183,7 +193,7 @@ class Cells:
                 seen.add(key)
                 with tempfile.TemporaryDirectory() as folder:
                     path = write_text(Path(folder) / "recipe.yaml", yaml.safe_dump(settings), durable=False)
-                    argv = ["--config", str(path), "--output_dir", folder]
+                    argv = ["--config", str(path), "--output_dir", folder, FLAG if trusted else "--dry_run"]
                     try:
                         read_arguments(argv)
                         with redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
@@ -211,6 +221,17 @@ class Cells:
             self.grid.keep_models,
             threads,
             run,
+        )
+
+
+def _refuse_secrets(settings: Mapping[str, Any]) -> None:
+    """Every cell's settings are written down."""
+    variables = [f"env.{name}" for name in settings.get("env") or {} if is_secret_variable(str(name))]
+    secrets = [*secret_names(settings), *variables]
+    if secrets:
+        raise ValueError(
+            f"{', '.join(secrets)}: a sweep writes the settings of its cells down, so no key may stand in them: export "
+            "it in your shell (HF_TOKEN for the hub)."
         )
 
 
@@ -309,11 +330,12 @@ def run_cell(job: Job) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     reset_peak_memory()
-    argv = ["--config", str(recipe), "--output_dir", str(job.directory)]
+    # whoever started the sweep was asked
+    argv = ["--config", str(recipe), "--output_dir", str(job.directory), FLAG]
     try:
         code = run_recipe(argv + (["--resume_from_checkpoint", checkpoint] if checkpoint else []))
     except Exception:
-        traceback.print_exc()  # the log has it all, the table one line
+        print(printable(traceback.format_exc()), file=sys.stderr)  # the log has it all, the table one line
         raise
     if code > 128:
         raise Stopped(code)  # a process of the run was told to stop

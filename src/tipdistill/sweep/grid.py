@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..documents import read_yaml
+from ..recipes.read import config_path, is_packaged, read_recipe
+from ..recipes.trust import code_named
 from ..select import resolve_rule
 from ..tasks import load_task
 from ..text import nearest
@@ -152,19 +153,49 @@ def read_grid(path: str | Path) -> Grid:
             validation and test.
     """
     path = Path(path)
-    if not path.is_file():
-        siblings = [sibling.name for sibling in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"there is no grid {path}.{nearest(path.name, siblings)}")
-    try:
-        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(asked, dict):
-        raise ValueError(f"{path} must hold a mapping, with {', '.join(_KEYS)}; got {type(asked).__name__}.")
+    asked = _read(path)
     try:
         return _grid(asked, path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def code_in_grid(path: str | Path) -> list[str]:
+    """What a grid and its recipe name of code, as `recipes.trust.code_named` has it; nothing of it is imported.
+
+    Args:
+        path: the grid's file.
+
+    Raises:
+        FileNotFoundError, ValueError: it, or its recipe, cannot be read.
+    """
+    asked = _read(Path(path))
+    named = []
+    if isinstance(asked.get("base"), str) and not is_packaged(base := config_path(asked["base"])):
+        named += code_named(read_recipe(base))
+    cells = asked.get("cells")
+    entries = [asked, *(cells.values() if isinstance(cells, dict) else [])]
+    for place in entries:
+        if isinstance(place, dict) and isinstance(place.get("overrides"), dict):
+            named += code_named(place["overrides"])
+    for name, entry in cells.items() if isinstance(cells, dict) else []:
+        named += code_named({"selection_rule": str(entry.get("rule", name) if isinstance(entry, dict) else name)})
+    validation, tests = asked.get("validation"), asked.get("test")
+    tasks = [*(tests if isinstance(tests, list) else [tests])]
+    tasks += [validation.get("task")] if isinstance(validation, dict) else []
+    for task in tasks:
+        named += code_named({"eval_tasks": task})
+    return list(dict.fromkeys(named))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [sibling.name for sibling in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"there is no grid {path}.{nearest(path.name, siblings)}")
+    asked = read_yaml(path)
+    if not isinstance(asked, dict):
+        raise ValueError(f"{path} must hold a mapping, with {', '.join(_KEYS)}; got {type(asked).__name__}.")
+    return asked
 
 
 def _grid(asked: dict[str, Any], path: Path) -> Grid:

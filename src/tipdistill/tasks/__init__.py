@@ -23,6 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .. import dotted
 from ..data import load_rows
 from ..evaluate.task import Problem, Task
 from ..text import nearest
@@ -82,6 +83,9 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
         >>> task.check("...>12345$", "12345"), len(task.problems)
         (True, 2)
     """
+    if not dotted.imports() and is_code(name):
+        _imported(_path(name))
+        return _changed(Task(name, (Problem(f"{name}, which was not imported", "-"),)), None, changes)
     sliced = _SLICE.fullmatch(name)
     if sliced:
         first, end = (int(number) if number else None for number in sliced.groups()[1:])
@@ -100,6 +104,24 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
     else:
         task = _from_object(key, _imported(key))
     return _changed(task, limit, changes)
+
+
+def is_code(name: str) -> bool:
+    """Whether a task is named by a dotted path outside of tipdistill, whose module runs when it is imported.
+
+    Example:
+        >>> [is_code(name) for name in ("math500[:9]", "mine.jsonl", "math500=mine.jsonl", "mine.TASK[:9]")]
+        [False, False, False, True]
+    """
+    path = _path(name)
+    known = "=" in path or path in TASKS or Path(path).suffix in _SUFFIXES or path.startswith("tipdistill.")
+    return not known and dotted.is_dotted(path)
+
+
+def _path(name: str) -> str:
+    while sliced := _SLICE.fullmatch(name):
+        name = sliced[1]
+    return name
 
 
 def _changed(task: Task, limit: int | None, changes: dict[str, Any]) -> Task:
@@ -182,14 +204,8 @@ def _problem(source: str, index: int, text: Any, answer: Any) -> Problem:
 
 
 def _imported(path: str) -> Any:
-    module, _, name = path.replace(":", ".").rpartition(".")
     unknown = (
         f"there is no task {path!r}; there are {', '.join(TASKS)}, files ({', '.join(_SUFFIXES)}) with problem and "
         f"answer, and the dotted path of a task.{nearest(path, TASKS)}"
     )
-    if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise ValueError(unknown)
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{unknown} As a path: {error}; its folder must be on PYTHONPATH.") from error
+    return dotted.load(path, unknown)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..terminal import say
 from . import WRITTEN_TASKS
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: step {step}, loss {loss:.4f}", flush=True)
 
     task.prepare(root, options.prompts, report)
-    print(f"{root / 'models'} and {root / 'prompts.jsonl'} are ready for `tipdistill train`.")
+    say(f"{root / 'models'} and {root / 'prompts.jsonl'} are ready for `tipdistill train`.")
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
 import re
 import threading
@@ -27,9 +26,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .. import http
+from .. import http, replies
 from ..score.top_k_teacher import DEFAULT_FIELDS, served_divergence_loss, served_scores, unavailable
 from ..select import rule_fields
+from ..text import printable
 from ..types import Head, TeacherLogprobs, TokenScores
 from ..vocabulary import check_served_tokenizer
 from . import TeacherUnavailableError
@@ -43,6 +43,11 @@ LONGEST_PAUSE = 60.0  # seconds
 # P sums to 1; a server that rounds to a few decimals, or runs in half precision, is this far off at most
 SUM_TOLERANCE = 0.02
 _LARGE_ANSWER = 2**20  # bytes for one token
+# what an answer may take: itself, and each log-probability in it (some 60 bytes, more where the token's text is long)
+_ANSWER, _BYTES_OF_ENTRY = 2**20, 512
+# a teacher's lm_head may have more rows than the tokenizer has tokens; no id is beyond twice as many and these
+_PADDING, _MOST_IDS = 4096, 2**31
+_MOST_NAMES = 20
 # what a step logs → where `Traffic` has it
 TRAFFIC = {
     "teacher/bytes_sent": "sent",
@@ -131,11 +136,10 @@ class TeacherServer:
         concurrency: int = 16,
         pause: float = 1.0,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"teacher_url must begin with http:// or https://, got {url!r}.")
-        self.url, self.model, self.top_k = url.rstrip("/"), model, top_k
+        self.url, self.model, self.top_k = http.server_url("teacher_url", url), model, top_k
         self.timeout, self.time_limit, self.concurrency, self.pause = timeout, time_limit, concurrency, pause
         self.vocabulary: int | None = None
+        self.tokens, self.largest_id = 0, _MOST_IDS
         self.traffic = Traffic()
         self._api_key = api_key
         self._jitter = random.Random()  # its own: the run's random numbers stay where they are
@@ -158,12 +162,15 @@ class TeacherServer:
             TeacherUnavailableError: nobody answers within the time limit.
             ValueError: the server does not serve the model, its tokenizer is another, or it gives no log-probabilities.
         """
-        served = [entry["id"] for entry in self._read(f"{self.url}/models", None, lambda reply: list(reply["data"]))]
+        served = self._read(f"{self.url}/models", None, replies.model_names)
+        names = printable(", ".join(served[:_MOST_NAMES]))
         if self.model is None and len(served) != 1:
-            raise ValueError(f"{self.url} serves {', '.join(served)}: say which with teacher_served_name.")
+            raise ValueError(f"{self.url} serves {names}: say which with teacher_served_name.")
         if self.model is not None and self.model not in served:
-            raise ValueError(f"{self.url} does not serve {self.model!r}; it serves {', '.join(served)}.")
+            raise ValueError(f"{self.url} does not serve {self.model!r}; it serves {names}.")
         self.model = self.model or served[0]
+        self.tokens = len(getattr(tokenizer, "tokenizer", tokenizer))
+        self.largest_id = 2 * self.tokens + _PADDING
         self._check_tokenizer(tokenizer)
         self._find_top_k(tokenizer)
 
@@ -171,7 +178,7 @@ class TeacherServer:
         def tokenize(text: str) -> list[int]:
             body = {"model": self.model, "prompt": text, "add_special_tokens": False}
             root = re.sub(r"/v\d+$", "", self.url)
-            return self._read(f"{root}/tokenize", body, lambda reply: [int(token) for token in reply["tokens"]])
+            return self._read(f"{root}/tokenize", body, lambda reply: replies.token_ids(reply, self.largest_id))
 
         try:
             check_served_tokenizer(tokenizer, tokenize)
@@ -259,23 +266,23 @@ class TeacherServer:
             "add_special_tokens": False,
         }
 
-        def rows(reply: Any) -> list[dict[str, Any]]:
-            entries = reply["choices"][0]["prompt_logprobs"]
-            if len(entries) != len(tokens):
-                raise ValueError(f"{len(entries)} entries in prompt_logprobs for {len(tokens)} tokens")
-            picked = [entries[len(question.prompt_ids) + position] for position in question.positions]
-            if not all(isinstance(entry, dict) for entry in picked):
-                raise ValueError("prompt_logprobs without an entry for a token")
-            return picked
-
-        entries = self._read(f"{self.url}/completions", body, rows, gone)
+        wanted = [len(question.prompt_ids) + position for position in question.positions]
+        entries = self._read(
+            f"{self.url}/completions",
+            body,
+            lambda reply: replies.prompt_logprobs(reply, len(tokens), wanted, self.largest_id),
+            gone,
+            largest=_ANSWER + len(tokens) * _BYTES_OF_ENTRY * (self.largest_id if k < 0 else k + 2),
+        )
         with self._lock:
             self.traffic.answered += len(tokens)
             self.traffic.asked += len(question.positions)
             self.traffic.left_out += everything - len(tokens)
         sampled = [question.completion_ids[position] for position in question.positions]
         where = [f"rollout {row}, token {position}" for position in question.positions]
-        return _whole(entries, sampled, where) if k < 0 else _likeliest(entries, sampled, k, where)
+        if k < 0:
+            return _whole(entries, sampled, where, self.vocabulary)
+        return _likeliest(entries, sampled, k, where, min(k, self.tokens))
 
     def _read(
         self,
@@ -283,6 +290,7 @@ class TeacherServer:
         body: dict[str, Any] | None,
         take: Callable[[Any], Any],
         gone: threading.Event | None = None,
+        largest: int = http.LARGEST,
     ) -> Any:
         """What `take` makes of the JSON answer; asks again while there is none, until the time limit is over."""
         gone = gone or threading.Event()
@@ -307,7 +315,9 @@ class TeacherServer:
             return True
 
         try:
-            answer = http.ask(url, body, again=again, read=take, api_key=self._api_key, timeout=self.timeout)
+            answer = http.ask(
+                url, body, again=again, read=take, api_key=self._api_key, timeout=self.timeout, largest=largest
+            )
         except http.RefusedError as error:
             raise TeacherRefusedError(str(error)) from error
         self._note(answer.sent, answer.received)
@@ -446,7 +456,9 @@ def open_teacher(config: Any, tokenizer: Any, time_limit: float | None = None) -
         config.teacher_url,
         config.teacher_served_name,
         config.teacher_top_k,
-        api_key_of(config.teacher_api_key_env),
+        http.key_of(
+            "teacher_api_key_env", config.teacher_api_key_env, http.server_url("teacher_url", config.teacher_url)
+        ),
         config.teacher_timeout,
         config.teacher_time_limit if time_limit is None else time_limit,
         config.teacher_concurrency,
@@ -472,27 +484,16 @@ def open_teacher(config: Any, tokenizer: Any, time_limit: float | None = None) -
     return server
 
 
-def api_key_of(variable: str) -> str | None:
-    """The key in an environment variable, None where it is not set.
-
-    Args:
-        variable: its name.
-
-    Example:
-        >>> api_key_of("NO_SUCH_VARIABLE") is None
-        True
-    """
-    return os.environ.get(variable) or None
-
-
-def _whole(entries: Sequence[dict[str, Any]], sampled: Sequence[int], where: Sequence[str]) -> TeacherLogprobs:
-    size = max(int(token) for token in entries[0]) + 1
+def _whole(
+    entries: Sequence[dict[int, float]], sampled: Sequence[int], where: Sequence[str], vocabulary: int | None
+) -> TeacherLogprobs:
+    size = vocabulary or max(entries[0]) + 1
     table = np.full((len(entries), size), np.nan, dtype=np.float64)
     for row, entry in enumerate(entries):
-        ids = np.fromiter(map(int, entry), np.int64, len(entry))
-        if len(ids) != size or ids.max() >= size:
+        ids = np.fromiter(entry, np.int64, len(entry))
+        if len(ids) != size or ids.max() >= size or sampled[row] >= size:
             raise ValueError(f"{where[row]}: the teacher gave {len(ids)} log-probabilities of {size} tokens.")
-        table[row, ids] = [_value(value) for value in entry.values()]
+        table[row, ids] = list(entry.values())
     totals = np.exp(table).sum(1)
     bad = np.flatnonzero(~(np.abs(totals - 1) <= SUM_TOLERANCE))
     if len(bad):
@@ -502,33 +503,30 @@ def _whole(entries: Sequence[dict[str, Any]], sampled: Sequence[int], where: Seq
 
 
 def _likeliest(
-    entries: Sequence[dict[str, Any]], sampled: Sequence[int], k: int, where: Sequence[str]
+    entries: Sequence[dict[int, float]], sampled: Sequence[int], k: int, where: Sequence[str], least: int
 ) -> TeacherLogprobs:
     """k columns of the likeliest tokens, and one of the sampled token where it is not among them."""
     ids = np.full((len(entries), k + 1), -1, dtype=np.int64)
     logprob = np.full((len(entries), k + 1), -np.inf)
     of_sampled = np.empty(len(entries))
-    for row, entry in enumerate(entries):
-        values = {int(token): _value(value) for token, value in entry.items()}
+    for row, values in enumerate(entries):
         if sampled[row] not in values:
             raise ValueError(f"{where[row]}: the teacher gave no log-probability of the token itself.")
+        if not least <= len(values) <= k + 1:
+            raise ValueError(f"{where[row]}: the teacher gave {len(values)} log-probabilities, and {k} were asked for.")
         of_sampled[row] = values[sampled[row]]
         ranked = sorted(values, key=lambda token: (-values[token], token != sampled[row]))
         top = ranked[:k]
         ids[row, : len(top)], logprob[row, : len(top)] = top, [values[token] for token in top]
         if sampled[row] not in top:
             ids[row, k], logprob[row, k] = sampled[row], values[sampled[row]]
-        total = np.exp(logprob[row]).sum()
+        with np.errstate(over="ignore"):
+            total = np.exp(logprob[row]).sum()
         if not (total <= 1 + SUM_TOLERANCE and logprob[row].max() <= SUM_TOLERANCE):
             raise _no_distribution(where[row], total)
     return TeacherLogprobs(
         torch.from_numpy(logprob).float(), torch.from_numpy(ids), torch.from_numpy(of_sampled).float()
     )
-
-
-def _value(entry: Any) -> float:
-    value = entry["logprob"] if isinstance(entry, dict) else entry
-    return math.nan if value is None else float(value)
 
 
 def _no_distribution(where: str, total: float) -> ValueError:

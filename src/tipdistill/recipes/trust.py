@@ -1,0 +1,139 @@
+"""A recipe is code: what of a recipe runs code or sends keys, and who has to say yes to it.
+
+A recipe may name functions by their dotted paths, set environment variables, and let a model bring code of its own.
+Whoever wrote the recipe decides what runs. So one that does any of this is refused unless it is packaged with
+tipdistill, or the user says that it is trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..select.registry import is_code as is_code_of_rule
+from ..tasks import is_code as is_code_of_task
+from ..text import printable
+
+FLAG = "--trust_recipe"
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+# variables by which programs find code, and load it before anything of ours runs
+_LOADS_CODE = re.compile(
+    r"PYTHON(?!HASHSEED$|UNBUFFERED$|FAULTHANDLER$|UTF8$).*|LD_.*|DYLD_.*|.*PRELOAD.*|.*PATH|(?!HF_).*HOME|USERPROFILE|ENV"
+    r"|BASH.*|SHELL.*|IFS|PROMPT_COMMAND|.*_COMMAND|.*_ASKPASS|EDITOR|VISUAL|PAGER|BROWSER|GIT_.*|SSH_.*|NODE_.*|PERL.*"
+    r"|RUBY.*|_?JAVA_.*|CC|CXX|.*_CC|.*_CXX|NVCC.*|.*PLUGIN.*|.*INJECTION.*|.*EXECUTABLE.*|.*_DIRS?|.*CACHE(?:_.*)?"
+    r"|GLIBC_.*|OPENSSL_.*|MPL.*|COV(?:ERAGE)?_.*|PIP_.*|UV_.*|CONDA.*|VIRTUAL_ENV|TMPDIR|XDG_.*|.*LOGGING_CONFIG.*"
+    r"|.*TRUST.*|.*INSECURE.*|.*WEIGHTS_ONLY.*|.*SERIALIZATION.*|.*AUTOLOAD.*|HF_HUB_ENABLE_.*|KUBE.*|DOCKER_.*",
+    re.IGNORECASE,
+)
+# variables that send what is read, or keys, elsewhere
+_SENDS_ELSEWHERE = re.compile(
+    r".*PROXY|.*ENDPOINT|.*_URL|.*_URI|SSL.*|.*_CA_.*|.*CERT.*|CURL_.*|NETRC|.*KEYLOG.*", re.IGNORECASE
+)
+# variables by which launchers tell processes who they are
+_LAUNCHES = re.compile(
+    r"TIPDISTILL_.*|(?:LOCAL_|GROUP_|NODE_)?RANK|(?:LOCAL_)?WORLD_SIZE|MASTER_.*|TORCHELASTIC.*|ACCELERATE_.*"
+    r"|OMPI_.*|PMI_.*|MV2_.*|SLURM_.*",
+    re.IGNORECASE,
+)
+
+
+def check_environment(where: str, environment: Any) -> dict[str, str]:
+    """The environment variables that a recipe sets, once none of them loads code or sends things elsewhere.
+
+    Args:
+        where: the recipe, as errors call it.
+        environment: `env` of the recipe.
+
+    Raises:
+        ValueError: no mapping of names to texts and numbers, or a variable that no recipe may set.
+
+    Example:
+        >>> check_environment("r.yaml", {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": 4})
+        {'NCCL_DEBUG': 'INFO', 'OMP_NUM_THREADS': '4'}
+        >>> check_environment("r.yaml", {"PYTHONPATH": "/tmp"})
+        Traceback (most recent call last):
+        ValueError: r.yaml: `env` may not set PYTHONPATH, by which programs find and load code: set it in your shell.
+    """
+    if environment is None:
+        return {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"{where}: `env` must map names of environment variables to values, got {environment!r:.80}.")
+    for name, value in environment.items():
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise ValueError(f"{where}: `env`: {name!r:.60} is no name of an environment variable.")
+        if not isinstance(value, str | int | float) or "\0" in str(value):
+            raise ValueError(f"{where}: `env`: {name} must be a text or a number, got {value!r:.60}.")
+        for pattern, why in (
+            (_LAUNCHES, "which launchers set"),
+            (_LOADS_CODE, "by which programs find and load code"),
+            (_SENDS_ELSEWHERE, "by which requests go elsewhere"),
+        ):
+            if pattern.fullmatch(name):
+                raise ValueError(f"{where}: `env` may not set {name}, {why}: set it in your shell.")
+    return {name: str(value) for name, value in environment.items()}
+
+
+def code_named(settings: Mapping[str, Any]) -> list[str]:
+    """What of a recipe runs code that is not tipdistill's own, or sends a key; each as it stands there.
+
+    Args:
+        settings: fields of `tipdistill train`, and `env`.
+
+    Example:
+        >>> code_named({"selection_rule": "mine.rule", "retention": 0.5, "env": {"NCCL_DEBUG": "INFO"}})
+        ['selection_rule: mine.rule', 'env: NCCL_DEBUG']
+        >>> code_named({"selection_rule": "soft_or", "eval_tasks": "math500,mine.jsonl"})
+        []
+    """
+    named: list[str] = []
+    rule, tasks = settings.get("selection_rule"), settings.get("eval_tasks")
+    if is_code_of_rule(rule):
+        named.append(f"selection_rule: {rule}")
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else []
+    named += [f"eval_tasks: {name}" for name in names if is_code_of_task(name)]
+    environment = settings.get("env")
+    if isinstance(environment, dict) and environment:
+        named.append(f"env: {', '.join(map(str, environment))}")
+    for place in ("", "model_init_kwargs", "teacher_model_init_kwargs"):
+        inner = settings if not place else settings.get(place)
+        dotted = f"{place}." if place else ""
+        if isinstance(inner, str):  # JSON, as a flag has it
+            named += [f"{place}: {inner}"] if re.search("trust_remote_code|/", inner) else []
+        if not isinstance(inner, Mapping):
+            continue
+        if str(inner.get("trust_remote_code") or "no").lower() not in ("no", "n", "false", "f", "0"):
+            named.append(f"{dotted}trust_remote_code")
+        attention = inner.get("attn_implementation")
+        if isinstance(attention, str) and "/" in attention:  # a kernel, which is fetched from the hub
+            named.append(f"{dotted}attn_implementation: {attention}")
+    launcher = settings.get("accelerate_config")
+    if isinstance(launcher, str) and ("/" in launcher or launcher.endswith((".yaml", ".yml", ".json"))):
+        named.append(f"accelerate_config: {launcher}")
+    if settings.get("teacher_api_key_env"):
+        named.append(f"teacher_api_key_env: {settings['teacher_api_key_env']}, sent to {settings.get('teacher_url')}")
+    return named
+
+
+def confirm(path: Path, named: Sequence[str]) -> None:
+    """Ask on a terminal whether a recipe may run what it names; refuse it elsewhere, and where the answer is no.
+
+    Args:
+        path: the recipe.
+        named: of `code_named`; nothing is asked where it is empty.
+
+    Raises:
+        ValueError: it is not trusted; with what it names.
+    """
+    if not named:
+        return
+    what = printable(f"{path} names code ({'; '.join(named)})")
+    launched = "LOCAL_RANK" in os.environ or "TIPDISTILL_LAUNCHED" in os.environ
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty() and not launched:
+        print(f"{what}. It runs with your rights. Run it? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    raise ValueError(f"{what}, which would run with your rights: read it, then give {FLAG}.")

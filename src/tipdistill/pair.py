@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoProcessor
 from .data import drop_long_prompts, load_prompts, prompt_lengths
 from .extras import EXTRAS, require
 from .integrations import _trl
+from .policy import different_ends, saved_end_tokens
 from .records import About, RecordsWriter
 from .rollout import generate
 from .types import Rollout
@@ -137,6 +138,15 @@ def check_models(
     size = len(getattr(processors[0], "tokenizer", processors[0]))
     rows, teacher_rows = (model.get_text_config().vocab_size for model in configurations)
     shared = shared_vocabulary(rows, teacher_rows, num_tokens=size)
+    ends = [
+        saved_end_tokens(name, revision, configuration, processor)
+        for (_, name, revision), configuration, processor in zip(
+            (student, teacher), configurations, processors, strict=True
+        )
+    ]
+    difference = different_ends(ends[0], ends[1], getattr(processors[0], "tokenizer", processors[0]))
+    if difference:
+        described["warning"] = difference
     described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
     return configurations, processors, described
 

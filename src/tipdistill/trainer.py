@@ -30,6 +30,7 @@ from .config import TIPConfig
 from .evaluate.task import Task
 from .integrations import _accelerate, _trl
 from .integrations._trl import TOKEN_KEYS
+from .policy import sampled_with
 from .records import Choice
 from .score import token_scores
 from .score.models import head
@@ -51,6 +52,7 @@ from .training.monitor import (
     tally,
 )
 from .training.recording import record_step
+from .training.rollouts import check_lengths, never_sample, state_policy
 from .training.scoring import (
     evaluating,
     for_models,
@@ -156,6 +158,7 @@ class TIPTrainer(DistillationTrainer):
         self.teacher: Teacher = teacher_of(self)
         self.teacher_model = self.teacher.model
         self._share_vocabulary()
+        state_policy(self, teacher_processing_class)
 
         self._rule_fields = rule_fields(args.selection_rule)
         self._reads_teacher = needs_teacher(args.selection_rule)
@@ -186,18 +189,7 @@ class TIPTrainer(DistillationTrainer):
                 f"The lm_heads are padded to different sizes (student {own}, teacher {of_teacher} rows); the "
                 f"divergence runs over the {self.vocabulary} rows they share."
             )
-        self._never_sample(list(range(of_teacher or tokens, own)))
-
-    def _never_sample(self, surplus: list[int]) -> None:
-        if surplus and self.use_vllm:
-            given = self.vllm_generation.generation_kwargs
-            self.vllm_generation.generation_kwargs = {
-                **given,
-                "logit_bias": {**(given.get("logit_bias") or {}), **dict.fromkeys(surplus, -100.0)},
-            }
-        elif surplus:  # the teacher has no embedding for these rows, so the student must not sample them
-            suppressed = sorted({*(self.generation_config.suppress_tokens or []), *surplus})
-            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = suppressed
+        never_sample(self, range(of_teacher or tokens, own))
 
     @property
     def retention(self) -> float:
@@ -241,15 +233,11 @@ class TIPTrainer(DistillationTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         synced = self.use_vllm and self.state.global_step != self._last_loaded_step
-        completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+        with sampled_with(self.plain_student(), self.generation_config):
+            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         if synced and not self._is_vlm:
             self._engine_check(self, prompt_ids[0])
-        for row, ids in enumerate(completion_ids):
-            if len(ids) == 0:
-                raise ValueError(
-                    f"rollout {row} of the batch has a completion of length 0 (its prompt has {len(prompt_ids[row])} "
-                    "tokens): there is no token to distil. Check the engine's length limits and stop tokens."
-                )
+        check_lengths(prompt_ids, completion_ids)
         return completion_ids
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

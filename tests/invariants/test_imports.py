@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "tipdistill"
 # A module may import from its own row and from the rows above it.
 ORDER = [
     {"types", "vocabulary", "data", "files", "text", "provenance", "http", "extras"},
+    {"policy"},
     {"rollout"},
     {"score", "divergence"},
     {"select"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 import threading
@@ -17,8 +18,12 @@ from .. import http
 from ..data import encode_prompts
 from ..rollout import generate
 
+logger = logging.getLogger(__name__)
 ENGINES = ("auto", "transformers", "vllm")
 _VLLM_REQUESTS = 512
+# What a server fills in from the model's generation_config where a request leaves it open, at values that do nothing;
+# beyond OpenAI's interface, and known to vLLM, SGLang and llama.cpp.
+_NOTHING_ELSE = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,7 @@ class Server:
         self.base_url, self.model, self.concurrency = base_url.rstrip("/"), model, concurrency
         self.attempts, self.timeout, self.pause = attempts, timeout, pause
         self.chat_template_kwargs = chat_template_kwargs
+        self._nothing_else = _NOTHING_ELSE
 
     def generate(
         self,
@@ -307,9 +313,11 @@ class Server:
             if self.chat_template_kwargs:
                 body["chat_template_kwargs"] = self.chat_template_kwargs
             messages = prompt if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-            reply = self._post("/chat/completions", {**body, "messages": messages})
+            if messages[-1].get("role") == "assistant":  # vLLM and SGLang: go on with it, as the other engines do
+                body |= {"add_generation_prompt": False, "continue_final_message": True}
+            reply = self._sample("/chat/completions", {**body, "messages": messages})
         else:
-            reply = self._post("/completions", {**body, "prompt": prompt})
+            reply = self._sample("/completions", {**body, "prompt": prompt})
         try:
             choice = reply["choices"][0]
             text = choice["message"].get("content") if as_chat else choice["text"]
@@ -319,6 +327,24 @@ class Server:
             raise ServerError(
                 f"{self.base_url} answered without choices, finish_reason or usage.completion_tokens: {reply!r:.200}"
             ) from error
+
+    def _sample(self, path: str, body: dict[str, Any]) -> Any:
+        """Ask for sampling by temperature and top_p alone; in their own words where a server knows no others."""
+        given = self._nothing_else
+        try:
+            return self._post(path, {**body, **given})
+        except ServerError as error:
+            refused = isinstance(error.__cause__, http.RefusedError)
+            if not refused or not any(name in str(error) for name in given):
+                raise
+        reply = self._post(path, body)
+        if self._nothing_else:
+            self._nothing_else = {}
+            logger.warning(
+                f"The server at {self.base_url} takes no {', '.join(given)}: what it sets of these by itself is part "
+                "of the sampling."
+            )
+        return reply
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         url = self.base_url + path

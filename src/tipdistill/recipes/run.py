@@ -193,6 +193,8 @@ def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
         ("--teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_revision),
         config.trust_remote_code,
     )
+    if not request.script.dry_run:
+        described.pop("warning", None)  # the trainer says it
     return tokenizer, teacher_tokenizer, described
 
 

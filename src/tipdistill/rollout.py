@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from .data import encode_prompts
+from .chat import encode_prompts
 from .policy import end_tokens, sampled_with
 from .types import Rollout
 

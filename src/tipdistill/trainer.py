@@ -26,6 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from trl import DistillationTrainer
 
+from .arrow import as_written
+from .chat import check_chat_template_kwargs, encode_prompts
 from .config import TIPConfig
 from .evaluate.task import Task
 from .integrations import _accelerate, _trl
@@ -52,7 +54,7 @@ from .training.monitor import (
     tally,
 )
 from .training.recording import record_step
-from .training.rollouts import check_lengths, never_sample, state_policy
+from .training.rollouts import check_lengths, for_processor, never_sample, state_policy
 from .training.scoring import (
     evaluating,
     for_models,
@@ -135,7 +137,9 @@ class TIPTrainer(DistillationTrainer):
         check_datasets(train_dataset, eval_dataset)
         check_fills_a_batch(train_dataset, args)
         tasks = [load_task(name) for name in args.task_names()]
+        train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
+        check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
         teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class)
 
         last_whole_step = LastWholeStep()
@@ -230,6 +234,12 @@ class TIPTrainer(DistillationTrainer):
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        if self._is_vlm:
+            return super()._tokenize_prompts(for_processor(prompts))
+        ids = encode_prompts(prompts, self.processing_class, self.chat_template_kwargs, self.tools, self.chat_template)
+        return ids, None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         synced = self.use_vllm and self.state.global_step != self._last_loaded_step

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from .. import http
-from ..data import encode_prompts
+from ..chat import check_chat_template_kwargs, encode_prompts
 from ..rollout import generate
 
 logger = logging.getLogger(__name__)
@@ -124,17 +124,22 @@ def open_engine(
         return Server(base_url, model, concurrency, chat_template_kwargs=chat_template_kwargs)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
         raise ImportError('engine "vllm" needs the package vllm: pip install "tipdistill[vllm]"')
     if engine == "vllm" or (engine == "auto" and installed and torch.cuda.is_available()):
         from vllm import LLM
 
+        if chat_template_kwargs:
+            check_chat_template_kwargs(
+                chat_template_kwargs, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+            )
         llm = LLM(model, dtype=dtype, trust_remote_code=trust_remote_code)
         return Local(llm, llm.get_tokenizer(), max(batch_size, _VLLM_REQUESTS), chat_template_kwargs)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    check_chat_template_kwargs(chat_template_kwargs, tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
     )

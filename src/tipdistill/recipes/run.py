@@ -18,6 +18,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
 
+from ..chat import check_chat_template_kwargs
 from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..pair import check_chat_template, check_models, read_models
 from ..teachers.served import TeacherUnavailableError, open_teacher
@@ -102,6 +103,7 @@ def _train(request: Request, resume: str | None) -> int:
     script, config, model = request.script, request.config, request.model
     main_process = config.process_index == 0
     tokenizer, teacher_tokenizer, described = _check_models(request)
+    check_chat_template_kwargs(_as_dict(config.chat_template_kwargs), tokenizer)
     train_dataset, dropped = _prompts(request, "train", tokenizer)
     eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
     described |= _describe_steps(request, train_dataset, dropped, tokenizer)

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from ..data import encode_prompts
+from ..chat import encode_prompts
 from ..evaluate.engines import Completion, Sampling, as_fed
 from ..evaluate.run import run, write_metrics
 from ..evaluate.task import Task

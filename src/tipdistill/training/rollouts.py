@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
+from ..chat import is_begun
 from ..policy import different_ends, end_tokens, left_out
 
 logger = get_logger(__name__)
@@ -57,6 +58,31 @@ def never_sample(trainer: Any, surplus: Sequence[int]) -> None:
     elif surplus:
         suppressed = sorted({*(trainer.generation_config.suppress_tokens or []), *surplus})
         trainer.generation_kwargs["suppress_tokens"] = trainer.generation_config.suppress_tokens = suppressed
+
+
+def for_processor(prompts: Sequence[Any]) -> list[Any]:
+    """Conversations as TRL reads them for a model that sees images: each message has a content.
+
+    Args:
+        prompts: plain or conversational.
+
+    Raises:
+        ValueError: one ends with a turn of the assistant, after which TRL would begin another.
+
+    Example:
+        >>> for_processor([[{"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "3"}]])
+        [[{'content': None, 'role': 'assistant', 'tool_calls': []}, {'content': '3', 'role': 'tool'}]]
+    """
+    for prompt in prompts:
+        if is_begun(prompt):
+            raise ValueError(
+                f"a prompt ends with a turn of the assistant ({prompt[-1].get('content')!r:.60}), which a model that "
+                "sees images cannot go on with here: end it with the user's turn."
+            )
+    return [
+        prompt if isinstance(prompt, str) else [{"content": None, **message} for message in prompt]
+        for prompt in prompts
+    ]
 
 
 def check_lengths(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:

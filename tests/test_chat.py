@@ -1,5 +1,6 @@
 """Prompts as they are fed: what the file's row renders to, by every way in; nulls, turns, settings of the template."""
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from tipdistill.cli import main
 from tipdistill.data import load_prompts, prepare_prompts
 from tipdistill.evaluate.engines import Local, Sampling
 from tipdistill.pair import PairConfig, read_pair, sampled
+from tipdistill.tasks import load_task
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}{% if 'tool_calls' in m %}"
@@ -50,8 +52,9 @@ ARROW = [asked(arguments) for arguments in ({"a": 1}, {"city": "X"}, {"a": 2, "c
 
 @pytest.fixture
 def tokenizer(tiny_tokenizer):
-    tiny_tokenizer.chat_template = TEMPLATE
-    return tiny_tokenizer
+    own = copy.deepcopy(tiny_tokenizer)
+    own.chat_template = TEMPLATE
+    return own
 
 
 @pytest.fixture
@@ -121,6 +124,13 @@ def test_arrows_nulls_are_left_out(tokenizer, tmp_path, kind):
             dataset = dataset.with_transform(lambda batch: {**batch, "prompt": [*batch["prompt"]]})
         loaded = prepare_prompts(prepare_prompts(dataset))
     assert [row["prompt"] for row in loaded] == ARROW
+
+
+def test_a_tasks_problems_gain_no_nulls(tmp_path):
+    Dataset.from_dict({"problem": ARROW[:3], "answer": ["1"] * 3}).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"problem": row, "answer": 1}) + "\n" for row in ROWS[:7]))
+    assert [problem.text for problem in load_task(str(tmp_path / "d.parquet")).problems] == ARROW[:3]
+    assert [problem.text for problem in load_task(str(tmp_path / "d.jsonl")).problems] == ROWS[:7]
 
 
 def test_a_template_that_asks_for_a_key_sees_no_key_of_another_row(tokenizer):

@@ -37,13 +37,12 @@ from .records import Choice
 from .score import token_scores
 from .score.models import head
 from .select import kept_counts, needs_teacher, quadrants, resolve_rule, rule_fields, select
-from .tasks import load_task
 from .teachers import Comparison, Teacher, TeacherUnavailableError, choose_teacher
 from .teachers.local import load_tokenizer, name_of
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_datasets, check_fills_a_batch, check_one_teacher
 from .training.engine_check import EngineCheck
-from .training.evaluation import TaskEvaluation, evaluate_tasks
+from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
 from .training.monitor import (
     LOGGED_FIELDS,
     TALLIED,
@@ -136,7 +135,7 @@ class TIPTrainer(DistillationTrainer):
         check_one_teacher(teacher_model, args)
         check_datasets(train_dataset, eval_dataset)
         check_fills_a_batch(train_dataset, args)
-        tasks = [load_task(name) for name in args.task_names()]
+        tasks = load_tasks(args.task_names())
         train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)

@@ -189,3 +189,11 @@ def test_ends_that_differ_are_named_once(make, pair, caplog):
         make()
     (said,) = [record.getMessage() for record in caplog.records if "end tokens differ" in record.getMessage()]
     assert "the student ends with <|end|>, the teacher with <|endoftext|>, <|end|>" in said
+
+
+def test_tasks_whose_samples_would_be_kept_in_one_file_are_refused_before_weights(make, tmp_path):
+    for name in ("my sums", "my_sums"):
+        (tmp_path / f"{name}.jsonl").write_text('{"problem": "1 + 1 =", "answer": 2}\n')
+    tasks = f"{tmp_path}/my sums.jsonl,{tmp_path}/my_sums.jsonl"
+    with pytest.raises(ValueError, match="'my sums' and 'my_sums' would be kept in one file"):
+        make(eval_tasks=tasks, eval_steps=1)

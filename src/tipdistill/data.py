@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
+from .arrow import as_written, dataset_of, renamed, streamed
+from .chat import check_columns, encode_prompts, filled_columns, is_begun
 from .text import nearest
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -98,15 +100,22 @@ def prepare_prompts(
     if column != "prompt":
         if columns is not None and "prompt" in columns:
             dataset = dataset.remove_columns("prompt")
-        dataset = dataset.rename_column(column, "prompt")
+        dataset = renamed(dataset, column, "prompt")
+    dataset = as_written(dataset)
     if isinstance(dataset, IterableDataset):
-        return dataset.map(
-            lambda row, index: {"prompt": _dress(_check_prompt(row["prompt"], index, name), template, as_chat, name)},
-            with_indices=True,
-        )
+
+        def read(row: dict[str, Any], index: int) -> dict[str, Any]:
+            prompt = _dress(_check_prompt(row["prompt"], index, name), template, as_chat, name)
+            if _is_chat(prompt):
+                check_columns([column for column, value in row.items() if value], name)
+            return {"prompt": prompt}
+
+        return dataset.map(read, with_indices=True)
     prompts = dataset["prompt"][:]
     for row, prompt in enumerate(prompts):
         _check_prompt(prompt, row, name)
+    if as_chat or _is_chat(prompts[0]):
+        check_columns(filled_columns(dataset), name)
     if template is None and (not as_chat or _is_chat(prompts[0])):
         return dataset
     return dataset.map(
@@ -153,39 +162,11 @@ def prompt_lengths(
     return [len(ids) for ids in encode_prompts(prompts, tokenizer, chat_template_kwargs)]
 
 
-def encode_prompts(
-    prompts: Sequence[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[list[int]]:
-    """Token ids of each prompt as it is fed, chat template and generation prompt included.
-
-    Args:
-        prompts: all plain or all conversational.
-        tokenizer: the student's.
-        chat_template_kwargs: passed to the chat template.
-
-    Example:
-        >>> from tipdistill.tasks.arithmetic import build_tokenizer
-        >>> encode_prompts(["1+2="], build_tokenizer())
-        [[1, 10, 2, 11]]
-    """
-    if _is_chat(prompts[0]):
-        encoded = tokenizer.apply_chat_template(
-            conversation=list(prompts),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **(chat_template_kwargs or {}),
-        )
-    else:
-        encoded = tokenizer(text=list(prompts))
-    return [list(ids) for ids in encoded["input_ids"]]
-
-
 def _load_splits(source: str | Path, config: str | None, streaming: bool) -> dict[str, Any]:
     path = Path(source).expanduser()
     if path.is_file():
         dataset = _read_file(path)
-        return {"train": dataset.to_iterable_dataset() if streaming else dataset}
+        return {"train": streamed(dataset) if streaming else dataset}
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             loaded = load_from_disk(str(path))
@@ -222,7 +203,7 @@ def _read_file(path: Path) -> Dataset:
     for name, values in columns.items():
         _check_one_kind(path, name, values)
     try:
-        return Dataset.from_dict(columns)
+        return dataset_of(columns)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: rows of one column hold values of different types: {_first_line(error)}") from error
 
@@ -279,15 +260,41 @@ def _check_prompt(prompt: Any, row: int, name: str) -> Any:
         if not prompt:
             raise ValueError(f"{where}: the prompt has no messages. Remove the row or fill it in.")
         for message in prompt:
-            if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
-                raise ValueError(f"{where}: a message needs a 'role' and a 'content', got {message!r:.80}.")
-        if all(isinstance(message["content"], str) and not message["content"].strip() for message in prompt):
+            _check_message(message, where)
+        if not any(_says_something(message) for message in prompt):
             raise ValueError(f"{where}: every message of the prompt is empty. Remove the row or fill it in.")
+        if is_begun(prompt) and not _has_text(prompt[-1].get("content")):
+            raise ValueError(
+                f"{where}: the prompt ends with a turn of the assistant, which the student is to go on with, and it "
+                "has no text. Remove the turn or begin it."
+            )
     else:
         raise ValueError(
             f"{where}: a prompt is a string or a list of messages, got {prompt!r:.60}. Remove the row or fill it in."
         )
     return prompt
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
+        raise ValueError(f"{where}: a message needs a 'role' and a 'content', got {message!r:.80}.")
+    content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        raise ValueError(f"{where}: a message needs a 'role' and a 'content' (or 'tool_calls'), got {message!r:.80}.")
+    blocks = isinstance(content, list) and all(isinstance(block, dict) for block in content)
+    if content is not None and not isinstance(content, str) and not blocks:
+        raise ValueError(f"{where}: the content of a message is text or a list of blocks, got {content!r:.60}.")
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(message.get("tool_calls")) or (bool(content.strip()) if isinstance(content, str) else bool(content))
+
+
+def _has_text(content: Any) -> bool:
+    if isinstance(content, list):
+        return any(isinstance(block.get("text"), str) for block in content)
+    return isinstance(content, str)
 
 
 def _is_chat(prompt: Any) -> bool:

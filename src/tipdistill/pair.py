@@ -13,9 +13,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor
 
+from .chat import check_chat_template_kwargs
 from .data import drop_long_prompts, load_prompts, prompt_lengths
 from .extras import EXTRAS, require
 from .integrations import _trl
+from .policy import different_ends, saved_end_tokens
 from .records import About, RecordsWriter
 from .rollout import generate
 from .types import Rollout
@@ -39,6 +41,7 @@ class PairConfig:
         prompt_column: column that holds the prompts.
         prompt_template: text around plain prompts, with {prompt} where the prompt goes.
         apply_chat: turn each plain prompt into a user message for the chat template.
+        chat_template_kwargs: passed to the chat template, as in a run; None: nothing.
         max_prompt_length: drop prompts with more tokens than this.
         max_prompts: take the first so many prompts; 0: all.
         num_generations: rollouts per prompt.
@@ -64,6 +67,7 @@ class PairConfig:
     prompt_column: str = "prompt"
     prompt_template: str | None = None
     apply_chat: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     max_prompt_length: int | None = None
     max_prompts: int = 0
     num_generations: int = 1
@@ -84,6 +88,7 @@ _RECORDED = (
     "prompt_column",
     "prompt_template",
     "apply_chat",
+    "chat_template_kwargs",
     "max_prompt_length",
     "max_prompts",
     "num_generations",
@@ -137,6 +142,15 @@ def check_models(
     size = len(getattr(processors[0], "tokenizer", processors[0]))
     rows, teacher_rows = (model.get_text_config().vocab_size for model in configurations)
     shared = shared_vocabulary(rows, teacher_rows, num_tokens=size)
+    ends = [
+        saved_end_tokens(name, revision, configuration, processor)
+        for (_, name, revision), configuration, processor in zip(
+            (student, teacher), configurations, processors, strict=True
+        )
+    ]
+    difference = different_ends(ends[0], ends[1], getattr(processors[0], "tokenizer", processors[0]))
+    if difference:
+        described["warning"] = difference
     described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
     return configurations, processors, described
 
@@ -202,12 +216,13 @@ def read_pair(config: PairConfig) -> Pair:
     )
     assert isinstance(dataset, Dataset), "nothing is streamed here"
     check_chat_template(dataset[0]["prompt"], tokenizer, config.model, config.apply_chat)
+    check_chat_template_kwargs(config.chat_template_kwargs, tokenizer)
     if config.max_prompt_length is not None:
-        dataset, _ = drop_long_prompts(dataset, tokenizer, config.max_prompt_length)
+        dataset, _ = drop_long_prompts(dataset, tokenizer, config.max_prompt_length, config.chat_template_kwargs)
     if config.max_prompts:
         dataset = dataset.select(range(min(config.max_prompts, len(dataset))))
     prompts = dataset["prompt"][:]
-    longest = max(prompt_lengths(prompts, tokenizer))
+    longest = max(prompt_lengths(prompts, tokenizer, config.chat_template_kwargs))
     for who, configuration in zip(("student", "teacher"), configurations, strict=True):
         room = getattr(configuration.get_text_config(), "max_position_embeddings", None)
         if room is not None and longest + config.max_new_tokens > room:
@@ -332,6 +347,7 @@ def sampled(config: PairConfig, pair: Pair, student: Any, first_batch: int = 0) 
         batch_size=config.batch_size,
         first_batch=first_batch,
         forbidden=pair.forbidden,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from .data import encode_prompts
+from .chat import encode_prompts
+from .policy import end_tokens, sampled_with
 from .types import Rollout
 
 
@@ -122,7 +122,7 @@ def _sample(
     seed: int,
     forbidden: Sequence[int],
 ) -> list[tuple[list[int], bool]]:
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     config = GenerationConfig(
         max_new_tokens=options["max_tokens"],
@@ -140,34 +140,20 @@ def _sample(
     device = model.get_input_embeddings().weight.device
     tokens = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    with _as_it_samples(model, config), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    was_training = model.training
+    model.eval()
+    with sampled_with(model, config), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        rows = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)[:, longest:].tolist()
+        try:
+            rows = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+        finally:
+            model.train(was_training)
     completions = []
-    for row in rows:
+    for row in rows[:, longest:].tolist():
         # cut at the end, not at the padding, which a model may write as well
         end = next((place for place, index in enumerate(row) if index in ends), None)
         completions.append((row if end is None else row[: end + 1], end is not None))
     return completions
-
-
-@contextmanager
-def _as_it_samples(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """In eval mode, and with a generation_config of ours: `generate` fills what is unset from the model's own."""
-    was_training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(was_training)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    own = model.generation_config.eos_token_id
-    ends = [own] if isinstance(own, int) else list(own or [])
-    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
 
 
 def _sample_with_vllm(

@@ -25,21 +25,23 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from .arrow import as_written
+from .chat import check_chat_template_kwargs, encode_prompts
 from .config import TIPConfig
 from .evaluate.task import Task
 from .integrations import _accelerate, _trl
 from .integrations._trl import TOKEN_KEYS
+from .policy import sampled_with
 from .records import Choice
 from .score import token_scores
 from .score.models import head
 from .select import kept_counts, needs_teacher, quadrants, resolve_rule, rule_fields, select
-from .tasks import load_task
 from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_datasets, check_fills_a_batch, check_one_teacher
 from .training.engine_check import EngineCheck
-from .training.evaluation import TaskEvaluation, evaluate_tasks
+from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
 from .training.monitor import (
     LOGGED_FIELDS,
     TALLIED,
@@ -51,6 +53,7 @@ from .training.monitor import (
 )
 from .training.recording import record_step
 from .training.resumable import ResumableTrainer
+from .training.rollouts import check_lengths, for_processor, never_sample, state_policy
 from .training.scoring import (
     evaluating,
     for_models,
@@ -132,8 +135,10 @@ class TIPTrainer(ResumableTrainer):
         check_one_teacher(teacher_model, args)
         check_datasets(train_dataset, eval_dataset)
         check_fills_a_batch(train_dataset, args)
-        tasks = [load_task(name) for name in args.task_names()]
+        tasks = load_tasks(args.task_names())
+        train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
+        check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
         teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class)
 
         last_whole_step = LastWholeStep()
@@ -156,6 +161,7 @@ class TIPTrainer(ResumableTrainer):
         self.teacher: Teacher = teacher_of(self)
         self.teacher_model = self.teacher.model
         self._share_vocabulary()
+        state_policy(self, teacher_processing_class)
 
         self._rule_fields = rule_fields(args.selection_rule)
         self._reads_teacher = needs_teacher(args.selection_rule)
@@ -186,18 +192,7 @@ class TIPTrainer(ResumableTrainer):
                 f"The lm_heads are padded to different sizes (student {own}, teacher {of_teacher} rows); the "
                 f"divergence runs over the {self.vocabulary} rows they share."
             )
-        self._never_sample(list(range(of_teacher or tokens, own)))
-
-    def _never_sample(self, surplus: list[int]) -> None:
-        if surplus and self.use_vllm:
-            given = self.vllm_generation.generation_kwargs
-            self.vllm_generation.generation_kwargs = {
-                **given,
-                "logit_bias": {**(given.get("logit_bias") or {}), **dict.fromkeys(surplus, -100.0)},
-            }
-        elif surplus:  # the teacher has no embedding for these rows, so the student must not sample them
-            suppressed = sorted({*(self.generation_config.suppress_tokens or []), *surplus})
-            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = suppressed
+        never_sample(self, range(of_teacher or tokens, own))
 
     @property
     def retention(self) -> float:
@@ -226,17 +221,19 @@ class TIPTrainer(ResumableTrainer):
             seed=self.args.seed,
         )
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        if self._is_vlm:
+            return super()._tokenize_prompts(for_processor(prompts))
+        ids = encode_prompts(prompts, self.processing_class, self.chat_template_kwargs, self.tools, self.chat_template)
+        return ids, None, {}
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         synced = self.use_vllm and self.state.global_step != self._last_loaded_step
-        completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+        with sampled_with(self.plain_student(), self.generation_config):
+            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         if synced and not self._is_vlm:
             self._engine_check(self, prompt_ids[0])
-        for row, ids in enumerate(completion_ids):
-            if len(ids) == 0:
-                raise ValueError(
-                    f"rollout {row} of the batch has a completion of length 0 (its prompt has {len(prompt_ids[row])} "
-                    "tokens): there is no token to distil. Check the engine's length limits and stop tokens."
-                )
+        check_lengths(prompt_ids, completion_ids)
         return completion_ids
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

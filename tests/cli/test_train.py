@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,17 @@ def test_heads_of_different_sizes_and_dropped_prompts_are_told(tiny_model_dir, w
     assert "416 rows" in shown
     assert "the divergence runs over 400 rows" in shown
     assert f"{kept}, plain, the longest has {limit} tokens ({96 - kept} longer than {limit} dropped)" in shown
+
+
+def test_a_dry_run_names_end_tokens_that_differ(arguments, tmp_path, capsys):
+    assert main(["train", *arguments, "--dry_run"]) == 0
+    assert "end tokens" not in capsys.readouterr().out
+    student = tmp_path / "student"
+    shutil.copytree(arguments[1], student)
+    (student / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    assert main(["train", "--model_name_or_path", str(student), *arguments[2:], "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "# warning   the end tokens differ: the student ends with <|endoftext|>, <|end|>, the teacher" in shown
 
 
 def test_what_cannot_be_read_is_refused_before_weights(arguments, tiny_model_dir, tmp_path, capsys):

@@ -19,6 +19,7 @@ class Stub:
         self.seconds = 0.0
         self.dies_after = None
         self.status = 500
+        self.unknown = None
         self.answer = lambda body: None
 
 
@@ -39,6 +40,9 @@ def stub_server():
                     self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 500\r\n\r\n{")
                     return
                 self.send_error(stub.status)
+                return
+            if stub.unknown in body:
+                self.send_error(400, f"Unrecognized request argument supplied: {stub.unknown}")
                 return
             chat = self.path.endswith("/chat/completions")
             prompt = body["messages"][-1]["content"] if chat else body["prompt"]

@@ -94,6 +94,27 @@ def test_a_server_completes_texts_and_conversations(stub_server):
     assert (body["seed"], body["max_tokens"], body["temperature"], body["model"]) == (3, 6, 1.0, "m")
 
 
+def test_a_server_is_asked_for_nothing_but_temperature_and_top_p(stub_server, caplog):
+    """vLLM fills in top_k, min_p and repetition_penalty from the model's generation_config where they are left open."""
+    nothing_else = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    server = Server(stub_server.url, "m", concurrency=1)
+    assert len(list(server.generate(sums(2), [0, 1], SHORT))) == 2
+    assert [{name: body.get(name) for name in nothing_else} for body in stub_server.bodies] == [nothing_else] * 2
+
+    stub_server.unknown = "top_k"  # as hosted servers are, which know OpenAI's interface alone
+    server = Server(stub_server.url, "m", concurrency=1)
+    assert len(list(server.generate(sums(2), [0, 1], SHORT))) == 2
+    assert ["top_k" in body for body in stub_server.bodies[2:]] == [True, False, False]
+    assert len([record for record in caplog.records if "takes no top_k, min_p" in record.getMessage()]) == 1
+
+
+def test_a_server_goes_on_with_an_assistants_turn(stub_server):
+    begun = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "1 + 1 ="}]
+    next(Server(stub_server.url, "m").generate([begun], [0], SHORT))
+    assert stub_server.bodies[-1]["continue_final_message"] is True
+    assert stub_server.bodies[-1]["add_generation_prompt"] is False
+
+
 def test_a_key_is_sent_where_it_is_named_and_openais_own_to_openai_alone(stub_server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "abc")
     next(Server(stub_server.url, "m").generate(sums(1), [0], SHORT))

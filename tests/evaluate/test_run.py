@@ -198,6 +198,41 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(tmp_path, verif
         evaluate(tmp_path, verifiers, resume=True)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("my sums", "my_sums"), ("a[:50]", "a__50_"), ("Sums", "sums"), ("a/b", "a_b"), ("ﬁt", "fit")],
+    ids=["space", "slice", "case", "slash", "ligature"],
+)
+def test_samples_of_two_tasks_are_never_kept_in_one_file(tmp_path, verifiers, names):
+    engine, tasks = Scripted(by_seed), [Task(name, TASK.problems, prompt="own") for name in names]
+    with pytest.raises(ValueError, match="would be kept in one file"):
+        run(tasks, lambda: engine, tmp_path, 4, verifiers=verifiers)
+    assert engine.asked == []
+    assert not any(tmp_path.iterdir())
+    # nor by a later run in the same directory
+    evaluate(tmp_path, verifiers, task=tasks[0])
+    with pytest.raises(ValueError, match="would be kept in one file"):
+        evaluate(tmp_path, verifiers, engine, tasks[1], resume=True)
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("name", ["", "  "], ids=["empty", "spaces"])
+def test_a_task_without_a_name_is_refused(tmp_path, verifiers, name):
+    with pytest.raises(ValueError, match="a task needs a name"):
+        evaluate(tmp_path, verifiers, task=Task(name, TASK.problems))
+
+
+def test_long_and_odd_names_have_files_of_their_own(tmp_path, verifiers):
+    long = "Aufgaben über Brüche " * 30
+    names = [long + "1", long + "2", "../up", "nul\0", "\ud800", "sums[1:]"]
+    tasks = [Task(name, TASK.problems[index % 4 :], prompt="own") for index, name in enumerate(names)]
+    numbers = run(tasks, lambda: Scripted(by_seed), tmp_path, 2, verifiers=verifiers)["tasks"]
+    assert [numbers[task.name]["problems"] for task in tasks] == [len(task.problems) for task in tasks]
+    files = sorted((tmp_path / "samples").iterdir())
+    assert len(files) == len(names)
+    assert [path.name for path in files if path.name.startswith("sums")] == ["sums_1__.jsonl"]  # as it always was
+
+
 # The command.
 
 

@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="put prompts through the chat template (default: where the tokenizer has one; a server's chat endpoint)",
     )
-    add("--chat_template_kwargs", type=_mapping, help='for the chat template, such as {"enable_thinking": false}')
+    add("--chat_template_kwargs", type=mapping, help='for the chat template, such as {"enable_thinking": false}')
     add("--limit", type=int, help="take the first so many problems of each task")
     add("--pass_k", type=_numbers, help="which pass@k to report, such as 1,4,16 (default: powers of two up to k)")
     add("--verifiers", type=int, help="processes that check answers (default: one per core, at most 4)")
@@ -166,7 +166,8 @@ def _numbers(text: str) -> Sequence[int]:
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,4,16, got {text!r}") from error
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def mapping(text: str) -> dict[str, Any]:
+    """A flag's JSON object."""
     try:
         parsed = json.loads(text)
     except ValueError:

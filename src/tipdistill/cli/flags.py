@@ -9,6 +9,7 @@ from typing import Any
 
 from ..pair import DTYPES, PairConfig
 from ..text import nearest
+from .eval import mapping
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +50,7 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     add("--prompt_column", default="prompt", help="column that holds the prompts")
     add("--prompt_template", help="text around plain prompts, with {prompt} where the prompt goes")
     add("--apply_chat", action="store_true", help="turn each plain prompt into a user message for the chat template")
+    add("--chat_template_kwargs", type=mapping, help='for the chat template, such as {"enable_thinking": false}')
     add("--max_prompt_length", type=_at_least(1), help="drop prompts with more tokens than this")
     add("--max_prompts", type=_at_least(0), default=max_prompts, help="take the first so many prompts; 0: all")
     add("--output_dir", required=True, help="where the files go")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -13,13 +14,17 @@ from typing import Any, Protocol
 import torch
 
 from .. import http, replies
-from ..data import encode_prompts
+from ..chat import check_chat_template_kwargs, encode_prompts
 from ..rollout import generate
 
+logger = logging.getLogger(__name__)
 ENGINES = ("auto", "transformers", "vllm")
 _VLLM_REQUESTS = 512
 # what a server's answer may take: itself, and each token of it
 _ANSWER, _BYTES_OF_TOKEN = 2**20, 1024
+# What a server fills in from the model's generation_config where a request leaves it open, at values that do nothing;
+# beyond OpenAI's interface, and known to vLLM, SGLang and llama.cpp.
+_NOTHING_ELSE = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -127,17 +132,22 @@ def open_engine(
         raise ValueError("api_key_env is the key of a server: name it with base_url.")
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
         raise ImportError('engine "vllm" needs the package vllm: pip install "tipdistill[vllm]"')
     if engine == "vllm" or (engine == "auto" and installed and torch.cuda.is_available()):
         from vllm import LLM
 
+        if chat_template_kwargs:
+            check_chat_template_kwargs(
+                chat_template_kwargs, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+            )
         llm = LLM(model, dtype=dtype, trust_remote_code=trust_remote_code)
         return Local(llm, llm.get_tokenizer(), max(batch_size, _VLLM_REQUESTS), chat_template_kwargs)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    check_chat_template_kwargs(chat_template_kwargs, tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
     )
@@ -252,6 +262,7 @@ class Server:
         self._api_key = http.key_of("api_key_env", api_key_env, self.base_url)
         self.attempts, self.timeout, self.pause = attempts, timeout, pause
         self.chat_template_kwargs = chat_template_kwargs
+        self._nothing_else = _NOTHING_ELSE
 
     def generate(
         self,
@@ -325,25 +336,48 @@ class Server:
             if self.chat_template_kwargs:
                 body["chat_template_kwargs"] = self.chat_template_kwargs
             messages = prompt if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+            if messages[-1].get("role") == "assistant":  # vLLM and SGLang: go on with it, as the other engines do
+                body |= {"add_generation_prompt": False, "continue_final_message": True}
             asked, path = {**body, "messages": messages}, "/chat/completions"
         else:
             asked, path = {**body, "prompt": prompt}, "/completions"
+        largest = _ANSWER + sampling.max_new_tokens * _BYTES_OF_TOKEN
+        return Completion(index, *self._sample(path, asked, as_chat, largest))
+
+    def _sample(self, path: str, body: dict[str, Any], as_chat: bool, largest: int) -> tuple[str, int, bool]:
+        """Ask for sampling by temperature and top_p alone; in their own words where a server knows no others."""
+        given = self._nothing_else
+        try:
+            return self._post(path, {**body, **given}, as_chat, largest)
+        except ServerRefusedError as error:
+            if not any(name in str(error) for name in given):
+                raise
+        reply = self._post(path, body, as_chat, largest)
+        if self._nothing_else:
+            self._nothing_else = {}
+            logger.warning(
+                f"The server at {self.base_url} takes no {', '.join(given)}: what it sets of these by itself is part "
+                "of the sampling."
+            )
+        return reply
+
+    def _post(self, path: str, body: dict[str, Any], as_chat: bool, largest: int) -> tuple[str, int, bool]:
         url = self.base_url + path
         try:
             answer = http.ask(
                 url,
-                asked,
+                body,
                 again=http.doubling(self.attempts, self.pause),
                 read=lambda reply: replies.written(reply, as_chat),
                 api_key=self._api_key,
                 timeout=self.timeout,
-                largest=_ANSWER + sampling.max_new_tokens * _BYTES_OF_TOKEN,
+                largest=largest,
             )
         except http.RefusedError as error:
             raise ServerRefusedError(f"the server at {url} failed: {error}") from error
         except http.NoAnswerError as error:
             raise ServerError(f"the server at {url} failed: {error}") from error
-        return Completion(index, *answer.value)
+        return answer.value
 
 
 def as_fed(tokenizer: Any, prompt: Any, chat: bool | None) -> Any:

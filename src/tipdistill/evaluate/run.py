@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,7 @@ from .metrics import deviation_over_samples, majority, mean_at_k, pass_at_k
 from .task import Task
 
 OnProgress = Callable[[str, int, int], None]
+_LONGEST_NAME = 180  # bytes of a file's name, of the 255 that a disk takes
 PACKAGES = ("tipdistill", "math-verify", "torch", "transformers")
 
 
@@ -68,9 +70,7 @@ def run(
     """
     sampling = sampling or Sampling()
     ks = _ks(num_samples, pass_k)
-    names = [task.name for task in tasks]
-    if not tasks or len(set(names)) < len(names):
-        raise ValueError(f"tasks must be at least one, each of another name; got {', '.join(names) or 'none'}.")
+    check_names([task.name for task in tasks])
     root = Path(output_dir)
     with alone(root, "evaluation"):
         return _run(
@@ -143,7 +143,40 @@ def samples_path(root: Path, task: str) -> Path:
         'runs/eval/samples/math500__50_.jsonl'
     """
     name = "".join(character if character.isalnum() or character in "-_." else "_" for character in task)
+    if len(name.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(task.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        name = f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{digest}"
     return root / "samples" / f"{name}.jsonl"
+
+
+def check_names(names: Sequence[str], kept: Iterable[str] = ()) -> None:
+    """Refuse tasks whose samples would be kept in one file.
+
+    Args:
+        names: of the tasks of an evaluation.
+        kept: of tasks that its directory holds already.
+
+    Raises:
+        ValueError: which names.
+
+    Example:
+        >>> check_names(["my sums", "my_sums"])
+        Traceback (most recent call last):
+        ValueError: the samples of 'my sums' and 'my_sums' would be kept in one file, my_sums.jsonl: rename one of them.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"tasks must be at least one, each of another name; got {', '.join(names) or 'none'}.")
+    files: dict[str, str] = {}
+    for name in (*kept, *names):
+        if not name.strip():
+            raise ValueError(f"a task needs a name, by which its samples are kept; got {name!r}.")
+        file = samples_path(Path(), name).name
+        # a disk may tell neither upper from lower case nor one way to write an accent from another
+        other = files.setdefault(unicodedata.normalize("NFKC", file).casefold(), name)
+        if other != name:
+            raise ValueError(
+                f"the samples of {other!r} and {name!r} would be kept in one file, {file}: rename one of them."
+            )
 
 
 def read_samples(path: Path, problems: int) -> dict[tuple[int, int], dict[str, Any]]:
@@ -256,6 +289,7 @@ def _claim(root: Path, asked: dict[str, Any], go_on: bool) -> None:
                 f"{root} was sampled with {name} = {kept.get(name)!r}, and {asked.get(name)!r} is asked for: the "
                 "samples of both would not compare. Name another directory."
             )
+    check_names(list(asked["tasks"]), kept.get("tasks", {}))
     for name, fingerprint in asked["tasks"].items():
         if kept.get("tasks", {}).get(name, fingerprint) != fingerprint:
             raise ValueError(

@@ -41,6 +41,7 @@ OVERRIDDEN = {
     "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"),
     "_get_train_sampler": ("self", "dataset"),
     "_prepare_inputs": ("self", "generation_batch"),
+    "_tokenize_prompts": ("self", "prompts"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
 }
@@ -56,6 +57,7 @@ ATTRIBUTES = (
     "_step",
     "_tokenizer",
     "beta",
+    "chat_template",
     "chat_template_kwargs",
     "eos_token_ids",
     "generation_config",
@@ -63,6 +65,7 @@ ATTRIBUTES = (
     "shuffle_dataset",
     "teacher_model",
     "temperature",
+    "tools",
     "use_vllm",
     "vllm_generation",
 )

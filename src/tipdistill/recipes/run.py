@@ -18,12 +18,13 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
 
+from ..chat import check_chat_template_kwargs
 from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..dotted import names_only
 from ..pair import check_chat_template, check_models, read_models
 from ..signals import end_with_parent
 from ..teachers.served import TeacherUnavailableError, open_teacher
-from ..text import nearest, printable
+from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from .launch import check_launched, is_launched, launch_arguments, num_processes, supervise
 from .read import Request, as_yaml, build, read_arguments, write_config
@@ -120,6 +121,7 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     script, config, model = request.script, request.config, request.model
     main_process = config.process_index == 0
     tokenizer, teacher_tokenizer, described = _check_models(request)
+    check_chat_template_kwargs(_as_dict(config.chat_template_kwargs), tokenizer)
     train_dataset, dropped = _prompts(request, "train", tokenizer)
     eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
     described |= _describe_steps(request, train_dataset, dropped, tokenizer)
@@ -227,6 +229,8 @@ def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
         ("--teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_revision),
         config.trust_remote_code,
     )
+    if not request.script.dry_run:
+        described.pop("warning", None)  # the trainer says it
     return tokenizer, teacher_tokenizer, described
 
 

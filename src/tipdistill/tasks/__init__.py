@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import dotted
+from ..arrow import as_written
 from ..data import load_rows
 from ..evaluate.task import Problem, Task
 from ..text import nearest
@@ -166,6 +167,7 @@ def _of_rows(source: str, rows: Any, mapping: Mapping[str, Any]) -> tuple[Proble
     problem = _column(source, columns, (mapping.get("problem"), *PROBLEM_COLUMNS))
     answer = _column(source, columns, (mapping.get("answer"), "answer"))
     reference = mapping.get("reference")
+    rows = as_written(rows, problem)
     problems = []
     for index, row in enumerate(rows):
         value = row[answer]

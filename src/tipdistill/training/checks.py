@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from ..chat import check_columns, filled_columns
 from ..config import TIPConfig
 from ..text import near_names
 
@@ -31,6 +32,10 @@ def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
             near = near_names("prompt", columns, cutoff=0.4)
             hint = f" Rename '{near[0]}': dataset.rename_column('{near[0]}', 'prompt')." if near else ""
             raise ValueError(f"{name} has no 'prompt' column, its columns are {', '.join(columns)}.{hint}")
+        if isinstance(dataset, IterableDataset) or (
+            isinstance(dataset, Dataset) and not isinstance(dataset[0]["prompt"], str)
+        ):
+            check_columns(filled_columns(dataset), name)
 
 
 def _by_name(eval_dataset: Any) -> Iterator[tuple[str, Any]]:

@@ -11,10 +11,11 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from ..data import encode_prompts
+from ..chat import encode_prompts
 from ..evaluate.engines import Completion, Sampling, as_fed
-from ..evaluate.run import run, write_metrics
+from ..evaluate.run import check_names, run, write_metrics
 from ..evaluate.task import Task
+from ..tasks import load_task
 from .scoring import evaluating
 
 _LOGGED = ("standard_error", "maj_at_k", "mean_tokens", "truncated")
@@ -53,6 +54,14 @@ class TaskEvaluation(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._at(state.global_step, control)
+
+
+def load_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks by their names, whose samples go into files of their own."""
+    tasks = [load_task(name) for name in names]
+    if tasks:
+        check_names([task.name for task in tasks])
+    return tasks
 
 
 def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def choice_of_rows(choice: Choice, mask: Tensor, rows: Tensor) -> Choice:
     return Choice(*(value[: len(inside)][inside] for value in (choice.quadrant, choice.kept, choice.score)))
 
 
-def rollout_of_row(batch: dict[str, Any], mask: Tensor, row: int, tokenizer: Any, num_generations: int) -> Rollout:
+def rollout_of_row(
+    batch: dict[str, Any], mask: Tensor, row: int, tokenizer: Any, num_generations: int, ends: Sequence[int]
+) -> Rollout:
     """A rollout of the batch, as tokens and text.
 
     Args:
@@ -54,6 +57,7 @@ def rollout_of_row(batch: dict[str, Any], mask: Tensor, row: int, tokenizer: Any
         row: which.
         tokenizer: decodes the prompt.
         num_generations: rollouts per prompt.
+        ends: token ids that end a completion.
     """
     prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
     completion_ids = batch["completion_ids"][row][mask[row]].tolist()
@@ -62,7 +66,7 @@ def rollout_of_row(batch: dict[str, Any], mask: Tensor, row: int, tokenizer: Any
         prompt=tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
         prompt_ids=tuple(prompt_ids),
         completion_ids=tuple(completion_ids),
-        finished=completion_ids[-1:] == [tokenizer.eos_token_id],
+        finished=bool(completion_ids) and completion_ids[-1] in ends,
     )
 
 
@@ -115,7 +119,10 @@ def record_step(trainer: Any, batch: dict[str, Any], choice: Choice | None) -> N
         shutil.rmtree(directory, ignore_errors=True)  # of a run that was resumed from before this step
         with RecordsWriter(directory, tokenizer, about) as writer:
             writer.write(
-                [rollout_of_row(batch, mask, row, tokenizer, args.num_generations) for row in sample.tolist()],
+                [
+                    rollout_of_row(batch, mask, row, tokenizer, args.num_generations, trainer.eos_token_ids)
+                    for row in sample.tolist()
+                ],
                 joined(scored),
                 choice and choice_of_rows(choice, mask, sample),
             )

@@ -1,0 +1,102 @@
+"""The rollouts of a training run are the student's own: what TRL's `generate` must not take, write or return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from ..chat import is_begun
+from ..policy import different_ends, end_tokens, left_out
+
+logger = get_logger(__name__)
+
+
+def state_policy(trainer: Any, teacher_tokenizer: Any | None) -> None:
+    """Every end token of the generation ends a completion; what rollouts leave out, and ends that differ, are said.
+
+    Args:
+        trainer: a `TIPTrainer` with both its models.
+        teacher_tokenizer: the teacher's, where it is at hand.
+    """
+    asked = trainer.args.generation_kwargs or {}
+    stops = list(asked.get("stop_token_ids") or [])  # vLLM's name for them
+    trainer.eos_token_ids = list(
+        dict.fromkeys([*trainer.eos_token_ids, *end_tokens(trainer.generation_config), *stops])
+    )
+    if trainer.use_vllm:  # which reads the ends from the directory that it loaded
+        given = trainer.vllm_generation.generation_kwargs
+        trainer.vllm_generation.generation_kwargs = {**given, "stop_token_ids": list(trainer.eos_token_ids)}
+    dropped = left_out(trainer.plain_student().generation_config, trainer.generation_config)
+    if dropped:
+        settings = ", ".join(f"{name}={value!r:.60}" for name, value in dropped.items())
+        logger.warning(
+            f"Rollouts leave out what the student's generation_config says of sampling: {settings}. They are drawn "
+            f"from the student's own distribution (temperature {trainer.temperature:g}, top_p {trainer.args.top_p:g}); "
+            "what you do want is set in generation_kwargs. The saved model keeps its generation_config."
+        )
+    of_teacher = end_tokens(getattr(trainer.teacher_model, "generation_config", None), teacher_tokenizer)
+    difference = different_ends(trainer.eos_token_ids, of_teacher, trainer._tokenizer)
+    if difference:
+        logger.warning(difference[0].upper() + difference[1:])
+
+
+def never_sample(trainer: Any, surplus: Sequence[int]) -> None:
+    """Keep ids out of all rollouts, for which the teacher has no embedding.
+
+    Args:
+        trainer: a `TIPTrainer`.
+        surplus: token ids.
+    """
+    if surplus and trainer.use_vllm:
+        given = trainer.vllm_generation.generation_kwargs
+        trainer.vllm_generation.generation_kwargs = {
+            **given,
+            "logit_bias": {**(given.get("logit_bias") or {}), **dict.fromkeys(surplus, -100.0)},
+        }
+    elif surplus:
+        suppressed = sorted({*(trainer.generation_config.suppress_tokens or []), *surplus})
+        trainer.generation_kwargs["suppress_tokens"] = trainer.generation_config.suppress_tokens = suppressed
+
+
+def for_processor(prompts: Sequence[Any]) -> list[Any]:
+    """Conversations as TRL reads them for a model that sees images: each message has a content.
+
+    Args:
+        prompts: plain or conversational.
+
+    Raises:
+        ValueError: one ends with a turn of the assistant, after which TRL would begin another.
+
+    Example:
+        >>> for_processor([[{"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "3"}]])
+        [[{'content': None, 'role': 'assistant', 'tool_calls': []}, {'content': '3', 'role': 'tool'}]]
+    """
+    for prompt in prompts:
+        if is_begun(prompt):
+            raise ValueError(
+                f"a prompt ends with a turn of the assistant ({prompt[-1].get('content')!r:.60}), which a model that "
+                "sees images cannot go on with here: end it with the user's turn."
+            )
+    return [
+        prompt if isinstance(prompt, str) else [{"content": None, **message} for message in prompt]
+        for prompt in prompts
+    ]
+
+
+def check_lengths(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
+    """Refuse completions of length 0.
+
+    Args:
+        prompt_ids, completion_ids: of each rollout.
+
+    Raises:
+        ValueError: which rollout.
+    """
+    for row, ids in enumerate(completion_ids):
+        if len(ids) == 0:
+            raise ValueError(
+                f"rollout {row} of the batch has a completion of length 0 (its prompt has {len(prompt_ids[row])} "
+                "tokens): there is no token to distil. Check the engine's length limits and stop tokens."
+            )

@@ -18,6 +18,7 @@ from .data import drop_long_prompts, load_prompts, prompt_lengths
 from .extras import EXTRAS, require
 from .integrations import _trl
 from .policy import different_ends, saved_end_tokens
+from .positions import check_positions, position_limit
 from .records import About, RecordsWriter
 from .rollout import generate
 from .types import Rollout
@@ -223,13 +224,8 @@ def read_pair(config: PairConfig) -> Pair:
         dataset = dataset.select(range(min(config.max_prompts, len(dataset))))
     prompts = dataset["prompt"][:]
     longest = max(prompt_lengths(prompts, tokenizer, config.chat_template_kwargs))
-    for who, configuration in zip(("student", "teacher"), configurations, strict=True):
-        room = getattr(configuration.get_text_config(), "max_position_embeddings", None)
-        if room is not None and longest + config.max_new_tokens > room:
-            raise ValueError(
-                f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} that is "
-                f"more than the {room} positions of the {who}: lower --max_new_tokens or set --max_prompt_length."
-            )
+    limits = dict(zip(("student", "teacher"), map(position_limit, configurations), strict=True))
+    check_positions(limits, longest, config.max_new_tokens, "--max_new_tokens", " or set --max_prompt_length")
     described["prompts"] = (
         f"{len(prompts):,} × {config.num_generations} rollouts of up to {config.max_new_tokens:,} tokens"
     )
@@ -259,7 +255,13 @@ def device_of(name: str) -> torch.device:
 
 
 def load_models(config: PairConfig) -> tuple[Any, Any]:
-    """Student and teacher on the device, in eval mode, without gradients."""
+    """Student and teacher on the device, in eval mode, without gradients; refused where their logits are not as read.
+
+    Raises:
+        ValueError: a model whose logits are not those of its hidden states and lm_head, see `check_model`.
+    """
+    from .score.agreement import check_model
+
     device = device_of(config.device)
     models = []
     for name, revision in ((config.model, config.model_revision), (config.teacher, config.teacher_revision)):
@@ -271,6 +273,9 @@ def load_models(config: PairConfig) -> tuple[Any, Any]:
             device_map=None,
         )
         models.append(model.to(device).eval().requires_grad_(False))
+        # vLLM does not pad, nor is a rollout on its own padded
+        padded = config.batch_size > 1 and not config.use_vllm
+        check_model(models[-1], "student" if len(models) == 1 else "teacher", padded=padded)
     return models[0], models[1]
 
 

@@ -34,14 +34,16 @@ from .integrations._trl import TOKEN_KEYS
 from .policy import sampled_with
 from .records import Choice
 from .score import token_scores
+from .score.forward import last_hidden_states
 from .score.models import head
 from .select import kept_counts, needs_teacher, quadrants, resolve_rule, rule_fields, select
 from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
-from .training.checks import check_datasets, check_fills_a_batch, check_one_teacher
+from .training.checks import check_arguments
 from .training.engine_check import EngineCheck
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
+from .training.lengths import check_batch, check_completions, check_prompts_fit, position_limits
 from .training.monitor import (
     LOGGED_FIELDS,
     TALLIED,
@@ -53,7 +55,7 @@ from .training.monitor import (
 )
 from .training.recording import record_step
 from .training.resumable import ResumableTrainer
-from .training.rollouts import check_lengths, for_processor, never_sample, state_policy
+from .training.rollouts import for_processor, never_sample, state_policy
 from .training.scoring import (
     evaluating,
     for_models,
@@ -61,8 +63,10 @@ from .training.scoring import (
     naming_rollouts,
     scores_by_position,
     scoring_pieces,
+    take_tokens,
     trimmed,
 )
+from .training.student_check import StudentCheck
 from .types import Head, Selection, TokenScores
 from .vocabulary import shared_vocabulary
 
@@ -132,13 +136,13 @@ class TIPTrainer(ResumableTrainer):
             args = TIPConfig(f"{name_of(model).split('/')[-1]}-TIP")
         if not isinstance(args, TIPConfig):
             raise TypeError(f"args must be a TIPConfig, got {type(args).__name__}.")
-        check_one_teacher(teacher_model, args)
-        check_datasets(train_dataset, eval_dataset)
-        check_fills_a_batch(train_dataset, args)
+        check_arguments(model, teacher_model, args, train_dataset, eval_dataset)
         tasks = load_tasks(args.task_names())
         train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
+        limits = position_limits(model, teacher_model, args)
+        check_prompts_fit(limits, train_dataset, processing_class, args)
         teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class)
 
         last_whole_step = LastWholeStep()
@@ -173,6 +177,7 @@ class TIPTrainer(ResumableTrainer):
         self._sums_are_global = False
         self._choice: Choice | None = None
         self._engine_check = EngineCheck(args.vllm_sync_tolerance)
+        self._limits, self._student_check = limits, StudentCheck()
         self._last_whole_step = last_whole_step
         self.add_callback(StepEnd(self._clock, self._log_step))
         for callback in (last_whole_step, *self.teacher.callbacks):
@@ -228,15 +233,17 @@ class TIPTrainer(ResumableTrainer):
         return ids, None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        check_batch(self._limits, prompt_ids, self.args.max_completion_length, bool(self.tools))
         synced = self.use_vllm and self.state.global_step != self._last_loaded_step
         with sampled_with(self.plain_student(), self.generation_config):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         if synced and not self._is_vlm:
             self._engine_check(self, prompt_ids[0])
-        check_lengths(prompt_ids, completion_ids)
+        check_completions(prompt_ids, completion_ids)
         return completion_ids
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._student_check(self)
         if not self.model.training:  # an evaluation is no part of a step's time
             batch = super()._generate_and_score_completions(inputs)
             batch["examples"] = inputs
@@ -289,7 +296,7 @@ class TIPTrainer(ResumableTrainer):
         kept = weight > 0
         if answers is not None:
             inside = [row_kept[row_mask] for row_kept, row_mask in zip(kept, mask, strict=True)]
-            answers = [_take_tokens(answer, picked) for answer, picked in zip(answers, inside, strict=True)]
+            answers = [take_tokens(answer, picked) for answer, picked in zip(answers, inside, strict=True)]
         elif not self.teacher.answers_in_loss:
             with self._clock.part("teacher"):
                 answers = self.teacher.answer(seen, kept, pieces)
@@ -524,6 +531,10 @@ class TIPTrainer(ResumableTrainer):
             )
         return hidden[mask]
 
+    def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal):
+        states = last_hidden_states(unwrapped_model, input_ids, attention_mask, **multimodal)
+        return states[:, :-1][:, -logits_to_keep:]
+
     def redirected(self, wrapped: Any, model: Any, method: Callable[..., Any], *arguments: Any) -> Any:
         """`method(*arguments)` run as the forward of `wrapped`, which makes the sharded weights of `model` whole."""
         return self._forward_redirection(wrapped, model, method, *arguments)
@@ -536,7 +547,7 @@ class TIPTrainer(ResumableTrainer):
     def student_head(self, student: Any, hidden: Tensor) -> Iterator[Head]:
         """The student's lm_head with the rows that it projects, sharded weights gathered once."""
         layer = student.get_output_embeddings()
-        with _trl.maybe_gather_lm_head_ctx(layer.weight, layer.bias):
+        with _trl.maybe_gather_lm_head_ctx(*layer.parameters()):
             yield head(student, layer, hidden)
 
     @contextmanager
@@ -575,8 +586,3 @@ class TIPTrainer(ResumableTrainer):
         figures = evaluate_tasks(self, tasks, self.args.eval_num_samples)
         with evaluating(self.model):  # in training mode TRL would add the figures of the step, and forget them
             self.log(figures)
-
-
-def _take_tokens(answer: Any, kept: Tensor) -> Any:
-    """An Answer of the kept tokens alone."""
-    return None if answer is None else answer.map(lambda value: value[kept.to(value.device)])

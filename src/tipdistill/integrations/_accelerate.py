@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from ._trl import prepare_deepspeed
+from ._trl import maybe_gather_lm_head_ctx, prepare_deepspeed
 
-__all__ = ["check_sharding", "keep_output_dtype", "prepare_teacher"]
+__all__ = ["calling_lm_head", "check_sharding", "keep_output_dtype", "prepare_teacher"]
 
 
 def prepare_teacher(teacher: Any, accelerator: Accelerator) -> Any:
@@ -70,3 +73,39 @@ def check_sharding(accelerator: Accelerator) -> None:
             "FSDP version 1 flattens the lm_heads that the loss reads, so it is not supported: set fsdp_version: 2 "
             "(`accelerate to-fsdp2` converts a configuration)."
         )
+
+
+@contextmanager
+def calling_lm_head(layer: Any) -> Iterator[None]:
+    """Let a whole model be called once, although its lm_head is read and not called afterwards.
+
+    ZeRO-3 remembers which modules were called and fetches their weights ahead the next time; those of an lm_head would
+    be on their way when they are gathered to be read. So the call passes by its hooks.
+
+    Args:
+        layer: the lm_head.
+    """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    forward: Callable[..., Any] = layer.forward
+    own = layer.__dict__.get("forward")
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in layer.modules()]
+
+    def gathered(*arguments: Any, **options: Any) -> Any:
+        with maybe_gather_lm_head_ctx(*layer.parameters()):
+            return forward(*arguments, **options)
+
+    for module, _, _ in hooks:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    layer.forward = gathered
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before, after

@@ -22,10 +22,12 @@ from ..chat import check_chat_template_kwargs
 from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..dotted import names_only
 from ..pair import check_chat_template, check_models, read_models
+from ..positions import check_positions
 from ..signals import end_with_parent
 from ..teachers.served import TeacherUnavailableError, open_teacher
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
+from ..training.lengths import REMEDY, position_limits
 from .launch import check_launched, is_launched, launch_arguments, num_processes, supervise
 from .read import Request, as_yaml, build, read_arguments, write_config
 from .trust import FLAG
@@ -279,6 +281,8 @@ def _describe_steps(request: Request, dataset: Any, dropped: int, tokenizer: Any
         if request.script.dry_run:  # takes a while on a large set
             longest = max(prompt_lengths(dataset["prompt"][:], tokenizer, _as_dict(config.chat_template_kwargs)))
             described["prompts"] += f", the longest has {longest:,} tokens"
+            limits = position_limits(request.model.model_name_or_path, config.teacher_model_name_or_path, config)
+            check_positions(limits, longest, config.max_completion_length, "--max_completion_length", REMEDY)
         if request.script.max_prompt_length is not None:
             described["prompts"] += f" ({dropped:,} longer than {request.script.max_prompt_length:,} dropped)"
         if len(dataset) < per_step:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..types import Head, Rollout, Scored, TokenScores, TopTokens
+from .forward import called, last_hidden_states
 from .tokens import NonFiniteLogitsError, token_scores
 from .top import top_tokens
 
@@ -38,14 +39,12 @@ def hidden_states(model: Any, rollouts: Sequence[Rollout]) -> Tensor:
     sequences = [(*rollout.prompt_ids, *rollout.completion_ids) for rollout in rollouts]
     longest = max(map(len, sequences))
     device = model.get_input_embeddings().weight.device
-    # padded on the right, where causal attention and position ids need no correction
+    # padded on the right, where causal attention needs no correction
     tokens = torch.tensor([(*sequence, *(0,) * (longest - len(sequence))) for sequence in sequences], device=device)
     mask = torch.tensor(
         [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences], device=device
     )
-    # a PEFT model's base_model is its adapters' wrapper
-    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
-    hidden = backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = last_hidden_states(model, tokens, mask)
     return torch.cat(
         [hidden[row, len(rollout.prompt_ids) - 1 : len(sequences[row]) - 1] for row, rollout in enumerate(rollouts)]
     )
@@ -64,31 +63,67 @@ def head_of(model: Any, hidden: Tensor) -> Head:
 def head(model: Any, layer: Any, hidden: Tensor) -> Head:
     """Hidden states with an lm_head, and what the model's own forward does to the logits.
 
+    An adapter on the lm_head is part of its weight, W + Σ scaling · B A, and has its gradient where it is trained.
+
     Args:
         model: a transformers model, whose configuration says what.
         layer: its lm_head; weight and bias may be sharded (FSDP2).
         hidden: [N, H].
     """
     logit_scale, softcap = logit_transform(model.config)
-    weight = whole(layer.weight, hidden.dtype)
-    assert weight is not None
-    return Head(hidden.to(weight.device), weight, whole(layer.bias, hidden.dtype), logit_scale, softcap)
+    rows = getattr(model.config.get_text_config(), "unpadded_vocab_size", None)  # Inkling cuts its logits
+    weight, bias = (whole(parameter, hidden.dtype) for parameter in lm_head_parameters(layer))
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"the lm_head of {called(model)} is a {type(layer).__name__} without a weight [V, H] that can be read: "
+            "load the model with an lm_head that is not quantized."
+        )
+    bias = None if bias is None else bias[:rows]
+    return Head(hidden.to(weight.device), weight[:rows], bias, logit_scale, softcap)
+
+
+def lm_head_parameters(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """(weight, bias) that an lm_head multiplies with, PEFT's active adapters included.
+
+    Adapters that are no sum with the weight (DoRA, IA³ and so on) are left out; `agreement.check_model` refuses those.
+
+    Args:
+        layer: a linear layer, as it is or wrapped by PEFT.
+    """
+    if hasattr(layer, "token_adapter"):  # trainable_token_indices: some rows of the weight are the adapter's
+        adapter = layer.token_adapter
+        active = [] if adapter.disable_adapters or adapter.merged else adapter.active_adapters
+        return adapter.get_merged_weights(active), getattr(adapter.base_layer, "bias", None)
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if weight is None or not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
+        return weight, bias
+    for name in layer.active_adapters:
+        if name in getattr(layer, "lora_A", {}) and name not in getattr(layer, "lora_variant", {}):
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight, bias
+
+
+# Of a configuration: what the model's class does to the logits of its lm_head.
+_MULTIPLIED_BY = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
+_DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+_UNSCALED = ("aya_vision", "cohere2_vision")  # their text model's scale is not applied by the class around it
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap) that a model's own forward applies after its lm_head, read as TRL reads it."""
-    config = config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
-        if scaling is None:
-            scale = 1.0
-        else:
-            scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    """(logit_scale, softcap) that a model's own forward applies after its lm_head.
+
+    `agreement.check_model` compares them with that forward.
+    """
+    text = config.get_text_config()
+    scale = 1.0
+    for name in (*_MULTIPLIED_BY, *_DIVIDED_BY) if config.model_type not in _UNSCALED else ():
+        value = getattr(text, name, None)
+        if value is not None:
+            divides = name in _DIVIDED_BY and text.model_type != "hyperclovax"
+            scale *= 1.0 / float(value) if divides else float(value)
+    caps = [getattr(text, name, None) for name in _SOFTCAPS]
+    return scale, next((float(cap) for cap in caps if cap), None)
 
 
 def whole(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
 from ..integrations import _accelerate, _trl
 from ..loss import fused_divergence_loss
 from ..score import token_scores
+from ..score.agreement import check_model
 from ..score.models import head
 from ..types import Head, TokenScores
 from ..vocabulary import check_same_tokenizer
@@ -92,6 +94,14 @@ class LocalTeacher:
         self.model = _accelerate.prepare_teacher(model, trainer.accelerator)
         self.offload, self.answers_in_loss = offload, not offload
         self._trainer = trainer
+        check = partial(
+            check_model,
+            project=self._head,
+            autocast=trainer.accelerator.autocast,
+            calling=_accelerate.calling_lm_head,
+        )
+        with torch.no_grad():
+            trainer.redirected(self.model, self._plain, check, self._plain, "teacher")
         if offload:
             self._leave()
 
@@ -124,12 +134,16 @@ class LocalTeacher:
         self._plain.get_output_embeddings().to(self._trainer.accelerator.device)
 
     @contextmanager
-    def compare(self, answers: Sequence[HiddenStates]) -> Iterator[HeadComparison]:
+    def _head(self, hidden: Tensor) -> Iterator[Head]:
         plain = self._plain
         layer = plain.get_output_embeddings()
-        hidden = torch.cat([answer.hidden for answer in answers])
-        with _trl.maybe_gather_lm_head_ctx(layer.weight, layer.bias):
-            yield HeadComparison(head(plain, layer, hidden))
+        with _trl.maybe_gather_lm_head_ctx(*layer.parameters()):
+            yield head(plain, layer, hidden)
+
+    @contextmanager
+    def compare(self, answers: Sequence[HiddenStates]) -> Iterator[HeadComparison]:
+        with self._head(torch.cat([answer.hidden for answer in answers])) as projected:
+            yield HeadComparison(projected)
 
     def metrics(self) -> dict[str, float]:
         return {}

@@ -12,6 +12,18 @@ from ..config import TIPConfig
 from ..text import near_names
 
 
+def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse arguments of a trainer that contradict each other; see the functions below.
+
+    Raises:
+        ValueError: which, and what to give instead.
+    """
+    check_one_teacher(teacher_model, args)
+    check_distinct(model, teacher_model)
+    check_datasets(train_dataset, eval_dataset)
+    check_fills_a_batch(train_dataset, args)
+
+
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse datasets without a row or without a `prompt` column.
 
@@ -60,6 +72,31 @@ def check_one_teacher(teacher_model: Any, args: TIPConfig) -> None:
     if teacher_model is None and args.teacher_url is None:
         raise ValueError(
             "a teacher is needed: pass teacher_model, a model, a directory or a hub id, or set teacher_url."
+        )
+
+
+def check_distinct(model: Any, teacher_model: Any) -> None:
+    """Refuse a student and a teacher that share weights: freezing the one would freeze the other.
+
+    Args:
+        model, teacher_model: a model, a directory or a hub id each, or None.
+
+    Raises:
+        ValueError: what to pass instead.
+    """
+    if not (hasattr(model, "named_parameters") and hasattr(teacher_model, "named_parameters")):
+        return
+    student = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} - {0}
+    shared = [
+        name
+        for name, parameter in teacher_model.named_parameters()
+        if parameter.untyped_storage().data_ptr() in student
+    ]
+    if shared:
+        what = "are one object" if model is teacher_model else f"share weights ({shared[0]})"
+        raise ValueError(
+            f"student and teacher {what}, and the teacher has to stay as it is: pass copy.deepcopy of the model, or "
+            "its path, as teacher_model."
         )
 
 

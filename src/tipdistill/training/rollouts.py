@@ -83,20 +83,3 @@ def for_processor(prompts: Sequence[Any]) -> list[Any]:
         prompt if isinstance(prompt, str) else [{"content": None, **message} for message in prompt]
         for prompt in prompts
     ]
-
-
-def check_lengths(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
-    """Refuse completions of length 0.
-
-    Args:
-        prompt_ids, completion_ids: of each rollout.
-
-    Raises:
-        ValueError: which rollout.
-    """
-    for row, ids in enumerate(completion_ids):
-        if len(ids) == 0:
-            raise ValueError(
-                f"rollout {row} of the batch has a completion of length 0 (its prompt has {len(prompt_ids[row])} "
-                "tokens): there is no token to distil. Check the engine's length limits and stop tokens."
-            )

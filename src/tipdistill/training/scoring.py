@@ -112,6 +112,11 @@ def scores_by_position(
     return table
 
 
+def take_tokens(answer: Any, kept: Tensor) -> Any:
+    """An Answer of the kept tokens alone."""
+    return None if answer is None else answer.map(lambda value: value[kept.to(value.device)])
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """The model in eval mode meanwhile: no dropout, so that scores are those of the student that wrote."""

@@ -1,0 +1,118 @@
+"""Do prompts and completions fit into both models? Asked before weights are loaded, and of every batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from ..config import TIPConfig
+from ..data import prompt_lengths
+from ..positions import check_positions, position_limit
+
+_ENCODED = 2000  # of the longest prompts, before weights are loaded; each batch is looked at again
+REMEDY = " or drop longer prompts (--max_prompt_length of `tipdistill train`)"
+_OVERRIDES = ("max_position_embeddings", "rope_parameters", "rope_scaling")
+
+
+def position_limits(model: Any, teacher_model: Any, args: TIPConfig) -> dict[str, int | None]:
+    """How far the positions of student and teacher reach, from their configurations.
+
+    Args:
+        model, teacher_model: a model, a directory or a hub id each; None where there is none here.
+        args: the keywords that they are loaded with.
+    """
+    given = {
+        "student": (model, args.model_init_kwargs, None),
+        "teacher": (teacher_model, args.teacher_model_init_kwargs, args.teacher_model_revision),
+    }
+    return {
+        who: _limit(named, {"revision": revision, **(dict(kwargs or {}))}, args.trust_remote_code)
+        for who, (named, kwargs, revision) in given.items()
+        if named is not None
+    }
+
+
+def _limit(model: Any, kwargs: dict[str, Any], trust_remote_code: bool) -> int | None:
+    config = kwargs.get("config", getattr(model, "config", None))
+    if isinstance(model, str) and config is None:
+        overrides = {name: kwargs[name] for name in _OVERRIDES if name in kwargs}
+        try:
+            config = AutoConfig.from_pretrained(
+                model,
+                revision=kwargs["revision"],
+                trust_remote_code=kwargs.get("trust_remote_code", trust_remote_code),
+                **overrides,
+            )
+        except (OSError, ValueError):
+            return None  # loading it says why
+    return None if config is None else position_limit(config)
+
+
+def check_prompts_fit(limits: Mapping[str, int | None], dataset: Any, processing_class: Any, args: TIPConfig) -> None:
+    """Refuse a dataset whose longest prompt leaves a completion too few positions.
+
+    Only prompts that could be too long are encoded: a token is a byte of text at least.
+
+    Args:
+        limits: see `position_limits`.
+        dataset: of prompts; streams and prompts with images are left to `check_batch`.
+        processing_class: the student's tokenizer.
+        args: of the run.
+
+    Raises:
+        ValueError: whose positions do not suffice, and what to lower.
+    """
+    completion, option = args.max_completion_length, "max_completion_length"
+    check_positions(limits, 1, completion, option, REMEDY)
+    room = min((limit for limit in limits.values() if limit is not None), default=None)
+    if room is None or not isinstance(dataset, Dataset) or not isinstance(processing_class, PreTrainedTokenizerBase):
+        return
+    prompts = dataset["prompt"][:]
+    if not isinstance(prompts[0], str) and not processing_class.chat_template:
+        return
+    options = args.chat_template_kwargs or {}
+    (template,) = prompt_lengths(prompts[:1], processing_class, options)  # at most what a template puts around a prompt
+    sizes = {row: len(str(prompt).encode("utf-8", "replace")) for row, prompt in enumerate(prompts)}
+    doubtful = [row for row, size in sizes.items() if size + template + completion > room]
+    doubtful = sorted(doubtful, key=lambda row: -sizes[row])[:_ENCODED]
+    if doubtful:
+        longest = max(prompt_lengths([prompts[row] for row in doubtful], processing_class, options))
+        check_positions(limits, longest, completion, option, REMEDY)
+
+
+def check_batch(
+    limits: Mapping[str, int | None], prompt_ids: Sequence[Sequence[int]], completion: int, in_turns: bool
+) -> None:
+    """Refuse prompts of a batch that leave a completion too few positions, before it is sampled.
+
+    Args:
+        limits: see `position_limits`.
+        prompt_ids: tokens of each prompt.
+        completion: tokens of a completion, at most.
+        in_turns: tools answer meanwhile, so that a prompt holds a part of the completion.
+
+    Raises:
+        ValueError: whose positions do not suffice, and what to lower.
+    """
+    longest = max(map(len, prompt_ids))
+    check_positions(limits, longest, 1 if in_turns else completion, "max_completion_length", REMEDY)
+
+
+def check_completions(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
+    """Refuse completions of which nothing can be learned.
+
+    Args:
+        prompt_ids, completion_ids: tokens of each rollout.
+
+    Raises:
+        ValueError: the rollout that has no token.
+    """
+    for row, ids in enumerate(completion_ids):
+        if len(ids) == 0:
+            raise ValueError(
+                f"rollout {row} of the batch has a completion of length 0 (its prompt has {len(prompt_ids[row])} "
+                "tokens): there is no token to distil. Check the engine's length limits and stop tokens."
+            )

@@ -1,0 +1,48 @@
+"""Is the student's loss that of its own logits? Tried once per run, before its first rollout."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..integrations._accelerate import calling_lm_head
+from ..score.agreement import check_model
+from ..score.forward import called
+
+
+class StudentCheck:
+    """Called with the trainer before it samples; see `check_model`.
+
+    Raises:
+        ValueError: a student whose logits are not those of its hidden states and lm_head.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def __call__(self, trainer: Any) -> None:
+        if self._done:
+            return
+        student = trainer.plain_student()
+        _check_dropout(student)
+        check = partial(
+            check_model,
+            project=partial(trainer.student_head, student),
+            autocast=trainer.accelerator.autocast,
+            calling=calling_lm_head,
+        )
+        with torch.no_grad():
+            trainer.redirected(trainer.model_wrapped, student, check, student, "student")
+        self._done = True
+
+
+def _check_dropout(student: Any) -> None:
+    """Refuse an adapter on the lm_head whose dropout the loss, which reads weights, would leave out."""
+    for name, dropout in getattr(student.get_output_embeddings(), "lora_dropout", {}).items():
+        if getattr(dropout, "p", 0) > 0:
+            raise ValueError(
+                f"the adapter {name} on the lm_head of {called(student)} has lora_dropout = {dropout.p}, which the "
+                "loss would leave out: set lora_dropout to 0, or take the lm_head out of target_modules."
+            )

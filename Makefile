@@ -87,7 +87,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 $(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
 	$(PYTHON) -m venv $(VERL_VENV)
 	$(VERL_VENV)/bin/pip install --quiet --constraint constraints-verl.txt torch pytest pytest-timeout \
-		verl uvicorn fastapi cachetools TransferQueue pyzmq msgspec
+		verl uvicorn fastapi cachetools TransferQueue pyzmq msgspec httpx2
 	$(VERL_VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 

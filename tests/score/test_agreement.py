@@ -281,9 +281,14 @@ def test_states_do_not_depend_on_padding(kind):
 
 
 def test_the_tolerance_has_room_on_both_sides(monkeypatch):
-    """A model of 32 layers in bfloat16, whose states padding moves by rounding alone, and one with moved positions."""
+    """In bfloat16: 32 layers whose states padding moves by rounding alone, and positions that padding moves."""
     config = transformers.LlamaConfig(
-        **{**TEXT, "model_type": "llama", "num_hidden_layers": 32, "initializer_range": 0.1}
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=32,
+        num_attention_heads=4,
+        initializer_range=0.1,
     )
     torch.manual_seed(0)
     check_model(transformers.LlamaForCausalLM(config).to(torch.bfloat16), "student")

@@ -74,7 +74,7 @@ def tiny(kind, seed=0, noise=0.1, **settings):
             return None  # a text model inside another
         given = {**{name: size for name, size in SIZES.items() if _has(known, name)}, **SETTINGS.get(kind, {})}
         given = {name: value for name, value in given.items() if not isinstance(value, type(None))}
-        config = config_class(**given, **settings)
+        config = config_class(**{**given, **settings})
         model_class = getattr(transformers, CLASSES[kind])
         with torch.device("meta"):
             if sum(parameter.numel() for parameter in model_class(config).parameters()) > LARGEST:

@@ -224,6 +224,12 @@ def test_padding_is_asked_about_only_where_rows_are_padded():
     check_model(model, "student", padded=False)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_model_that_looks_ahead_is_refused(padded):
+    with pytest.raises(ValueError, match=r"the student, BertLMHeadModel, gives tokens other states .*goes on"):
+        check_model(tiny("bert", is_decoder=False), "student", padded=padded)
+
+
 def test_the_check_leaves_no_trace():
     model = tiny("gpt2").train()
     model.transformer.h[0].eval()

@@ -48,7 +48,7 @@ def last_hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, **
     outputs = None if backbone is plain else backbone(**inputs, use_cache=False)
     states = getattr(outputs, "last_hidden_state", None)
     if states is None:
-        raise ValueError(f"{called(model)} gives no last hidden states without its lm_head: choose another model.")
+        raise ValueError(f"{called(model)} gives no last hidden states without its lm_head")
     path = BEFORE_LM_HEAD.get(plain.config.model_type)
     return plain.get_submodule(path)(states) if path else states
 

@@ -1,0 +1,69 @@
+"""Prompts that leave a completion too few positions are refused as early as they can be known."""
+
+import pytest
+from causal_models import tiny
+from datasets import Dataset
+
+from tipdistill import TIPConfig
+from tipdistill.tasks.arithmetic import build_tokenizer
+from tipdistill.training.lengths import check_batch, check_completions, check_prompts_fit, position_limits
+
+
+@pytest.fixture
+def config(tmp_path):
+    return lambda **settings: TIPConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
+
+
+def test_limits_come_from_a_model_or_its_configuration_and_keywords(tmp_path, config):
+    tiny("gpt2").save_pretrained(tmp_path / "student")
+    args = config(teacher_model_init_kwargs={"max_position_embeddings": 96})
+    tiny("llama").save_pretrained(tmp_path / "teacher")
+    limits = position_limits(str(tmp_path / "student"), str(tmp_path / "teacher"), args)
+    assert limits == {"student": 64, "teacher": 96}
+    assert position_limits(tiny("mamba2"), tiny("llama"), config()) == {"student": None, "teacher": 64}
+    assert position_limits(tiny("llama"), None, config()) == {"student": 64}
+    assert position_limits(str(tmp_path / "nothing"), None, config()) == {"student": None}
+
+
+def test_the_longest_prompt_is_found_and_refused(config):
+    dataset = Dataset.from_dict({"prompt": ["1", "1+1=", "12345678=", "7"]})
+    fits, fails = {"student": 64, "teacher": 9 + 8}, {"student": 64, "teacher": 9 + 7}
+    args = config(max_completion_length=8)
+    check_prompts_fit(fits, dataset, build_tokenizer(), args)
+    with pytest.raises(
+        ValueError,
+        match=r"longest prompt has 9 tokens, and with max_completion_length 8 that is more than the 16 positions of "
+        "the teacher: lower max_completion_length or drop longer prompts",
+    ):
+        check_prompts_fit(fails, dataset, build_tokenizer(), args)
+
+
+def test_a_completion_that_fits_no_prompt_is_refused_without_a_look(config):
+    with pytest.raises(ValueError, match="more than the 64 positions of the student"):
+        check_prompts_fit({"student": 64}, None, None, config(max_completion_length=64))
+
+
+def test_only_prompts_that_may_be_too_long_are_encoded(config, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(
+        "tipdistill.training.lengths.prompt_lengths",
+        lambda prompts, *rest: encoded.extend(prompts) or [len(prompt) for prompt in prompts],
+    )
+    dataset = Dataset.from_dict({"prompt": ["1", "1+1=", "12345678=", "7"]})
+    check_prompts_fit({"student": 19}, dataset, build_tokenizer(), config(max_completion_length=10))
+    assert encoded == ["1", "12345678="]  # the first, for what a template adds
+
+
+def test_a_batch_is_refused_before_it_is_sampled():
+    check_batch({"student": 8, "teacher": None}, [[1, 2], [1, 2, 3]], 5, in_turns=False)
+    with pytest.raises(ValueError, match=r"longest prompt has 4 tokens.* more than the 8 positions of the student"):
+        check_batch({"student": 8, "teacher": None}, [[1, 2, 3, 4]], 5, in_turns=False)
+    check_batch({"student": 8}, [[1] * 7], 5, in_turns=True)
+    with pytest.raises(ValueError, match="the longest prompt has 8 tokens"):
+        check_batch({"student": 8}, [[1] * 8], 5, in_turns=True)
+
+
+def test_a_completion_without_a_token_is_refused():
+    check_completions([[1]], [[2]])
+    with pytest.raises(ValueError, match="rollout 1 of the batch has a completion of length 0"):
+        check_completions([[1], [1]], [[2], []])

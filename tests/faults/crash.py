@@ -1,4 +1,4 @@
-"""Kill runs at random operations on their files, go on with the same command, and compare with a run that was not killed.
+"""Kill runs at random operations on their files, go on, and compare with runs that were not killed.
 
     python -m faults.crash --kills 100           # from tests/, or `make crash`
 

@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "tipdistill"
 # A module may import from its own row and from the rows above it.
 ORDER = [
-    {"types", "vocabulary", "data", "files", "text", "provenance", "http", "extras", "signals"},
+    {"types", "vocabulary", "data", "files", "text", "provenance", "http", "extras", "signals", "supervise"},
     {"rollout"},
     {"score", "divergence"},
     {"select"},

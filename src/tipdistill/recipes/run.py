@@ -20,9 +20,10 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..pair import check_chat_template, check_models, read_models
 from ..signals import end_with_parent
+from ..supervise import supervise
 from ..teachers.served import TeacherUnavailableError, open_teacher
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
-from .launch import check_launched, is_launched, launch_arguments, num_processes, supervise
+from .launch import check_launched, is_launched, launch_arguments, num_processes
 from .read import Request, as_yaml, build, read_arguments, write_config
 
 _DRY_RUN_PATIENCE = 5.0  # seconds

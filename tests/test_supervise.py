@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tipdistill.recipes.launch import supervise
+from tipdistill.supervise import _trains, supervise
 
-SIGNALS = Path(__file__).parents[2] / "src" / "tipdistill" / "signals.py"
+SIGNALS = Path(__file__).parents[1] / "src" / "tipdistill" / "signals.py"
 # stands for `python -m accelerate.commands.launch ... -m tipdistill.cli train`, whose ranks have a session of their own
 LAUNCHER = """
 import subprocess, sys
-rank = subprocess.Popen([sys.executable, "-c", *sys.argv[1:], "tipdistill.cli"], start_new_session=True)
+rank = subprocess.Popen([sys.executable, "-u", *sys.argv[1:]], start_new_session=True)
 sys.exit(rank.wait())
 """
 # says that it is there, then waits for a signal, and leaves its code as a rank does
@@ -36,16 +36,19 @@ time.sleep(60)
 @pytest.fixture
 def started(tmp_path, request):
     """The id of a process that supervises, and the rank that it started, itself or through a launcher."""
-    launcher = [LAUNCHER, RANK, str(tmp_path)]
-    rank = [RANK, str(tmp_path), "tipdistill.cli"]
+    ranks, package = tmp_path / "ranks", tmp_path / "path" / "tipdistill"
+    for folder in (ranks, package):
+        folder.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text(RANK)
+    rank = ["-m", "tipdistill.cli", str(ranks)]
+    command = [sys.executable, *(["-c", LAUNCHER, *rank] if request.param == "launcher" else rank)]
     parent = os.fork()
     if not parent:
-        os._exit(
-            supervise([sys.executable, "-c", *(launcher if request.param == "launcher" else rank)], {**os.environ})
-        )
-    while not list(tmp_path.iterdir()):
+        os._exit(supervise(command, {**os.environ, "PYTHONPATH": str(package.parent)}))
+    while not list(ranks.iterdir()):
         time.sleep(0.05)
-    rank = psutil.Process(int(next(tmp_path.iterdir()).name))
+    rank = psutil.Process(int(next(ranks.iterdir()).name))
     yield parent, rank
     if rank.is_running():
         rank.kill()
@@ -69,3 +72,16 @@ def test_no_rank_outlives_a_parent_that_was_killed(started):
     os.waitpid(parent, 0)
     rank.wait(30)
     assert not rank.is_running()
+
+
+def test_ranks_are_told_from_launchers_and_from_their_own_parent():
+    rank = ["python", "-u", "-m", "tipdistill.cli", "train", "--config", "laptop"]
+    assert _trains(rank)
+    for launcher in (
+        ["python", "-m", "accelerate.commands.launch", "--num_processes", "2", *rank[2:]],
+        ["python", "/bin/accelerate", "launch", *rank[2:]],
+        ["python", "/bin/torchrun", "--nproc_per_node", "2", *rank[2:]],
+        ["python", "/bin/tipdistill", "train"],
+        [],
+    ):
+        assert not _trains(launcher)

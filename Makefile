@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 VERL_VENV ?= .venv-verl
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo replicate replicate-small bench test test-verl test-vllm lint format clean
+.PHONY: demo replicate replicate-small bench crash test test-verl test-vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
@@ -37,6 +37,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.plot_engine
 	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.plan_tables
+
+# Kills runs at random operations on their files and compares what they come to; nightly, and it goes on where it stopped.
+crash: $(VENV)/.installed-dev
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m faults.crash --kills 100 --output runs/crash/crash.json
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,27 @@ def test_slurm_starts_every_host_with_its_rank(tmp_path):
         assert f"--machine_rank {rank} --main_process_ip host-a" in line
         assert line.endswith("-m tipdistill.cli train --config a recipe.yaml ")
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_slurm_saves_queues_itself_again_and_resumes(tmp_path):
+    """`srun` stands for a run that is told of SIGUSR1, saves, and ends with 128 + its number."""
+    commands = {
+        "scontrol": f'if [ "$1" = requeue ]; then echo "$2" > "{tmp_path}/queued"; else echo host-a; fi',
+        "srun": f"""trap 'kill "$waiting"; exit 138' USR1; echo "$@" > "{tmp_path}/asked"
+            touch "{tmp_path}/started"; sleep 60 & waiting=$!; wait""",
+        "python": "echo preset.yaml",
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "host-a", "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", str(EXAMPLES / "slurm.sh"), "--config", "laptop"], env=environment)
+    while not (tmp_path / "started").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 138
+    assert (tmp_path / "queued").read_text() == "17\n"
+    assert (tmp_path / "asked").read_text().endswith("train --resume_from_checkpoint auto --config laptop\n")
+    assert "#SBATCH --signal=B:USR1@" in (EXAMPLES / "slurm.sh").read_text()

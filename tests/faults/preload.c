@@ -59,12 +59,14 @@ static void die(void) {
     for (;;) pause();
 }
 
+enum { REMOVES = 0, WRITES = 1, NEEDS_SPACE = 2 };
+
 /* 0: go on; 1: write the first half, then die; -1: the disk is full */
 static int happens(int writes) {
     long number = __sync_add_and_fetch(&seen, 1);
     if (action == KILL && number == last) die();
     if (action == HALF && number == last) {
-        if (!writes) die();
+        if (writes != WRITES) die();
         return 1;
     }
     if (action == FULL && number >= last && writes) {
@@ -81,7 +83,7 @@ static int happens(int writes) {
 ssize_t write(int fd, const void *data, size_t size) {
     REAL(ssize_t, write, int, const void *, size_t);
     if (inside_fd(fd)) {
-        int what = happens(1);
+        int what = happens(WRITES);
         if (what < 0) return -1;
         if (what > 0) { real(fd, data, size / 2); die(); }
     }
@@ -91,7 +93,7 @@ ssize_t write(int fd, const void *data, size_t size) {
 ssize_t writev(int fd, const struct iovec *parts, int count) {
     REAL(ssize_t, writev, int, const struct iovec *, int);
     if (inside_fd(fd)) {
-        int what = happens(1);
+        int what = happens(WRITES);
         if (what < 0) return -1;
         if (what > 0) { real(fd, parts, 1); die(); }
     }
@@ -102,7 +104,7 @@ ssize_t writev(int fd, const struct iovec *parts, int count) {
     ssize_t name(int fd, const void *data, size_t size, off_t at) { \
         REAL(ssize_t, name, int, const void *, size_t, off_t); \
         if (inside_fd(fd)) { \
-            int what = happens(1); \
+            int what = happens(WRITES); \
             if (what < 0) return -1; \
             if (what > 0) { real(fd, data, size / 2, at); die(); } \
         } \
@@ -117,13 +119,13 @@ PWRITE(pwrite64)
         if (inside_fd(fd) && happens(writes) < 0) return -1; \
         return real(fd); \
     }
-OF_FD(fsync, 1)
-OF_FD(fdatasync, 1)
+OF_FD(fsync, NEEDS_SPACE)
+OF_FD(fdatasync, NEEDS_SPACE)
 
 #define TRUNCATE(name) \
     int name(int fd, off_t size) { \
         REAL(int, name, int, off_t); \
-        if (inside_fd(fd) && happens(1) < 0) return -1; \
+        if (inside_fd(fd) && happens(NEEDS_SPACE) < 0) return -1; \
         return real(fd, size); \
     }
 TRUNCATE(ftruncate)
@@ -131,36 +133,36 @@ TRUNCATE(ftruncate64)
 
 int rename(const char *from, const char *to) {
     REAL(int, rename, const char *, const char *);
-    if ((inside(from) || inside(to)) && happens(0) < 0) return -1;
+    if ((inside(from) || inside(to)) && happens(REMOVES) < 0) return -1;
     return real(from, to);
 }
 
 int renameat(int a, const char *from, int b, const char *to) {
     REAL(int, renameat, int, const char *, int, const char *);
-    if ((inside(from) || inside(to)) && happens(0) < 0) return -1;
+    if ((inside(from) || inside(to)) && happens(REMOVES) < 0) return -1;
     return real(a, from, b, to);
 }
 
 int unlink(const char *path) {
     REAL(int, unlink, const char *);
-    if (inside(path) && happens(0) < 0) return -1;
+    if (inside(path) && happens(REMOVES) < 0) return -1;
     return real(path);
 }
 
 int unlinkat(int fd, const char *path, int flags) {
     REAL(int, unlinkat, int, const char *, int);
-    if ((path[0] == '/' ? inside(path) : inside_fd(fd)) && happens(0) < 0) return -1;
+    if ((path[0] == '/' ? inside(path) : inside_fd(fd)) && happens(REMOVES) < 0) return -1;
     return real(fd, path, flags);
 }
 
 int rmdir(const char *path) {
     REAL(int, rmdir, const char *);
-    if (inside(path) && happens(0) < 0) return -1;
+    if (inside(path) && happens(REMOVES) < 0) return -1;
     return real(path);
 }
 
 int mkdir(const char *path, mode_t mode) {
     REAL(int, mkdir, const char *, mode_t);
-    if (inside(path) && happens(1) < 0) return -1;
+    if (inside(path) && happens(NEEDS_SPACE) < 0) return -1;
     return real(path, mode);
 }

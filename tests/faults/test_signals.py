@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: a checkpoint, an exit code of 128 + the signal, and a run that goes on to the same end."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: a checkpoint, an exit code of 128 + the signal, and the same end later."""
 
 import json
 import os

@@ -106,6 +106,7 @@ def _run(victim: Victim) -> None:
     with victim.log.open("a") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
+    assert "faults.imports" in sys.modules, "the fork server could not import what every victim needs"
     os.environ.pop("LD_PRELOAD", None)
     os.environ.update(victim.environment)
     from tipdistill import cli

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "tipdistill"
 # A module may import from its own row and from the rows above it.
 ORDER = [
     {"types", "vocabulary", "positions", "arrow", "chat", "data", "files", "text", "provenance", "http", "extras"}
-    | {"documents", "dotted", "redact", "replies", "signals", "terminal"},
+    | {"documents", "dotted", "redact", "replies", "signals", "supervise", "terminal"},
     {"policy"},
     {"rollout"},
     {"score", "divergence"},

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,7 +71,11 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Writes one completion per prompt."""
+    """Writes one completion per prompt.
+
+    One that samples several prompts together, from one seed, has their number as `batch_size`: an evaluation that goes
+    on after a kill then gives it the same batches.
+    """
 
     def generate(
         self,
@@ -80,7 +84,6 @@ class Engine(Protocol):
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
-        needed: Collection[int] | None = None,
     ) -> Iterator[list[Completion]]:
         """Yield completions as they are done, some at a time, in any order.
 
@@ -90,8 +93,6 @@ class Engine(Protocol):
             sampling: how to draw.
             chat: put texts through the chat template as a user's message; None: where there is a template.
             special_tokens: keep them in the text, up to the end of the sequence.
-            needed: places of the prompts whose completions are asked for, None for all. An engine that samples some
-                prompts together yields those of a whole batch, so that a batch does not depend on what is needed.
         """
         ...
 
@@ -178,19 +179,16 @@ class Local:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
-        needed: Collection[int] | None = None,
     ) -> Iterator[list[Completion]]:
         dressed = [as_fed(self.tokenizer, prompt, chat) for prompt in prompts]
-        longest = self._longest(dressed)
+        self._longest(dressed)  # before the first is sampled
         for start in range(0, len(dressed), self.batch_size):
             batch = dressed[start : start + self.batch_size]
-            if needed is not None and not any(index in needed for index in range(start, start + len(batch))):
-                continue
             (rollouts,) = generate(
                 self.model,
                 self.tokenizer,
                 batch,
-                max_new_tokens=min(sampling.max_new_tokens, longest),
+                max_new_tokens=min(sampling.max_new_tokens, self._longest(batch)),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=seeds[start],
@@ -271,7 +269,6 @@ class Server:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
-        needed: Collection[int] | None = None,
     ) -> Iterator[list[Completion]]:
         if not prompts:
             return
@@ -282,7 +279,6 @@ class Server:
             futures = [
                 pool.submit(self._ask_unless_dead, dead, index, prompt, seed, sampling, chat, special_tokens)
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-                if needed is None or index in needed
             ]
             for future in as_completed(futures):
                 if future.cancelled():

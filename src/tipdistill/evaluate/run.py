@@ -310,33 +310,33 @@ def _sample(
 ) -> Iterator[dict[str, Any]]:
     """Yield the missing samples as rows, each of them on the disk by then.
 
-    An engine that samples some prompts together is given all of the task's, so that it forms the same batches, from
-    the same random numbers, whatever was sampled before a kill.
+    An engine that samples some prompts together is given whole batches of the task's prompts, so that each is sampled
+    with the same others, from the same seed, whatever was sampled before a kill.
     """
     if task.max_new_tokens is not None:
         sampling = Sampling(sampling.temperature, sampling.top_p, task.max_new_tokens)
     every = [(problem, sample) for problem in range(len(task.problems)) for sample in range(num_samples)]
-    prompts = [task.prompt_of(task.problems[problem]) for problem, _ in every]
-    seeds = [_seed(seed, task.name, problem, sample) for problem, sample in every]
-    lacking = set(missing)
-    needed = {index for index, key in enumerate(every) if key in lacking}
-    total = len(every)
+    total, size, needed = len(every), getattr(engine, "batch_size", 1), set(missing)
     done = total - len(missing)
+    batches = [every[start : start + size] for start in range(0, total, size)]
+    asked = [key for batch in batches if not needed.isdisjoint(batch) for key in batch]
+    prompts = [task.prompt_of(task.problems[problem]) for problem, _ in asked]
+    seeds = [_seed(seed, task.name, problem, sample) for problem, sample in asked]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens, needed):
+        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens):
             rows = [
                 {
-                    "problem": every[completion.index][0],
-                    "sample": every[completion.index][1],
+                    "problem": asked[completion.index][0],
+                    "sample": asked[completion.index][1],
                     "prompt": prompts[completion.index],
-                    "reference": task.problems[every[completion.index][0]].answer,
+                    "reference": task.problems[asked[completion.index][0]].answer,
                     "response": completion.text,
                     "tokens": completion.tokens,
                     "finished": completion.finished,
                 }
                 for completion in completions
-                if completion.index in needed
+                if asked[completion.index] in needed
             ]
             # lone surrogates that a server may send are no UTF-8
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -7,21 +7,15 @@ process for `--cpu --num_processes 2`, DDP for FSDP on a CPU, processes that eac
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import tempfile
 from argparse import Namespace
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..documents import read_yaml
 from ..extras import EXTRAS, require
-from ..signals import EXIT_FILE, STARTED_BY, StopRequest, end_with_parent
 from ..text import nearest
 
 PRESETS = ("single_gpu", "multi_gpu", "fsdp2", "zero1", "zero2", "zero3")
@@ -155,77 +149,3 @@ def _needs_gpus(asked: str, engine: str, use_cpu: bool) -> str:
         f"{asked} asks for {engine}, which needs GPUs, and {why}: {instead} in its place. Leave it out, or take "
         "multi_gpu with --use_cpu true to try a run on a CPU."
     )
-
-
-# The processes that were started.
-
-
-def supervise(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command that trains, tell its ranks of signals, end it with this process; returns the run's exit code.
-
-    accelerate and torchrun answer a signal by killing their ranks half a minute later. So the command gets none: its
-    ranks do, finish their step and save. They leave the exit code in a file, since a launcher knows only its own.
-
-    Args:
-        command: `python ... -m tipdistill.cli train ...`, which may start others.
-        environment: its variables.
-    """
-    with tempfile.TemporaryDirectory(prefix="tipdistill-") as folder:
-        left = Path(folder) / "exit"
-        variables = {**environment, EXIT_FILE: str(left), STARTED_BY: str(os.getpid())}
-        # a session of its own: Ctrl-C in a terminal goes to whole groups of processes
-        child = subprocess.Popen(command, env=variables, start_new_session=True, preexec_fn=_as_child)
-
-        def kill() -> None:
-            os.killpg(child.pid, signal.SIGKILL)  # ranks end with their parent
-
-        told = False
-        with StopRequest("every process is told", kill) as request:
-            request.waits, request.speaks = True, False
-            try:
-                while True:
-                    try:
-                        code = child.wait(timeout=0.2)
-                        break
-                    except subprocess.TimeoutExpired:
-                        if request.signum and not told:
-                            told = _tell(child, request.signum)
-            except BaseException:
-                kill()
-                raise
-        if left.exists():
-            return int(left.read_text())
-        if request.signum and code:
-            return 128 + request.signum
-        return code if code >= 0 else 128 - code
-
-
-def _as_child() -> None:
-    """In the child, before it becomes the command; a launcher would end at SIGUSR1, ranks catch it again."""
-    end_with_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def _tell(child: subprocess.Popen[bytes], signum: int) -> bool:
-    """Send a signal to the processes that train, or end a launcher that has started none yet."""
-    ranks = ranks_below(child.pid)
-    for rank in ranks:
-        with suppress(ProcessLookupError):
-            os.kill(rank, signum)
-    if not ranks:
-        child.terminate()
-    return True
-
-
-def ranks_below(root: int) -> list[int]:
-    """Ids of the processes that train, of a process and those that it started."""
-    ranks: list[int] = []
-    with suppress(psutil.NoSuchProcess):
-        above = psutil.Process(root)
-        for process in (above, *above.children(recursive=True)):
-            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                line = process.cmdline()
-                trains = "tipdistill.cli" in line and "accelerate.commands.launch" not in line
-                if trains and process.ppid() not in ranks:  # workers of a rank look like it
-                    ranks.append(process.pid)
-    return ranks

@@ -24,11 +24,12 @@ from ..dotted import names_only
 from ..pair import check_chat_template, check_models, read_models
 from ..positions import check_positions
 from ..signals import end_with_parent
+from ..supervise import supervise
 from ..teachers.served import TeacherUnavailableError, open_teacher
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from ..training.lengths import REMEDY, position_limits
-from .launch import check_launched, is_launched, launch_arguments, num_processes, supervise
+from .launch import check_launched, is_launched, launch_arguments, num_processes
 from .read import Request, as_yaml, build, read_arguments, write_config
 from .trust import FLAG
 

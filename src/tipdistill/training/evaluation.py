@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,5 @@ class _Written:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
-        needed: Collection[int] | None = None,
     ) -> Iterator[list[Completion]]:
         yield self.completions

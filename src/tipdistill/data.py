@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 
 from .arrow import as_written, dataset_of, renamed, streamed
 from .chat import check_columns, encode_prompts, filled_columns, is_begun
+from .documents import check_values, read_text
 from .text import nearest
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -188,14 +189,12 @@ def _read_file(path: Path) -> Dataset:
     if path.suffix == ".parquet":
         try:
             return Dataset.from_parquet(str(path))
-        except (pa.ArrowInvalid, OSError, RuntimeError) as error:
+        # pyarrow and datasets raise what they like of a file that is damaged
+        except Exception as error:
             raise ValueError(f"{path} is no Parquet file that can be read: {_first_line(error)}") from error
     if path.suffix not in _FILE_SUFFIXES:
         raise ValueError(f"{path}: prompts are read from {', '.join(_FILE_SUFFIXES)} files, not {path.suffix!r}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    text = read_text(path)
     rows = _read_array(path, text) if text.lstrip().startswith("[") else _read_lines(path, text)
     # Column by column: `datasets` would take the columns from the first row alone, and names no row when types differ.
     names = dict.fromkeys(key for row in rows for key in row)
@@ -204,7 +203,7 @@ def _read_file(path: Path) -> Dataset:
         _check_one_kind(path, name, values)
     try:
         return dataset_of(columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowException, OverflowError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: rows of one column hold values of different types: {_first_line(error)}") from error
 
 
@@ -220,6 +219,8 @@ def _read_lines(path: Path, text: str) -> list[dict[str, Any]]:
                 f"{path}, line {number}: not valid JSON ({error.msg} at character {error.pos + 1}). A JSONL file "
                 "has one object per line."
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: no JSON that can be read: {_deep(error)}") from error
         rows.append(_check_object(row, f"{path}, line {number}"))
     return rows
 
@@ -229,12 +230,22 @@ def _read_array(path: Path, text: str) -> list[dict[str, Any]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: no JSON that can be read: {_deep(error)}") from error
     return [_check_object(row, f"{path}, row {index}") for index, row in enumerate(rows)]
+
+
+def _deep(error: Exception) -> str:
+    return "it is nested too deeply." if isinstance(error, RecursionError) else _first_line(error)
 
 
 def _check_object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected an object such as {{"prompt": "..."}}, got {row!r:.60}.')
+    try:
+        check_values(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return row
 
 

@@ -13,6 +13,16 @@ import yaml
 MOST_NODES = 100_000
 """Values of a YAML file, those that its aliases repeat counted each time."""
 _INTEGER_BITS = 64
+_DEEPEST = 200  # brackets inside of each other
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which takes minutes for thousands of brackets inside of each other."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level > _DEEPEST:
+            raise RecursionError
+        super().fetch_flow_collection_start(token)
 
 
 def read_text(path: str | Path) -> str:
@@ -59,19 +69,7 @@ def read_yaml(path: str | Path) -> Any:
         >>> read_yaml(path)
         {'seeds': [0, 1]}
     """
-    text = read_text(path)
-    with _told_by(path, "YAML"):
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _check_nodes(node)
-            value = loader.construct_document(node)
-        finally:
-            loader.dispose()
-        check_values(value)
-    return value
+    return parse_yaml(read_text(path), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -86,11 +84,15 @@ def parse_yaml(text: str, where: str) -> Any:
         {'dtype': 'bfloat16'}
     """
     with _told_by(where, "YAML"):
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is None:
-            return None
-        _check_nodes(node)
-        value = yaml.safe_load(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_nodes(node)
+            value = loader.construct_document(node)
+        finally:
+            loader.dispose()
         check_values(value)
     return value
 

@@ -176,8 +176,9 @@ def read_models(
             processors.append(
                 AutoProcessor.from_pretrained(name, truncation_side="left", padding_side="left", **options)
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the {who} could not be read ({flag} {name}): {error}") from error
+        except Exception as error:  # files that are damaged make transformers and tokenizers raise anything
+            said = f"{type(error).__name__}: " if not isinstance(error, OSError | ValueError) else ""
+            raise ValueError(f"the {who} could not be read ({flag} {name}): {said}{error}") from error
         rows = configurations[-1].get_text_config().vocab_size
         described[who] = f"{name} ({configurations[-1].model_type}, {rows:,} rows in its lm_head)"
     return configurations, processors, described

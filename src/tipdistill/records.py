@@ -9,8 +9,10 @@ worked out when the parts are put together.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from .documents import read_json
 from .files import replacing, write_text
 from .provenance import versions
 from .select import SCOPES, kept_counts, resolve_rule, rule_fields, select
@@ -76,6 +79,10 @@ def tokens_schema(rules: Sequence[str] = ("soft_or",)) -> pa.Schema:
             ),
         ]
     )
+
+
+class DamagedRecordsError(ValueError):
+    """A file of token records is not as it was written; which one, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ class RecordsWriter:
         self._waiting: list[tuple[pa.Table, pa.Table]] = []  # tokens and rollouts of each call of `write`
         self._begin()
         self._number = len(_part_files(self._parts, TOKENS_FILE))
-        self.rollouts = sum(_parquet(path).metadata.num_rows for path in _part_files(self._parts, ROLLOUTS_FILE))
+        self.rollouts = sum(len(_read_rollouts(path)) for path in _part_files(self._parts, ROLLOUTS_FILE))
         """Rollouts written so far; after a resume those of the parts that were found."""
 
     def __enter__(self) -> RecordsWriter:
@@ -273,7 +280,9 @@ class RecordsWriter:
         """A fresh folder for parts, or that of the same records begun before."""
         described = json.loads(json.dumps(asdict(self.about)))
         try:
-            known = json.loads((self._parts / SIDECAR_FILE).read_text(encoding="utf-8"))
+            known = read_json(self._parts / SIDECAR_FILE)
+            if not isinstance(known, dict):
+                raise ValueError("no settings")
         except (OSError, ValueError):
             shutil.rmtree(self._parts, ignore_errors=True)  # begun, and killed before it had said what it was
             self._parts.mkdir(parents=True)
@@ -329,7 +338,8 @@ class Records:
         """Columns of tokens.parquet (None: all of them), in memory.
 
         Raises:
-            ValueError: no such column, or data that is damaged.
+            ValueError: no such column.
+            DamagedRecordsError: data that is damaged.
         """
         missing = [name for name in columns or () if name not in self.tokens.schema_arrow.names]
         if missing:
@@ -337,12 +347,14 @@ class Records:
                 f"{self.directory / TOKENS_FILE} has no column {', '.join(missing)}; it has "
                 f"{', '.join(self.tokens.schema_arrow.names)}."
             )
-        try:
-            return self.tokens.read(columns=None if columns is None else list(columns))
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{self.directory / TOKENS_FILE} is damaged: {str(error).splitlines()[0]} Score again."
-            ) from error
+        path = self.directory / TOKENS_FILE
+        with _whole(path):
+            table = self.tokens.read(columns=None if columns is None else list(columns))
+            table.validate(full=True)  # text that is no UTF-8, lists that end before they begin
+            for name in _NEVER_NULL & set(table.column_names):
+                if table[name].null_count:
+                    raise ValueError(f"column {name} has no value in some rows.")
+            return table
 
     def scores(self) -> TokenScores:
         """The statistics of every token, and the normalised entropy."""
@@ -362,7 +374,8 @@ def open_records(directory: str | Path) -> Records:
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: no records in it, or files that are empty, cut off, of another kind, or that do not belong together.
+        ValueError: no records in it, or of a later version.
+        DamagedRecordsError: files that are empty, cut off, of another kind, or that do not belong together.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -378,18 +391,27 @@ def open_records(directory: str | Path) -> Records:
     needed = tokens_schema()
     missing = [name for name in needed.names if name not in tokens.schema_arrow.names]
     if missing:
-        raise ValueError(f"{directory / TOKENS_FILE} has no column {', '.join(missing)}: these are no token records.")
+        raise DamagedRecordsError(
+            f"{directory / TOKENS_FILE} has no column {', '.join(missing)}: these are no token records."
+        )
+    _check_kinds(directory / TOKENS_FILE, tokens.schema_arrow, needed)
     if tokens.metadata.num_rows == 0:
-        raise ValueError(f"{directory / TOKENS_FILE} holds no token: nothing was scored.")
+        raise DamagedRecordsError(f"{directory / TOKENS_FILE} holds no token: nothing was scored.")
     for name in (ROLLOUTS_FILE, SIDECAR_FILE):
         if not (directory / name).is_file():
-            raise ValueError(f"{directory} has a {TOKENS_FILE} but no {name}: the records are not whole. Score again.")
-    rollouts = _parquet(directory / ROLLOUTS_FILE).read()
+            raise DamagedRecordsError(
+                f"{directory} has a {TOKENS_FILE} but no {name}: the records are not whole. Score again."
+            )
+    rollouts = _read_rollouts(directory / ROLLOUTS_FILE)
     try:
-        sidecar = json.loads((directory / SIDECAR_FILE).read_text(encoding="utf-8"))
+        sidecar = read_json(directory / SIDECAR_FILE)
+        _check_sidecar(sidecar)
         written, promised = sidecar["schema_version"], sidecar["tokens"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / SIDECAR_FILE} is no sidecar of token records: {error}. Score again.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise DamagedRecordsError(
+            f"{directory / SIDECAR_FILE} is no sidecar of token records: {said}. Score again."
+        ) from error
     if written > SCHEMA_VERSION:
         raise ValueError(
             f"{directory} was written with version {written} of the records, this tipdistill reads up to "
@@ -397,7 +419,7 @@ def open_records(directory: str | Path) -> Records:
         )
     counted = int(np.sum(rollouts["tokens"].to_numpy()))
     if not tokens.metadata.num_rows == counted == promised:
-        raise ValueError(
+        raise DamagedRecordsError(
             f"the files in {directory} do not belong together: {TOKENS_FILE} has {tokens.metadata.num_rows} tokens, "
             f"{ROLLOUTS_FILE} {counted}, {SIDECAR_FILE} {promised}. Score again."
         )
@@ -425,25 +447,33 @@ def joined_text(tokens: Sequence[str], raw: Sequence[bytes | None]) -> str:
 
 def _assemble(directory: Path, complete: bool) -> None:
     parts = directory / _PARTS
-    about = About(**json.loads((parts / SIDECAR_FILE).read_text(encoding="utf-8")))
+    with _whole(parts / SIDECAR_FILE):
+        about = About(**read_json(parts / SIDECAR_FILE))
     # a part whose rollouts are missing was never finished
     count = len(_part_files(parts, ROLLOUTS_FILE))
     if count == 0:
         raise ValueError(f"nothing was scored, so there are no records to write to {directory}.")
     opened = [_parquet(path) for path in _part_files(parts, TOKENS_FILE)[:count]]
-    added, scores = _choose(opened, about)
+    with _whole(parts):
+        added, scores = _choose(opened, about)
     schema = tokens_schema(about.rules)
 
     def pieces() -> Iterable[pa.Table]:
         row = 0
         for part in opened:
-            table = part.read()
+            with _whole(parts):
+                table = part.read()
             for name, values in added.items():
                 table = table.append_column(name, pa.array(values[row : row + len(table)]))
             row += len(table)
             yield table.select(schema.names).cast(schema)
 
-    rollouts = pa.concat_tables([_parquet(path).read() for path in _part_files(parts, ROLLOUTS_FILE)])
+    rollouts = pa.concat_tables([_read_rollouts(path) for path in _part_files(parts, ROLLOUTS_FILE)])
+    scored, promised = sum(part.metadata.num_rows for part in opened), sum(rollouts["tokens"].to_pylist())
+    if scored != promised:
+        raise DamagedRecordsError(
+            f"the parts in {parts} do not belong together: {scored} tokens, of rollouts of {promised}. {_remedy(parts)}"
+        )
     quadrant = torch.from_numpy(added["quadrant"] if "quadrant" in added else _column(opened, "quadrant"))
     described = {
         "schema_version": SCHEMA_VERSION,
@@ -505,11 +535,106 @@ def _part_files(parts: Path, name: str) -> list[Path]:
 
 def _parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        size = path.stat().st_size
+        # a bit that flipped in a page shows by the page's checksum
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        assert file.schema_arrow is not None
+    except _FAULTS as error:
+        size = path.stat().st_size if path.is_file() else 0
         state = "is empty" if size == 0 else f"({size:,} bytes) is cut off or no Parquet file"
-        raise ValueError(f"{path} {state}: it was not written to its end. Score again.") from error
+        raise DamagedRecordsError(f"{path} {state}: it was not written to its end. {_remedy(path)}") from error
+    return file
+
+
+# what pyarrow and the parsers raise of files that are damaged
+_FAULTS = (
+    *(pa.ArrowException, OSError, MemoryError, ValueError, KeyError, TypeError, IndexError, AttributeError),
+    *(OverflowError, RecursionError, NotImplementedError),
+)
+_NEVER_NULL = {"rollout", "position", "prompt_id", "token_id", "quadrant", "kept"}
+_KINDS = (
+    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_list),
+    *(
+        lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+        lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
+    ),
+)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file, as one error with its name."""
+    try:
+        yield
+    except DamagedRecordsError:
+        raise
+    except _FAULTS as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedRecordsError(f"{path} is damaged: {said.rstrip('.')}. {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    folder = next((place for place in (path, path.parent) if place.name == _PARTS), None)
+    return f"Remove {folder} and score again." if folder is not None else "Score again."
+
+
+def _check_kinds(path: Path, schema: pa.Schema, needed: pa.Schema) -> None:
+    """Refuse columns of another kind; another tool may have written another width of integers or texts."""
+    for column in needed:
+        kind = schema.field(column.name).type
+        same = any(is_kind(column.type) and is_kind(kind) for is_kind in _KINDS)
+        if same and pa.types.is_list(kind):
+            names = [field.name for field in kind.value_type] if pa.types.is_struct(kind.value_type) else []
+            same = {field.name for field in column.type.value_type} <= set(names)
+        if not same:
+            raise DamagedRecordsError(
+                f"{path} has a column {column.name} of {kind}, not of {column.type}. {_remedy(path)}"
+            )
+
+
+def _read_rollouts(path: Path) -> pa.Table:
+    file = _parquet(path)
+    missing = [name for name in ROLLOUTS_SCHEMA.names if name not in file.schema_arrow.names]
+    if missing:
+        raise DamagedRecordsError(f"{path} has no column {', '.join(missing)}: these are no rollouts. {_remedy(path)}")
+    _check_kinds(path, file.schema_arrow, ROLLOUTS_SCHEMA)
+    with _whole(path):
+        table = file.read()
+        table.validate(full=True)
+        for name in ROLLOUTS_SCHEMA.names:
+            if table[name].null_count:
+                raise ValueError(f"column {name} has no value in some rows.")
+        if len(table) and min(table["tokens"].to_pylist()) < 0:
+            raise ValueError("a rollout of fewer than 0 tokens.")
+        return table
+
+
+def _check_sidecar(sidecar: Any) -> None:
+    """Refuse values that no records have, where they are read; what is left out has a default."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    if not isinstance(sidecar, dict):
+        raise ValueError(f"it holds a {type(sidecar).__name__}")
+    checks = {
+        "schema_version": is_count,
+        "tokens": is_count,
+        "rollouts": is_count,
+        "vocabulary": is_count,
+        "step": lambda value: value is None or is_count(value),
+        "rule": lambda value: isinstance(value, str),
+        "rules": lambda value: isinstance(value, list) and all(isinstance(rule, str) for rule in value),
+        "retention": lambda value: is_number(value) and 0 < value <= 1,
+        "scope": lambda value: value in (None, *SCOPES),
+        "entropy_threshold": is_number,
+        "divergence_threshold": is_number,
+    }
+    for name, allowed in checks.items():
+        if name in sidecar and not allowed(sidecar[name]):
+            raise ValueError(f"{name} is {sidecar[name]!r:.60}")
 
 
 def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
@@ -518,7 +643,7 @@ def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
         writer: pq.ParquetWriter | None = None
         try:
             for table in tables:
-                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
+                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd", write_page_checksum=True)
                 writer.write_table(table)
         finally:
             if writer is not None:

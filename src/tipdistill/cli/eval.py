@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..documents import read_text
 from ..terminal import say
 from ..text import markdown_table, printable, with_error
 
@@ -31,8 +32,7 @@ def main(argv: list[str]) -> int:
     from ..evaluate.run import run
     from ..tasks import load_task
 
-    own_prompt = flags.prompt not in (None, "boxed", "own") and Path(flags.prompt).is_file()
-    prompt = Path(flags.prompt).read_text(encoding="utf-8") if own_prompt else flags.prompt
+    prompt = _template(flags.prompt)
     tasks = [
         load_task(name.strip(), flags.limit, prompt=prompt, chat=flags.apply_chat, max_new_tokens=flags.max_new_tokens)
         for name in flags.tasks.split(",")
@@ -166,11 +166,20 @@ def _numbers(text: str) -> Sequence[int]:
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,4,16, got {text!r}") from error
 
 
+def _template(given: str | None) -> str | None:
+    """The text of `--prompt`: as it was given, or of the file that it names."""
+    try:
+        is_file = given is not None and "{problem}" not in given and Path(given).is_file()
+    except OSError:  # longer than a file's name can be
+        is_file = False
+    return read_text(given) if is_file and given is not None else given
+
+
 def mapping(text: str) -> dict[str, Any]:
     """A flag's JSON object."""
     try:
         parsed = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')

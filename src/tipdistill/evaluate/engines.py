@@ -254,6 +254,7 @@ class Server:
         timeout: float = 3600.0,
         pause: float = 1.0,
         chat_template_kwargs: dict[str, Any] | None = None,
+        *,
         api_key_env: str | None = None,
     ) -> None:
         self.base_url, self.model, self.concurrency = http.server_url("base_url", base_url), model, concurrency

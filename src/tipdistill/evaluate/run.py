@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..documents import read_json
 from ..files import alone, write_text
 from ..provenance import versions
 from .answers import Verifiers
@@ -203,14 +204,28 @@ def read_samples(path: Path, problems: int) -> dict[tuple[int, int], dict[str, A
         try:
             row = json.loads(line)
             key = row["problem"], row["sample"]
-            if not 0 <= key[0] < problems or not isinstance(row["response"], str):
+            if not _is_sample(row, problems):
                 raise ValueError
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}: no sample of this task. Remove the line, and it is sampled again."
             ) from error
         rows.setdefault(key, row)
     return rows
+
+
+def _is_sample(row: dict[str, Any], problems: int) -> bool:
+    """Whether a row has what `summarise` reads, of its types."""
+    counts = [row["problem"], row["sample"], row.get("tokens", 0)]
+    if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
+        return False
+    graded = "correct" not in row or (
+        isinstance(row["correct"], bool)
+        and isinstance(row.get("decided"), bool)
+        and isinstance(row.get("answer"), str | None)
+    )
+    whole = isinstance(row["response"], str) and isinstance(row.get("finished", True), bool)
+    return row["problem"] < problems and whole and graded
 
 
 def summarise(
@@ -280,8 +295,10 @@ def _claim(root: Path, asked: dict[str, Any], go_on: bool) -> None:
             f"{root} holds an evaluation already: resume continues it (--resume), or name another directory."
         )
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        kept = read_json(path)
+        if not isinstance(kept, dict) or not isinstance(kept.get("tasks", {}), dict):
+            raise ValueError(f"it holds a {type(kept).__name__}")
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged: use another directory.") from error
     for name in {**kept, **asked}:
         if name != "tasks" and kept.get(name) != asked.get(name):

@@ -100,9 +100,9 @@ def read_config(name: str, revision: str | None = None, trust_remote_code: bool 
         return AutoConfig.for_model(**PUBLISHED[name])
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged config.json makes transformers raise anything
         near = near_names(name, PUBLISHED, cutoff=0.4) or list(PUBLISHED)
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"the configuration of {name!r} could not be read ({reason}): give a directory with a config.json, a hub "
             f"id or a built-in name such as {', '.join(near)}."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..documents import read_json
 
 _ACCURACY = re.compile(r"(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$", re.IGNORECASE)
 MOST_CELLS = 12
@@ -55,8 +56,8 @@ def read_runs(directory: Path) -> list[Run]:
     for path in (directory / "trainer_state.json", *_checkpoints(directory)):
         if path.is_file():
             try:
-                return [Run(name, _series(_read(path)["log_history"]))]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                return [Run(name, _series(read_json(path)["log_history"]))]
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 if path.parent == directory:
                     raise ValueError(f"{path} is no trainer state that can be read: {error}") from error
                 # an interrupted save; an older checkpoint may be whole
@@ -68,10 +69,6 @@ def _checkpoints(directory: Path) -> list[Path]:
     numbered = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     newest_first = sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
     return [path / "trainer_state.json" for path in newest_first]
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _series(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..documents import read_json
 from ..files import replacing
 from ..records import TOKENS_FILE, open_records
 from .dataset import Dataset, load_dataset
@@ -68,7 +68,7 @@ def write_report(
         raise ValueError(f"{output} is a directory; name the page's file, for example {output / 'report.html'}.")
     probes = [{"name": name, "probe": _json(path, "tipdistill probe")} for name, path in sources.probes.items()]
     sweeps = [
-        {"name": name, "sweep": _without_counts(_json(path, "tipdistill sweep"))}
+        {"name": name, "sweep": _without_counts(path, _json(path, "tipdistill sweep"))}
         for name, path in sources.sweeps.items()
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,18 +111,26 @@ def _first(dataset: Dataset, retention: float | None) -> tuple[str, float]:
 def _json(path: Path, command: str) -> Any:
     try:
         # what could not be computed is left out
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        value = read_json(path, parse_constant=lambda _: None)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}. Run `{command}` again, or remove it.") from error
+        raise ValueError(f"{path} is no JSON: {error} Run `{command}` again, or remove it.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, and no result. Run `{command}` again, or remove it.")
+    return value
 
 
-def _without_counts(sweep: dict[str, Any]) -> dict[str, Any]:
+def _without_counts(path: Path, sweep: dict[str, Any]) -> dict[str, Any]:
     """A sweep as the page shows it: the counts of every problem are the file's alone."""
-    figures = [*sweep["before"].values(), *(figure for row in sweep["rows"] for figure in row["tasks"].values())]
-    for figure in figures:
-        figure.pop("correct", None)
     kept = ("num_samples", "test", "seeds", "validation", "learning_rates", "interval", "before", "rows", "failed")
-    return {name: sweep[name] for name in kept}
+    try:
+        figures = [*sweep["before"].values(), *(figure for row in sweep["rows"] for figure in row["tasks"].values())]
+        for figure in figures:
+            figure.pop("correct", None)
+        return {name: sweep[name] for name in kept}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no result of a sweep ({error!r:.80}). Run `tipdistill sweep` again, or remove it."
+        ) from error
 
 
 def _render(sources: Sources, data: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from ..documents import read_json
 from ..dotted import imports
 from ..files import write_text
 from ..recipes.read import config_path, read_arguments, read_recipe
@@ -42,6 +43,7 @@ _VERSIONS = ("torch", "transformers", "trl", "accelerate", "datasets")
 # parts of the package that no figure of a cell can depend on
 _NOT_SOURCE = ("cli", "demo.py", "plan", "probe.py", "report", "sweep")
 _HEAD = 1 << 20
+_OF_RESULT = {"tasks", "trained_tokens", "seconds", "peak_memory_gib", "threads", "run"}
 NEVER = 10**9
 
 
@@ -125,10 +127,13 @@ class Cells:
     def finished(self, cell: Cell) -> dict[str, Any] | None:
         """What cell.json holds, whatever it was made with; None where the cell is not finished."""
         try:
-            stored = json.loads((self.path(cell) / CELL).read_text(encoding="utf-8"))
+            stored = read_json(self.path(cell) / CELL)
         except (OSError, ValueError):
             return None
-        return stored if isinstance(stored, dict) and {"made_with", "result"} <= stored.keys() else None
+        if not (isinstance(stored, dict) and isinstance(stored.get("made_with"), dict)):
+            return None
+        result = stored.get("result")
+        return stored if isinstance(result, dict) and result.keys() >= _OF_RESULT else None
 
     def known(self, cell: Cell) -> dict[str, Any] | None:
         """The figures of a finished cell that was made with what is asked for now."""

@@ -43,6 +43,7 @@ from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_datasets, check_fills_a_batch, check_one_teacher
 from .training.engine_check import EngineCheck
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
+from .training.images import prepared, with_images
 from .training.monitor import (
     LOGGED_FIELDS,
     TALLIED,
@@ -139,6 +140,8 @@ class TIPTrainer(DistillationTrainer):
         train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
+        train_dataset = prepared(train_dataset, "train_dataset", args, processing_class)
+        eval_dataset = prepared(eval_dataset, "eval_dataset", args, processing_class)
         teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class)
 
         last_whole_step = LastWholeStep()
@@ -250,6 +253,7 @@ class TIPTrainer(DistillationTrainer):
         return completion_ids
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = with_images(inputs, self.args, self.processing_class)
         if not self.model.training:  # an evaluation is no part of a step's time
             batch = super()._generate_and_score_completions(inputs)
             batch["examples"] = inputs

@@ -23,6 +23,7 @@ from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_leng
 from ..pair import check_chat_template, check_models, read_models
 from ..teachers.served import TeacherUnavailableError, open_teacher
 from ..text import nearest
+from ..training.images import prepared
 from .launch import check_launched, launch_arguments, num_processes
 from .read import Request, as_yaml, build, read_arguments, write_config
 
@@ -106,6 +107,8 @@ def _train(request: Request, resume: str | None) -> int:
     check_chat_template_kwargs(_as_dict(config.chat_template_kwargs), tokenizer)
     train_dataset, dropped = _prompts(request, "train", tokenizer)
     eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
+    train_dataset = prepared(train_dataset, "the training set", config, tokenizer)
+    eval_dataset = prepared(eval_dataset, "the evaluation set", config, tokenizer)
     described |= _describe_steps(request, train_dataset, dropped, tokenizer)
     if main_process:
         if script.dry_run:

@@ -130,13 +130,14 @@ def _weighted(probability: Tensor, value: Tensor) -> Tensor:
 
 
 def bounded_ratio(signal: Tensor, curvature: Tensor) -> Tensor:
-    """signal / curvature, 0 without a signal; at most the dtype's largest number, which a certain student exceeds.
+    """signal / curvature, 0 without a signal; at most float32's largest number, which a certain student exceeds.
 
     Example:
         >>> bounded_ratio(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.5, 0.0, 0.0]))
         tensor([2.0000e+00, 0.0000e+00, 3.4028e+38])
     """
-    ratio = torch.where(curvature > 0, signal / curvature, math.inf).clamp(max=torch.finfo(signal.dtype).max)
+    largest = min(torch.finfo(dtype).max for dtype in (torch.float32, signal.dtype))
+    ratio = torch.where(curvature > 0, signal / curvature, math.inf).clamp(max=largest)
     return torch.where(signal > 0, ratio, torch.where(signal.isnan(), math.nan, 0.0))
 
 

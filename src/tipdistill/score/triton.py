@@ -77,8 +77,10 @@ WORTHWHILE = 0.95
 _found: dict[tuple[Any, ...], Tile] = {}
 
 # Rows of the kernels' sums; the names are those of `Online` and `SecondPass`, which turn them into statistics.
-ONLINE_SUMS = ("s_max", "p", "pa", "pd", "t_max", "q", "qb", "qd", "pp", "ppd", "ppdd", "s_token", "t_token")
-LEAST = ("s_least", "t_least")
+ONLINE_SUMS = (
+    *("s_max", "p", "pa", "pd", "t_max", "q", "qb", "qd", "pp", "ppd", "ppdd"),
+    *("s_token", "t_token", "s_least", "t_least"),
+)
 SECOND_SUMS = ("s_to_mixture", "t_to_mixture", "root", "gg", "sgg", "sg")
 NORMALISERS = ("s_max", "s_log", "t_max", "t_log")
 OF_GRADIENT = (*NORMALISERS, "reverse_kl", "s_to_mixture")
@@ -557,12 +559,11 @@ class _Scorer:
         s_hidden = self.s_hidden[row:end]
         t_hidden = None if self.t_hidden is None else self.t_hidden[row:end]
         token_ids = None if token_ids is None else token_ids[row:end]
-        names = (*ONLINE_SUMS, *LEAST)
-        sums = torch.empty(len(names), end - row, device=s_hidden.device)
+        sums = torch.empty(len(ONLINE_SUMS), end - row, device=s_hidden.device)
         for start, stop in _spans(self.vocabulary, self.columns):
             self.take(s_hidden, t_hidden, token_ids, sums, start, stop, self.scratch, self.tile)
         online = Online(0, self.wanted, self.teacher is not None, s_hidden)
-        for name, value in zip(names, sums, strict=True):
+        for name, value in zip(ONLINE_SUMS, sums, strict=True):
             setattr(online, name, value)
         per_row = online.finish()
         if self.second:

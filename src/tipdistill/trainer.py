@@ -43,6 +43,7 @@ from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_arguments
 from .training.engine_check import EngineCheck
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
+from .training.images import prepared, with_images
 from .training.lengths import check_batch, check_completions, check_prompts_fit, position_limits
 from .training.monitor import (
     LOGGED_FIELDS,
@@ -141,6 +142,8 @@ class TIPTrainer(ResumableTrainer):
         train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
+        train_dataset = prepared(train_dataset, "train_dataset", args, processing_class)
+        eval_dataset = prepared(eval_dataset, "eval_dataset", args, processing_class)
         limits = position_limits(model, teacher_model, args)
         check_prompts_fit(limits, train_dataset, processing_class, args)
         teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class)
@@ -244,6 +247,7 @@ class TIPTrainer(ResumableTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._student_check(self)
+        inputs = with_images(inputs, self.args, self.processing_class)
         if not self.model.training:  # an evaluation is no part of a step's time
             batch = super()._generate_and_score_completions(inputs)
             batch["examples"] = inputs

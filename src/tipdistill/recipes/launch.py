@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import torch

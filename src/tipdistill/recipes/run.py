@@ -28,6 +28,7 @@ from ..supervise import supervise
 from ..teachers.served import TeacherUnavailableError, open_teacher
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
+from ..training.images import prepared
 from ..training.lengths import REMEDY, position_limits
 from .launch import check_launched, is_launched, launch_arguments, num_processes
 from .read import Request, as_yaml, build, read_arguments, write_config
@@ -127,6 +128,8 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     check_chat_template_kwargs(_as_dict(config.chat_template_kwargs), tokenizer)
     train_dataset, dropped = _prompts(request, "train", tokenizer)
     eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
+    train_dataset = prepared(train_dataset, "the training set", config, tokenizer)
+    eval_dataset = prepared(eval_dataset, "the evaluation set", config, tokenizer)
     described |= _describe_steps(request, train_dataset, dropped, tokenizer)
     if code:
         described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"

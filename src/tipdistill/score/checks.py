@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,14 @@ _IMPOSSIBLE = (
 )
 
 
+_OUT_OF_RANGE = (
+    "its gradient is beyond ±65504, the range of float16. Use bfloat16 or float32, smaller weights of the tokens, or a "
+    "larger denominator."
+)
+
+
 class NonFiniteLogitsError(ValueError):
-    """A row's logits hold NaN or +∞, or nothing but −∞, or make a loss infinite; `token` is the first such row."""
+    """A row's logits hold NaN or +∞, nothing but −∞, or make a loss or a gradient infinite; `token` is such a row."""
 
     def __init__(self, token: int, where: str, cause: str = _NO_DISTRIBUTION) -> None:
         self.token, self.cause = token, cause
@@ -102,6 +109,61 @@ def _check_token_ids(token_ids: Tensor, vocabulary: int) -> None:
         raise ValueError(
             f"token_ids must lie in [0, {vocabulary}), got {int(token_ids.min())} to {int(token_ids.max())}."
         )
+
+
+def rounded(gradient: Tensor | None, like: Tensor | None, hidden: Tensor, incoming: Tensor | None = None) -> Any:
+    """A gradient in the dtype of what it is of. Float16 alone may not hold it, and then the token is named.
+
+    Where the incoming gradient is above 1 a scaler may have scaled the loss: it looks for infinities itself.
+
+    Args:
+        gradient: [N, ...] of hidden states, or of a weight or bias that all tokens have a part in.
+        like: what it is of.
+        hidden: [N, H], hidden states of the tokens.
+        incoming: [N] of a backward; None: the loss's own weights.
+    """
+    if gradient is None or like is None:
+        return None
+    out = gradient.to(like.dtype)
+    if like.dtype != torch.float16:
+        return out
+    beyond = out.isinf() & gradient.isfinite()
+    if not bool(beyond.any()) or (incoming is not None and bool(incoming.abs().amax() > 1)):
+        return out
+    token = _beyond(gradient, beyond, hidden)
+    raise NonFiniteLogitsError(token, f"token {token} of {len(hidden)}", _OUT_OF_RANGE)
+
+
+def scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient · factor, in place; a factor that float16 cannot hold, as of a scaled loss, is taken in two halves."""
+    if gradient.dtype != torch.float16:
+        return gradient.mul_(factor.to(gradient.dtype))
+    root = factor.float().abs().sqrt()
+    rest = factor.float() / root.clamp(min=torch.finfo(torch.float32).tiny)
+    return gradient.mul_(root.half()).mul_(rest.half())
+
+
+class InRange(torch.autograd.Function):
+    """A float16 tensor whose gradient, formed in float16 too, must be finite."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (hidden,) = grads, ctx.saved_tensors
+        if not bool(gradient.isfinite().all()):
+            token = _beyond(gradient, gradient.isfinite().logical_not(), hidden)
+            raise NonFiniteLogitsError(token, f"token {token} of {len(hidden)}", _OUT_OF_RANGE)
+        return gradient, None
+
+
+def _beyond(gradient: Tensor, beyond: Tensor, hidden: Tensor) -> int:
+    """The token to name: of a sum over the tokens that with the largest hidden state, which multiplies its part."""
+    rows = beyond.any(1) if gradient.shape == hidden.shape else hidden.float().abs().amax(1)
+    return int(rows.float().argmax())
 
 
 def check_rows(

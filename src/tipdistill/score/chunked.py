@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..types import Head
+from .checks import rounded, scaled_
 from .sums import SECOND_PASS, STATISTICS, Online, SecondPass
 from .tiles import Gradients, Projection, _even, _like, _operand, _spans, accumulation_dtype
 
@@ -189,12 +190,13 @@ class TokenDivergence(torch.autograd.Function):
                     del s, t, gradient  # their memory is the next tile's
             grad_hidden = None
             if gradients.hidden is not None:
-                grad_hidden = torch.zeros_like(hidden)
-                grad_hidden[index] = gradients.hidden.to(hidden.dtype)
+                of_all = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+                of_all[index] = gradients.hidden
+                grad_hidden = rounded(of_all, hidden, hidden, grad)
         return (
             grad_hidden,
-            None if gradients.weight is None else gradients.weight.to(weight.dtype),
-            None if gradients.bias is None else gradients.bias.to(bias.dtype),
+            rounded(gradients.weight, weight, hidden, grad),
+            rounded(gradients.bias, bias, hidden, grad),
             *(None,) * 6,
         )
 
@@ -336,11 +338,12 @@ class FusedLoss(torch.autograd.Function):
         else:  # a rank without a kept token: a loss of 0 that still reaches the graph
             of_rows = dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=hidden.device))
         # the hidden states' is rounded only when handed out: for want of range, float16 is scaled in the backward
+        rounded(gradients.hidden if hidden.dtype == torch.float16 else None, hidden, hidden)
         ctx.gradients = [
-            None if value is None or like is None else value.to(like.dtype)
-            for value, like in ((gradients.weight, weight), (gradients.bias, bias))
+            gradients.hidden,
+            rounded(gradients.weight, weight, hidden),
+            rounded(gradients.bias, bias, hidden),
         ]
-        ctx.gradients.insert(0, gradients.hidden)
         ctx.dtype = hidden.dtype
         normaliser = of_rows["s_log"] + of_rows["t_log"]
         divergence = of_rows[kind]
@@ -356,5 +359,5 @@ class FusedLoss(torch.autograd.Function):
                 "again for a second backward, or use token_scores and selected_loss."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        of_hidden, *rest = (None if value is None else value.mul_(grads[0].to(value.dtype)) for value in gradients)
+        of_hidden, *rest = (None if value is None else scaled_(value, grads[0]) for value in gradients)
         return (None if of_hidden is None else of_hidden.to(ctx.dtype), *rest, *(None,) * 8)

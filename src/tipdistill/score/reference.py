@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..types import Head, TokenScores
+from .checks import InRange
 
 
 def logits(head: Head, vocabulary: int, temperature: float = 1.0) -> Tensor:
@@ -25,7 +26,10 @@ def logits(head: Head, vocabulary: int, temperature: float = 1.0) -> Tensor:
         >>> logits(Head(torch.ones(1, 2), torch.eye(2)), vocabulary=2)
         tensor([[1., 1.]])
     """
-    z = head.hidden @ head.weight[:vocabulary].to(head.hidden.dtype).T
+    hidden, weight = head.hidden, head.weight
+    if hidden.dtype == torch.float16:
+        hidden, weight = (InRange.apply(value, hidden.detach()) for value in (hidden, weight))
+    z = hidden @ weight[:vocabulary].to(hidden.dtype).T
     if head.bias is not None:
         z = z + head.bias[:vocabulary].to(z.dtype)
     z = z * head.logit_scale
@@ -95,8 +99,10 @@ def of_logprobs(
         statistics["gradient_norm"] = torch.where(statistics["reverse_kl"].isinf(), math.inf, gradient.norm(dim=-1))
         statistics["hellinger"] = (s.sqrt() - t.sqrt()).norm(dim=-1) / math.sqrt(2)
         g = s - t
-        curvature = (s * (g - (s * g).sum(-1, keepdim=True)) ** 2).sum(-1)  # gᵀHg, the variance of g under P_S
-        statistics["signal_to_curvature"] = torch.where(curvature > 0, (g**2).sum(-1) / curvature, 0.0)
+        # gᵀHg is the variance of g under P_S; about the likeliest token, since it is far below g² where P_S is certain
+        about = g - g.gather(-1, log_s.argmax(-1, keepdim=True))
+        curvature = (s * about**2).sum(-1) - (s * about).sum(-1) ** 2
+        statistics["signal_to_curvature"] = bounded_ratio((g**2).sum(-1), curvature)
         statistics |= _of_likeliest(log_s, log_t)
         if token_ids is not None:
             statistics["teacher_logprob"] = log_t.gather(-1, token_ids[:, None])[:, 0]
@@ -121,6 +127,18 @@ def _of_likeliest(log_s: Tensor, log_t: Tensor) -> dict[str, Tensor]:
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:
     """probability · value with 0 · ±∞ = 0, the limit of p log p."""
     return probability * value.masked_fill(probability == 0, 0.0)
+
+
+def bounded_ratio(signal: Tensor, curvature: Tensor) -> Tensor:
+    """signal / curvature, 0 without a signal; at most float32's largest number, which a certain student exceeds.
+
+    Example:
+        >>> bounded_ratio(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.5, 0.0, 0.0]))
+        tensor([2.0000e+00, 0.0000e+00, 3.4028e+38])
+    """
+    largest = min(torch.finfo(dtype).max for dtype in (torch.float32, signal.dtype))
+    ratio = torch.where(curvature > 0, signal / curvature, math.inf).clamp(max=largest)
+    return torch.where(signal > 0, ratio, torch.where(signal.isnan(), math.nan, 0.0))
 
 
 def _log(value: float) -> float:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .reference import bounded_ratio
 from .tiles import NEGATIVE, accumulation_dtype
 
 LOG2_E = math.log2(math.e)
-# A sum that meets NEGATIVE with any weight worth the name is infinite; a divergence of finite logits is far below.
+# In a row that holds a NEGATIVE, a sum that meets it with any weight worth the name is infinite.
 INFINITE = 1e6
 
 ONLINE = (
@@ -62,6 +63,7 @@ class Online:
         self.q, self.qb, self.qd = zeros(), zeros(), zeros()
         self.pp, self.ppd, self.ppdd = zeros(), zeros(), zeros()
         self.s_token, self.t_token = zeros(), zeros()
+        self.s_least, self.t_least = zeros(), zeros()
 
     def update(self, s: Tensor, t: Tensor | None, a: Tensor, b: Tensor, scratch: Tensor) -> None:
         """Take one tile of logits [R, C]; `a` (may be s) ends as p, `b` (may be t) as d, relative to the new maxima."""
@@ -71,6 +73,11 @@ class Online:
             s_max, t_max = torch.maximum(s_max, self.s_max), torch.maximum(t_max, self.t_max)
             self._move(self.s_max - s_max, self.t_max - t_max)
         self.s_max, self.t_max, self.first = s_max, t_max, False
+        # which rows hold a logit of −∞: where it meets the other model's probability, the divergence is infinite
+        if "forward_kl" in self.fields:
+            self.s_least = torch.minimum(self.s_least, s.amin(1))
+        if t is not None and ("reverse_kl" in self.fields or "gradient_norm" in self.fields):
+            self.t_least = torch.minimum(self.t_least, t.amin(1))
 
         torch.sub(s, s_max[:, None], out=a)
         if t is not None:
@@ -129,28 +136,29 @@ class Online:
         s_log = self.p.log().masked_fill(self.s_max <= NEGATIVE, math.nan)
         statistics = {"s_max": self.s_max, "s_log": s_log}
         statistics["entropy"] = s_log - self.pa / self.p
-        statistics["student_logprob"] = _minus_infinite_below(self.s_token - self.s_max - s_log)
+        statistics["student_logprob"] = _infinite(self.s_token - self.s_max - s_log, self.s_token)
         if self.teacher:
             t_log = self.q.log().masked_fill(self.t_max <= NEGATIVE, math.nan)
             mean_d = self.pd / self.p
-            reverse_kl = -_minus_infinite_below(s_log - t_log - mean_d).clamp(max=0)
+            reverse_kl = -_infinite(s_log - t_log - mean_d, self.t_least).clamp(max=0)
             square = self.ppdd - 2 * mean_d * self.ppd + mean_d.square() * self.pp
             gradient_norm = square.clamp(min=0).sqrt() / self.p
             statistics |= {
                 "t_max": self.t_max,
                 "t_log": t_log,
                 "reverse_kl": reverse_kl,
-                "forward_kl": -_minus_infinite_below(t_log - s_log + self.qd / self.q).clamp(max=0),
+                "forward_kl": -_infinite(t_log - s_log + self.qd / self.q, self.s_least).clamp(max=0),
                 "teacher_entropy": t_log - self.qb / self.q,
                 "gradient_norm": torch.where(reverse_kl.isinf(), math.inf, gradient_norm),
-                "teacher_logprob": _minus_infinite_below(self.t_token - self.t_max - t_log),
+                "teacher_logprob": _infinite(self.t_token - self.t_max - t_log, self.t_token),
             }
         # a sum that was not asked for was never taken
         return {name: value for name, value in statistics.items() if name in self.fields or name not in ONLINE}
 
 
-def _minus_infinite_below(value: Tensor) -> Tensor:
-    return torch.where(value < -INFINITE, -math.inf, value)
+def _infinite(value: Tensor, least: Tensor) -> Tensor:
+    """−∞ where a sum met a logit of −∞; finite logits may give as large a sum."""
+    return torch.where((value < -INFINITE) & (least <= NEGATIVE), -math.inf, value)
 
 
 def _log_probabilities(s: Tensor, t: Tensor, normalisers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -166,7 +174,9 @@ class SecondPass:
         self.normalisers, self.fields, self.beta = normalisers, frozenset(fields), beta
         zeros = torch.zeros_like(normalisers["s_log"])
         self.s_to_mixture, self.t_to_mixture, self.root = zeros.clone(), zeros.clone(), zeros.clone()
+        # of g = P_S − P_T: Σ g², and the mass, mean and square under P_S, about g of the likeliest token so far
         self.gg, self.sgg, self.sg = zeros.clone(), zeros.clone(), zeros.clone()
+        self.mass, self.centre, self.likeliest = zeros.clone(), zeros.clone(), zeros - math.inf
 
     def update(self, s: Tensor, t: Tensor) -> None:
         log_s, log_t = _log_probabilities(s, t, self.normalisers)
@@ -180,6 +190,15 @@ class SecondPass:
             p = log_s.exp()
             g = p - log_t.exp()
             self.gg += torch.linalg.vecdot(g, g)
+            likeliest, column = p.max(1)
+            rises = likeliest > self.likeliest
+            centre = torch.where(rises, g.gather(1, column[:, None])[:, 0], self.centre)
+            shift = self.centre - centre
+            self.likeliest, self.centre = torch.maximum(likeliest, self.likeliest), centre
+            self.sgg += 2 * shift * self.sg + shift.square() * self.mass
+            self.sg += shift * self.mass
+            self.mass += p.sum(1)
+            g.sub_(centre[:, None])
             self.sg += torch.linalg.vecdot(p, g)
             self.sgg += torch.linalg.vecdot(p.mul_(g), g)
 
@@ -192,6 +211,5 @@ class SecondPass:
         if "hellinger" in self.fields:
             statistics["hellinger"] = (self.root / 2).sqrt()
         if "signal_to_curvature" in self.fields:
-            curvature = self.sgg - self.sg.square()
-            statistics["signal_to_curvature"] = torch.where(curvature > 0, self.gg / curvature, 0.0)
+            statistics["signal_to_curvature"] = bounded_ratio(self.gg, self.sgg - self.sg.square())
         return statistics

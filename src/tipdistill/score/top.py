@@ -106,12 +106,13 @@ def top_statistics(
             beside_the_likeliest = (log_t[:, :k] - log_t[:, k, None]).exp().sum(1)
             statistics["top16_teacher_mass"] = (of_t.probability[:, 0] * beside_the_likeliest).clamp(max=1)
         if "top16_forward_kl" in names:
+            impossible = log_s.amin(1) <= NEGATIVE
             twice = torch.cat([torch.zeros_like(shared), shared], 1)
             log_s, log_t = (log.masked_fill(twice, -math.inf).log_softmax(1) for log in (log_s, log_t))
             t = log_t.exp()
             terms = t * (log_t - log_s).masked_fill(t == 0, 0.0)
             divergence = terms.sum(1).clamp(min=0)
-            statistics["top16_forward_kl"] = divergence.masked_fill(divergence > INFINITE, math.inf)
+            statistics["top16_forward_kl"] = divergence.masked_fill(impossible & (divergence > INFINITE), math.inf)
     return {name: statistics[name] for name in names}
 
 

@@ -230,8 +230,9 @@ def lower_bounds(
     """
     bounds = [name for name in fields if OF_TOP_K[name].gives == LOWER_BOUND]
     scores = dict(reference.of_logprobs(log_p, log_q, divergence, beta, None, bounds).present())
-    for name in scores.keys() & {"reverse_kl", "forward_kl"}:  # one that met a forbidden token is infinite
-        scores[name] = scores[name].masked_fill(scores[name] > INFINITE, math.inf)
+    for name, log in (("reverse_kl", log_q), ("forward_kl", log_p)):  # one that met a forbidden token is infinite
+        if name in scores:
+            scores[name] = scores[name].masked_fill((scores[name] > INFINITE) & _forbids(log), math.inf)
     return TokenScores(**scores)
 
 
@@ -255,7 +256,12 @@ def gradient_norm(log_p: Tensor, log_q: Tensor, of_tail: Tensor) -> Tensor:
     # the tail's share of the gradient is spread over its tokens ∝ P_S; a tail without any has none
     within = of_tail.norm(dim=1) / p[:, -1].clamp(min=torch.finfo(p.dtype).tiny)
     norm = torch.cat([excess[:, :-1], (excess[:, -1] * within)[:, None]], 1).norm(dim=1)
-    return norm.masked_fill(divergence[:, 0] > INFINITE, math.inf)
+    return norm.masked_fill((divergence[:, 0] > INFINITE) & _forbids(log_q), math.inf)
+
+
+def _forbids(log: Tensor) -> Tensor:
+    """bool [n]: an outcome's logit was −∞; what is added to `NEGATIVE` is far smaller."""
+    return log.detach().amin(1) < NEGATIVE / 2
 
 
 def of_ranks(student: Tensor, likeliest: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:

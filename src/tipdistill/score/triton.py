@@ -42,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Head
+from .checks import NonFiniteLogitsError, rounded, scaled_
 from .sums import SECOND_PASS, STATISTICS, Online, SecondPass
 from .tiles import NEGATIVE, Projection, _even, _spans
 
@@ -76,13 +77,17 @@ WORTHWHILE = 0.95
 _found: dict[tuple[Any, ...], Tile] = {}
 
 # Rows of the kernels' sums; the names are those of `Online` and `SecondPass`, which turn them into statistics.
-ONLINE_SUMS = ("s_max", "p", "pa", "pd", "t_max", "q", "qb", "qd", "pp", "ppd", "ppdd", "s_token", "t_token")
+ONLINE_SUMS = (
+    *("s_max", "p", "pa", "pd", "t_max", "q", "qb", "qd", "pp", "ppd", "ppdd"),
+    *("s_token", "t_token", "s_least", "t_least"),
+)
 SECOND_SUMS = ("s_to_mixture", "t_to_mixture", "root", "gg", "sgg", "sg")
 NORMALISERS = ("s_max", "s_log", "t_max", "t_log")
 OF_GRADIENT = (*NORMALISERS, "reverse_kl", "s_to_mixture")
 
 _NEGATIVE = tl.constexpr(NEGATIVE)
 _LOWEST_HALF = tl.constexpr(-65504.0)  # the lowest float16
+_HIGHEST_HALF = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -150,6 +155,8 @@ def _online_kernel(
     pp = tl.load(sums + 8 * sums_stride, mask=later & SQUARES, other=0.0)
     ppd = tl.load(sums + 9 * sums_stride, mask=later & SQUARES, other=0.0)
     ppdd = tl.load(sums + 10 * sums_stride, mask=later & SQUARES, other=0.0)
+    s_least = tl.load(sums + 13 * sums_stride, mask=later, other=0.0)
+    t_least = tl.load(sums + 14 * sums_stride, mask=later & TEACHER, other=0.0)
     for offset in range(0, width, BLOCK):
         columns = offset + tl.arange(0, BLOCK)
         inside = columns < width
@@ -157,6 +164,7 @@ def _online_kernel(
         above = tl.maximum(s_max, tl.max(s, axis=0))
         s_shift = s_max - above
         s_max = above
+        s_least = tl.minimum(s_least, tl.min(tl.where(inside, s, 0.0), axis=0))
         s_factor = tl.exp(s_shift)
         a = s - s_max
         p = tl.where(inside, tl.exp(a), 0.0)
@@ -167,6 +175,7 @@ def _online_kernel(
             above = tl.maximum(t_max, tl.max(t, axis=0))
             t_shift = t_max - above
             t_max = above
+            t_least = tl.minimum(t_least, tl.min(tl.where(inside, t, 0.0), axis=0))
             t_factor = tl.exp(t_shift)
             b = t - t_max
             q = tl.where(inside, tl.exp(b), 0.0)
@@ -207,6 +216,8 @@ def _online_kernel(
     tl.store(sums + 8 * sums_stride, pp)
     tl.store(sums + 9 * sums_stride, ppd)
     tl.store(sums + 10 * sums_stride, ppdd)
+    tl.store(sums + 13 * sums_stride, s_least)
+    tl.store(sums + 14 * sums_stride, t_least)
     if TOKENS:
         column = tl.load(token_ids + row) - start
         here = (column >= 0) & (column < width)
@@ -259,6 +270,9 @@ def _second_kernel(
     gg = s_max * 0.0
     sgg = s_max * 0.0
     sg = s_max * 0.0
+    mass = s_max * 0.0
+    centre = s_max * 0.0
+    likeliest = s_max * 0.0 - 1.0
     for offset in range(0, width, BLOCK):
         columns = offset + tl.arange(0, BLOCK)
         inside = columns < width
@@ -279,8 +293,20 @@ def _second_kernel(
         if CURVATURE:
             g = p - q
             gg += tl.sum(g * g, axis=0)
-            sgg += tl.sum(p * g * g, axis=0)
-            sg += tl.sum(p * g, axis=0)
+            # about g of the likeliest token so far, as in `SecondPass`
+            highest = tl.max(p, axis=0)
+            at = p == highest
+            of_highest = tl.sum(tl.where(at, g, 0.0), axis=0) / tl.sum(tl.where(at, 1.0, 0.0), axis=0)
+            moved = tl.where(highest > likeliest, of_highest, centre)
+            likeliest = tl.maximum(likeliest, highest)
+            shift = centre - moved
+            centre = moved
+            sgg += 2.0 * shift * sg + shift * shift * mass
+            sg += shift * mass
+            mass += tl.sum(p, axis=0)
+            about = g - centre
+            sgg += tl.sum(p * about * about, axis=0)
+            sg += tl.sum(p * about, axis=0)
     tl.store(sums + row, s_to_mixture)
     tl.store(sums + 1 * rows + row, t_to_mixture)
     tl.store(sums + 2 * rows + row, root)
@@ -350,6 +376,8 @@ def _gradient_kernel(
     g *= factor
     if S_CAPPED:
         g *= 1.0 - (s * slope) * (s * slope)
+    if gradient.dtype.element_ty == tl.float16:  # where a divergence is beyond its range
+        g = tl.where(g > _HIGHEST_HALF, _HIGHEST_HALF, tl.where(g < _LOWEST_HALF, _LOWEST_HALF, g))
     tl.store(gradient + row * gradient_stride + columns, g.to(gradient.dtype.element_ty), mask=inside)
 
 
@@ -425,7 +453,7 @@ class TokenDivergence(torch.autograd.Function):
                     _form_gradient(ctx.kind, ctx.beta, s, t, gradient, of_rows, s_head, t_head, start, None, TILE)
                     gradients.add(gradient, s_hidden, s_rows, slice(None), start)
                 gradients.rescale(peak)
-            of_kept, of_weight, of_bias = gradients.finish()
+            of_kept, of_weight, of_bias = gradients.finish(s_hidden, grad, index)
             if of_kept is not None:
                 of_hidden = torch.zeros_like(hidden)
                 of_hidden[index] = of_kept
@@ -470,7 +498,7 @@ class FusedLoss(torch.autograd.Function):
                     scorer.differentiate(kind, of_rows, slice(row, end), gradients)
             scorer.release()
             gradients.rescale(peak)
-            ctx.gradients = gradients.finish()
+            ctx.gradients = gradients.finish(hidden)
         # no piece: a rank without a kept token has a loss of 0 that still reaches the graph
         per_row = _joined(pieces) if pieces else dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
         normaliser = per_row["s_log"] + per_row["t_log"]
@@ -487,7 +515,7 @@ class FusedLoss(torch.autograd.Function):
                 "again for a second backward, or use token_scores and selected_loss."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if value is None else value.mul_(grads[0].to(value.dtype)) for value in gradients), *(None,) * 8)
+        return (*(None if value is None else scaled_(value, grads[0]) for value in gradients), *(None,) * 8)
 
 
 class _Scorer:
@@ -721,12 +749,18 @@ class _Gradients:
                 if value is not None:
                     value.mul_(peak.to(value.dtype))
 
-    def finish(self) -> tuple[Tensor | None, ...]:
+    def finish(
+        self, hidden: Tensor, incoming: Tensor | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients in their dtypes; of `hidden`, of which tokens where it is not all of them."""
         values, self.hidden, self.weight, self.bias = (self.hidden, self.weight, self.bias), None, None, None
-        return tuple(
-            None if value is None or like is None else value.to(like.dtype)
-            for value, like in zip(values, self.like, strict=True)
-        )
+        try:
+            return tuple(rounded(value, like, hidden, incoming) for value, like in zip(values, self.like, strict=True))
+        except NonFiniteLogitsError as error:
+            if index is None or incoming is None:
+                raise
+            token = int(index[error.token])
+            raise NonFiniteLogitsError(token, f"token {token} of {len(incoming)}", error.cause) from None
 
 
 def _of_rows(

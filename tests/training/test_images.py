@@ -1,0 +1,98 @@
+"""Images beside text: refused before weights are loaded, or read as text where a column holds none."""
+
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from transformers import ProcessorMixin
+
+from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.training.images import prepared, with_images
+
+ASK = [{"role": "user", "content": "?"}]
+SEES, READS = ProcessorMixin.__new__(ProcessorMixin), SimpleNamespace()
+PICTURE = {"bytes": b"no picture is decoded", "path": None}
+TYPES = {"images": List(Image()), "image": Image()}
+
+
+def config(tmp_path, **settings):
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 2,
+        **settings,
+    }
+    options = {"report_to": "none", "save_strategy": "no", "gradient_checkpointing": False, "max_steps": 1}
+    return TIPConfig(str(tmp_path / "run"), disable_tqdm=True, **options, **settings)
+
+
+def rows(column, values):
+    stored = [None if value is None else [PICTURE] * value if column == "images" else PICTURE for value in values]
+    message = {"role": Value("string"), "content": Value("string")}
+    features = Features({"prompt": List(message), column: TYPES[column]})
+    return Dataset.from_dict({"prompt": [ASK] * len(values), column: stored}, features=features)
+
+
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_an_image_after_rows_of_text_is_refused_with_its_row_before_weights(tmp_path, column):
+    dataset = rows(column, [None] * 8 + [1, None])
+    with pytest.raises(ValueError, match=r"train_dataset, row 8 \(counting from 0\) has an image, and normalization="):
+        prepared(dataset, "train_dataset", config(tmp_path), SEES)
+    with pytest.raises(ValueError, match=r"eval_dataset\['a'\], row 8 .* has an image, and the student reads text"):
+        prepared({"a": dataset}, "eval_dataset", config(tmp_path), READS)
+    for settings in ({"normalization": "micro_batch"}, {"selection_rule": "all", "retention": 1.0}):
+        assert column in prepared(dataset, "train_dataset", config(tmp_path, **settings), SEES).column_names
+    selected = dataset.select([0, 9, 8])
+    with pytest.raises(ValueError, match=r"row 2 "):
+        prepared(selected, "train_dataset", config(tmp_path), SEES)
+    plain = dataset.remove_columns("prompt").add_column("prompt", ["a"] * 10)
+    with pytest.raises(ValueError, match=r"row 8 .*its prompt is plain"):
+        prepared(plain, "train_dataset", config(tmp_path, normalization="micro_batch"), SEES)
+
+
+def test_an_image_in_a_message_is_refused_too(tmp_path):
+    blocks = [{"type": "image"}, {"type": "text", "text": "?"}]
+    dataset = Dataset.from_dict(
+        {"prompt": [[{"role": "user", "content": [blocks[1]]}], [{"role": "user", "content": blocks}]]}
+    )
+    with pytest.raises(ValueError, match=r"row 1 .* has an image"):
+        prepared(dataset, "train_dataset", config(tmp_path), SEES)
+    assert prepared(dataset.select([0]), "train_dataset", config(tmp_path), SEES) is not None
+
+
+def test_a_begun_turn_is_refused_for_a_model_that_sees(tmp_path):
+    dataset = Dataset.from_dict({"prompt": [ASK, [*ASK, {"role": "assistant", "content": "Well"}]]})
+    with pytest.raises(ValueError, match=r"row 1 .*a model that sees images cannot go on"):
+        prepared(dataset, "train_dataset", config(tmp_path), SEES)
+    assert prepared(dataset, "train_dataset", config(tmp_path), READS) is dataset
+
+
+def test_a_stream_is_refused_at_the_first_image(tmp_path):
+    """Before that batch is sampled."""
+    text, image = {"prompt": ASK, "image": None}, {"prompt": ASK, "image": object()}
+    assert with_images([text, text], config(tmp_path), SEES) == [{"prompt": ASK}] * 2
+    with pytest.raises(ValueError, match=r'a row has an image, and normalization="batch"'):
+        with_images([text, image], config(tmp_path), SEES)
+    shown = with_images([text, image], config(tmp_path, normalization="micro_batch"), SEES)
+    assert [row["images"] for row in shown] == [[], [image["image"]]]
+    block = {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}
+    with pytest.raises(ValueError, match=r"a row has an image"):
+        with_images([text, block], config(tmp_path), SEES)
+
+
+@pytest.mark.parametrize("values", [[None] * 4, [0] * 4], ids=["null", "empty"])
+@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+def test_a_column_without_any_image_is_no_column(tiny_model_dir, tmp_path, values, normalization):
+    pair = [str(tiny_model_dir("qwen3", who)) for who in ("student", "teacher")]
+    dataset = rows("images", values)
+    trainer = TIPTrainer(*pair, config(tmp_path, normalization=normalization), dataset)
+    assert trainer.train_dataset.column_names == ["prompt"]
+    trainer.train()
+
+
+def test_a_text_model_refuses_images_before_weights_are_loaded(tiny_model_dir, tiny_tokenizer, tmp_path, monkeypatch):
+    pair = [str(tiny_model_dir("qwen3", who)) for who in ("student", "teacher")]
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("weights"))
+    with pytest.raises(ValueError, match=r"row 2 .* the student reads text alone"):
+        TIPTrainer(*pair, config(tmp_path), rows("image", [None, None, 1, 1]), processing_class=tiny_tokenizer)

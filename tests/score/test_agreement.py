@@ -201,6 +201,10 @@ def test_rounding_is_no_difference(kind, dtype):
     check_model(tiny(kind).to(dtype), "student")
 
 
+def test_rounding_of_an_autocast_is_no_difference():
+    check_model(tiny("llama"), "student", autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_another_scale_is_found_in_every_dtype(dtype, monkeypatch):
     monkeypatch.setattr("tipdistill.score.models.logit_transform", lambda config: (1.1, None))

@@ -1,8 +1,8 @@
 """Every private name of TRL that the trainer touches, in one place.
 
-TRL's trainer is subclassed, so its private methods and attributes are our interface. `OVERRIDDEN` and `CALLED` name the
-methods with the parameters we rely on, `ATTRIBUTES` what we read or write on the instance; tests/contract/test_trl.py
-compares them with the installed TRL and says what moved.
+TRL's trainer is subclassed, so its private methods and attributes are our interface. `OVERRIDDEN` names the methods
+with the parameters we rely on, `ATTRIBUTES` what we read or write on the instance; tests/contract/test_trl.py compares
+them with the installed TRL and says what moved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from ..text import printable
 
 __all__ = [
     "ATTRIBUTES",
-    "CALLED",
     "GENERATION_ATTRIBUTES",
     "GENERATION_METHODS",
     "MULTIMODAL_KEYS",
@@ -38,15 +37,13 @@ __all__ = [
 OVERRIDDEN = {
     "_compute_loss": ("self", "unwrapped_student", "inputs", "num_items_in_batch"),
     "_generate_and_score_completions": ("self", "inputs"),
+    "_get_last_hidden_state": ("self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"),
     "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"),
     "_get_train_sampler": ("self", "dataset"),
     "_prepare_inputs": ("self", "generation_batch"),
     "_tokenize_prompts": ("self", "prompts"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
-}
-CALLED = {
-    "_get_last_hidden_state": ("self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"),
 }
 ATTRIBUTES = (
     "_buffered_inputs",

@@ -55,6 +55,7 @@ def check_model(
     device = model.get_input_embeddings().weight.device
     tokens, mask = two_rows(model, device, padded)
     with without_dropout(model), autocast():
+        dtypes = [torch.get_autocast_dtype(device.type)] if torch.is_autocast_enabled(device.type) else []
         try:
             # not through __call__: sharded engines are inside that of this model already
             with calling(model.get_output_embeddings()):
@@ -67,7 +68,7 @@ def check_model(
                 f"the {who}, {called(model)}, cannot be run on tokens alone ({type(error).__name__}: "
                 f"{_first_line(error)}): choose a causal language model."
             ) from error
-    dtypes = [own.dtype]
+    dtypes.append(own.dtype)
     own, length, shorter = own.float(), tokens.shape[1], int(mask[1].sum())
     rows = torch.cat([states[0], states[1, mask[1].bool()]])
     with project(rows) if project else nullcontext(head_of(model, rows)) as head:

@@ -164,11 +164,11 @@ def test_environment_of_a_recipe_is_set_and_its_secrets_are_not_written_down(tmp
     # libraries read it when they are imported, so the run starts in a process of its own
     started = []
 
-    def start(command, env, check):
-        started.append((command, env))
-        return subprocess.CompletedProcess(command, 0)
+    def start(command, environment):
+        started.append((command, environment))
+        return 0
 
-    monkeypatch.setattr("tipdistill.recipes.run.subprocess.run", start)
+    monkeypatch.setattr("tipdistill.recipes.run.supervise", start)
     assert main(["train", *config, *MODELS, *CPU]) == 0
     ((command, environment),) = started
     assert command[1:5] == ["-m", "tipdistill.cli", "train", "--config"]

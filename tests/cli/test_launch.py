@@ -37,11 +37,11 @@ def launched(monkeypatch):
     """The commands that would have been run."""
     commands = []
 
-    def run(command, **kwargs):
+    def run(command, environment):
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr("tipdistill.recipes.run.subprocess.run", run)
+    monkeypatch.setattr("tipdistill.recipes.run.supervise", run)
     return commands
 
 

@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted:  # which has said how to go on
         return 130
     except KeyboardInterrupt:
-        return _refuse(f"tipdistill {command}", f"interrupted. {_KEPT.get(command, '')}", code=130)
+        if command in _KEPT:
+            print(_KEPT[command], file=sys.stderr)
+        return _refuse(f"tipdistill {command}", "interrupted.", code=130)
     except Stopped as stopped:
         return _stopped(f"tipdistill {command}", stopped, _KEPT.get(command, ""))
     except (ValueError, OSError, ImportError) as error:

@@ -24,7 +24,9 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 1,
     "is_decoder": True,
-    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout"), 0.0),
+    **dict.fromkeys(("hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+    **dict.fromkeys(("residual_dropout", "activation_dropout"), 0.0),
 }
 MLA = {"head_dim": None, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 MLA |= {"v_head_dim": 8, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}

@@ -214,9 +214,10 @@ def test_another_scale_is_found_in_every_dtype(dtype, monkeypatch):
         check_model(tiny("llama").to(dtype), "student")
 
 
-def test_tokens_that_only_the_own_forward_forbids_are_found():
+@pytest.mark.parametrize("value", [-1e38, -torch.inf], ids=str)
+def test_tokens_that_only_the_own_forward_forbids_are_found(value):
     model = tiny("llama")
-    model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([7]), -1e38))
+    model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([7]), value))
     with pytest.raises(ValueError, match="computes other logits"):
         check_model(model, "student")
 

@@ -15,6 +15,7 @@ import torch
 
 from .. import http, replies
 from ..chat import check_chat_template_kwargs, encode_prompts
+from ..positions import position_limit
 from ..rollout import generate
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ class Local:
     def _longest(self, prompts: Sequence[Any]) -> int:
         """Tokens that are left for a completion after the longest prompt, by what the model can take."""
         config = getattr(self.model, "config", None)
-        positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+        positions = None if config is None else position_limit(config)
         if positions is None or not prompts:
             return sys.maxsize  # vLLM watches its own limit
         longest = max(map(len, encode_prompts(prompts, self.tokenizer, self.chat_template_kwargs)))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..types import Head
 from .forward import called, last_hidden_states
 from .models import head_of
-from .tiles import Projection, _operand
+from .tiles import NEGATIVE, Projection, _operand
 
 LENGTH, PADDING = 12, 5  # tokens of the longer of two rows, and how many the other has less
 # Root mean square that two ways to the same log-probabilities may differ by, relative to the logits': so many roundings
@@ -84,9 +84,9 @@ def check_model(
             f"the {who}, {called(model)}, gives logits {list(own.shape)} for {length} tokens where its lm_head gives "
             f"{list(logits[:length].shape)}: choose a model that is no more than a backbone and an lm_head."
         )
-    own = own.to(logits.device)
-    if not (own.isfinite().all() and logits.isfinite().all()):
+    if own.isnan().any() or not logits.isfinite().all():
         return  # broken weights: the scores say at which token
+    own = own.to(logits.device).clamp(min=NEGATIVE)  # −∞ where the class forbids a token
     precision = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     _compare(
         own,
@@ -132,7 +132,7 @@ def two_rows(model: Any, device: torch.device, left: bool = True) -> tuple[Tenso
     }
     vocabulary = config.vocab_size
     usable = [index for index in range(min(vocabulary, 64 + len(special))) if index not in special] or [0]
-    ids = [usable[(5 * place + 3) % len(usable)] for place in range(length)]
+    ids = [usable[(place * (place + 3) + 1) % len(usable)] for place in range(length)]
     padding = min(PADDING, length - 1)
     pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
     pad = pad if 0 <= pad < vocabulary else 0
@@ -173,7 +173,7 @@ def _compare(expected: Tensor, given: Tensor, precision: torch.dtype, of: str, w
     tensor_float = single and expected.is_cuda and torch.backends.cuda.matmul.allow_tf32
     tolerance = _FLOAT32[of] if single else _ROUNDINGS[of] * torch.finfo(precision).eps
     tolerance = max(tolerance, _ROUNDINGS[of] * 2.0**-10) if tensor_float else tolerance
-    if error > tolerance:
+    if not error <= tolerance:
         raise ValueError(
             f"{what}: log-probabilities differ by up to {float(difference.abs().max()):.3g} nats (root mean square "
             f"{error:.2g} of the logits', {tolerance:.2g} may be rounding in {str(precision).removeprefix('torch.')}); "

@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 VERL_VENV ?= .venv-verl
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo replicate replicate-small bench test test-verl test-vllm lint format clean
+.PHONY: demo replicate replicate-small bench fuzz test test-verl test-vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
@@ -37,6 +37,13 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.plot_engine
 	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.plan_tables
+
+# Odd input at every door: make fuzz FUZZ=1000000 takes a night, and FIRST=1000000 goes on after it.
+FUZZ ?= 5000
+FIRST ?= 0
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/faults/fuzz.py --inputs $(FUZZ) --first $(FIRST)
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -136,7 +136,7 @@ def heads(dice: random.Random) -> tuple[Head, Head, int, int]:
     odd = dice.choice((0.0, 0.0, 0.02))
     pair = []
     for rows in (vocabulary, vocabulary + dice.choice((0, 0, 3))):
-        bias = tensor(dice, rows, odd=odd) if dice.random() < 0.3 else None
+        bias = tensor(dice, rows, odd=odd, among=(*MODEST, math.nan)) if dice.random() < 0.3 else None
         weight = tensor(dice, rows, width, odd=odd, among=(*MODEST, math.nan))
         hidden = tensor(dice, count, width, spread=spread, odd=odd, among=(*MODEST, math.nan, math.inf))
         hidden = hidden.to(weight.dtype)
@@ -167,7 +167,7 @@ def of_rules(dice: random.Random, _: Path) -> None:
 def of_scores(dice: random.Random, _: Path) -> None:
     student, teacher, count, vocabulary = heads(dice)
     ids = torch.randint(max(1, vocabulary + (dice.random() < 0.05)), (count,)) if dice.random() < 0.7 else None
-    temperature = dice.choice((1.0, 1.0, 0.7, 1e-3, 1e3, 0.0, -1.0, math.nan, math.inf))
+    temperature = dice.choice((1.0, 1.0, 0.7, 0.1, 1e3, 0.0, -1.0, math.nan, math.inf))
     rule = dice.choice((*RULES, None, None, "q4"))
     both = teacher if dice.random() < 0.9 else None
     scores = token_scores(student, both, rule=rule, token_ids=ids, temperature=temperature)
@@ -220,9 +220,8 @@ def of_prompts(dice: random.Random, folder: Path) -> None:
     joined = b"\n".join(text_of(row, dice) for row in rows) if path.suffix == ".jsonl" else text_of(rows, dice)
     path.write_bytes(joined)
     options = {"template": dice.choice((None, None, "{prompt}!", "x")), "as_chat": dice.random() < 0.2}
-    for prompt in load_prompts(path, column=dice.choice(("prompt", "prompt", "prompt", "problem", "")), **options)[
-        "prompt"
-    ][:]:
+    column = dice.choice(("prompt", "prompt", "prompt", "problem", ""))
+    for prompt in load_prompts(path, column=column, **options)["prompt"][:]:
         json.dumps(prompt, ensure_ascii=False).encode()
 
 
@@ -230,21 +229,7 @@ def of_tasks(dice: random.Random, folder: Path) -> None:
     path = folder / "t.jsonl"
     rows = [changed({"problem": "1+1", "answer": "2"}, dice, 0.1) for _ in range(dice.randrange(0, 4))]
     path.write_bytes(b"\n".join(text_of(row, dice) for row in rows))
-    pieces = (
-        str(path),
-        "arithmetic",
-        "json.TASK",
-        "math50",
-        "a.b.c",
-        "[:2]",
-        "[1:]",
-        "[2:1]",
-        "[:]",
-        "=",
-        "",
-        ":",
-        "\x1b",
-    )
+    pieces = (str(path), "arithmetic", "json.TASK", "math50", "a.b.c", "[:2]", "[1:]", "[2:1]", "[:]", "=", "", "\x1b")
     name = "".join(dice.choice(pieces) for _ in range(dice.choice((1, 2, 2, 3))))
     if name.startswith(str(path)) or dice.random() < 0.3:
         name = str(path) + dice.choice(("", "[:1]", "[5:]"))
@@ -284,10 +269,9 @@ GRID = {
 def written(value: Any, dice: random.Random, path: Path) -> Path:
     """A value as YAML, changed, damaged or both."""
     try:
-        raw = yaml.safe_dump(
-            changed(value, dice, dice.choice((0.0, 0.02, 0.06))), allow_unicode=dice.random() < 0.5, sort_keys=False
-        )
-        raw = raw.encode("utf-8", "surrogatepass")
+        other = changed(value, dice, dice.choice((0.0, 0.02, 0.06)))
+        text = yaml.safe_dump(other, allow_unicode=dice.random() < 0.5, sort_keys=False)
+        raw = text.encode("utf-8", "surrogatepass")
     except (ValueError, yaml.YAMLError):  # what YAML itself cannot write
         raw = yaml.safe_dump(value).encode()
     path.write_bytes(damaged(raw, dice) if dice.random() < 0.3 else raw)
@@ -390,21 +374,8 @@ def of_answers(dice: random.Random, _: Path) -> None:
 
 
 def of_addresses(dice: random.Random, _: Path) -> None:
-    pieces = (
-        "http://",
-        "https://",
-        "me:hunter2@",
-        "hunter2@",
-        "host",
-        "[::1]",
-        ":8000",
-        ":99999",
-        "/v1",
-        "?",
-        "#",
-        "\x1b",
-    )
-    pieces = (*pieces, " ", "/", "é", "\ud800", "%00", "\n", "@", ":", "[", "]", "..")
+    pieces = ("http://", "https://", "me:hunter2@", "hunter2@", "host", "[::1]", ":8000", ":99999", "/v1", "?", "#")
+    pieces = (*pieces, "\x1b", " ", "/", "é", "\ud800", "%00", "\n", "@", ":", "[", "]", "..")
     url = "".join(dice.choice(pieces) for _ in range(dice.randrange(0, 4)))
     url = dice.choice(("", "http://host", "https://host/v1", "http://[::1]")) + url
     try:

@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 VERL_VENV ?= .venv-verl
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo replicate replicate-small bench crash test test-verl test-vllm lint format clean
+.PHONY: demo replicate replicate-small bench crash fuzz test test-verl test-vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
@@ -41,6 +41,13 @@ bench: $(VENV)/.installed
 # Kills runs at random operations on their files and compares what they come to; nightly, and it goes on where it stopped.
 crash: $(VENV)/.installed-dev
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m faults.crash --kills 100 --output runs/crash/crash.json
+
+# Odd input at every door: make fuzz FUZZ=1000000 takes a night, and FIRST=1000000 goes on after it.
+FUZZ ?= 5000
+FIRST ?= 0
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/faults/fuzz.py --inputs $(FUZZ) --first $(FIRST)
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal

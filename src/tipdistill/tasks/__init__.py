@@ -96,6 +96,8 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
             raise ValueError(f"{name} takes none of the {len(task.problems)} problems of {sliced[1]!r}.")
         return _changed(replace(task, name=name, problems=kept), limit, changes)
     key, equals, path = name.partition("=")
+    if equals and not path:
+        raise ValueError(f"{name} names no file: {key}=FILE.jsonl is the task {key!r} with the problems of a file.")
     if equals:
         task = _from_mapping(key, {**_mapping(key, TASKS.get(key, {})), "dataset": path, "split": "train"}, local=True)
     elif key in TASKS:

@@ -217,12 +217,12 @@ batch = torch.load(f"{folder}/batch.pt", weights_only=False)
 writer = RecordsWriter(folder, AutoTokenizer.from_pretrained(f"{folder}/tokenizer"), ABOUT, part_tokens=1)
 writer.write(*rows(batch, 0, 2))
 writer.write(*rows(batch, 2, 3))
-write = records._write_table
+write = records.write_tables
 def die(path, tables):  # between the two files of a part
     if path.name.startswith("rollouts"):
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, tables)
-records._write_table = die
+records.write_tables = die
 writer.write(*rows(batch, 3, 5))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .documents import read_json
-from .files import replacing, write_text
+from .files import write_text
+from .parquet import PARTS, DamagedRecordsError, check_kinds, open_parquet, remedy, whole, write_tables
 from .provenance import versions
 from .select import SCOPES, kept_counts, resolve_rule, rule_fields, select
 from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
@@ -37,7 +37,6 @@ PART_TOKENS = 2**16
 TOKENS_FILE, ROLLOUTS_FILE, SIDECAR_FILE = "tokens.parquet", "rollouts.parquet", "records.json"
 STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
 
-_PARTS = "parts"
 _TOP = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("probability", pa.float32())]))
 ROLLOUTS_SCHEMA = pa.schema(
     [
@@ -79,10 +78,6 @@ def tokens_schema(rules: Sequence[str] = ("soft_or",)) -> pa.Schema:
             ),
         ]
     )
-
-
-class DamagedRecordsError(ValueError):
-    """A file of token records is not as it was written; which one, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,7 @@ class RecordsWriter:
 
     def __init__(self, directory: str | Path, tokenizer: Any, about: About, part_tokens: int = PART_TOKENS) -> None:
         self.directory, self.about, self.part_tokens = Path(directory), about, part_tokens
-        self._parts = self.directory / _PARTS
+        self._parts = self.directory / PARTS
         self._pieces = token_bytes(tokenizer)
         self._texts, self._bytes = _texts(self._pieces)
         self._extra = [name for name in about.fields() if name not in (*STATISTICS, "entropy_norm")]
@@ -261,7 +256,7 @@ class RecordsWriter:
             return
         # tokens first: a part counts once its rollouts are there
         for name, tables in zip((TOKENS_FILE, ROLLOUTS_FILE), zip(*self._waiting, strict=True), strict=True):
-            _write_table(_part(self._parts, name, self._number), [pa.concat_tables(tables)])
+            write_tables(_part(self._parts, name, self._number), [pa.concat_tables(tables)])
         self._number += 1
         self._waiting = []
 
@@ -348,7 +343,7 @@ class Records:
                 f"{', '.join(self.tokens.schema_arrow.names)}."
             )
         path = self.directory / TOKENS_FILE
-        with _whole(path):
+        with whole(path):
             table = self.tokens.read(columns=None if columns is None else list(columns))
             table.validate(full=True)  # text that is no UTF-8, lists that end before they begin
             for name in _NEVER_NULL & set(table.column_names):
@@ -381,20 +376,20 @@ def open_records(directory: str | Path) -> Records:
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}.")
     if not (directory / TOKENS_FILE).is_file():
-        if not _part_files(directory / _PARTS, ROLLOUTS_FILE):
+        if not _part_files(directory / PARTS, ROLLOUTS_FILE):
             raise ValueError(
                 f"{directory} holds no token records (no {TOKENS_FILE}). `tipdistill score` writes them, and "
                 "TIPTrainer into <output_dir>/records/step-<n>."
             )
         _assemble(directory, complete=False)
-    tokens = _parquet(directory / TOKENS_FILE)
+    tokens = open_parquet(directory / TOKENS_FILE)
     needed = tokens_schema()
     missing = [name for name in needed.names if name not in tokens.schema_arrow.names]
     if missing:
         raise DamagedRecordsError(
             f"{directory / TOKENS_FILE} has no column {', '.join(missing)}: these are no token records."
         )
-    _check_kinds(directory / TOKENS_FILE, tokens.schema_arrow, needed)
+    check_kinds(directory / TOKENS_FILE, tokens.schema_arrow, needed)
     if tokens.metadata.num_rows == 0:
         raise DamagedRecordsError(f"{directory / TOKENS_FILE} holds no token: nothing was scored.")
     for name in (ROLLOUTS_FILE, SIDECAR_FILE):
@@ -446,22 +441,22 @@ def joined_text(tokens: Sequence[str], raw: Sequence[bytes | None]) -> str:
 
 
 def _assemble(directory: Path, complete: bool) -> None:
-    parts = directory / _PARTS
-    with _whole(parts / SIDECAR_FILE):
+    parts = directory / PARTS
+    with whole(parts / SIDECAR_FILE):
         about = About(**read_json(parts / SIDECAR_FILE))
     # a part whose rollouts are missing was never finished
     count = len(_part_files(parts, ROLLOUTS_FILE))
     if count == 0:
         raise ValueError(f"nothing was scored, so there are no records to write to {directory}.")
-    opened = [_parquet(path) for path in _part_files(parts, TOKENS_FILE)[:count]]
-    with _whole(parts):
+    opened = [open_parquet(path) for path in _part_files(parts, TOKENS_FILE)[:count]]
+    with whole(parts):
         added, scores = _choose(opened, about)
     schema = tokens_schema(about.rules)
 
     def pieces() -> Iterable[pa.Table]:
         row = 0
         for part in opened:
-            with _whole(parts):
+            with whole(parts):
                 table = part.read()
             for name, values in added.items():
                 table = table.append_column(name, pa.array(values[row : row + len(table)]))
@@ -472,7 +467,7 @@ def _assemble(directory: Path, complete: bool) -> None:
     scored, promised = sum(part.metadata.num_rows for part in opened), sum(rollouts["tokens"].to_pylist())
     if scored != promised:
         raise DamagedRecordsError(
-            f"the parts in {parts} do not belong together: {scored} tokens, of rollouts of {promised}. {_remedy(parts)}"
+            f"the parts in {parts} do not belong together: {scored} tokens, of rollouts of {promised}. {remedy(parts)}"
         )
     quadrant = torch.from_numpy(added["quadrant"] if "quadrant" in added else _column(opened, "quadrant"))
     described = {
@@ -493,9 +488,9 @@ def _assemble(directory: Path, complete: bool) -> None:
         },
         "versions": versions(("tipdistill", "torch", "transformers", "pyarrow")),
     }
-    _write_table(directory / ROLLOUTS_FILE, [rollouts])
+    write_tables(directory / ROLLOUTS_FILE, [rollouts])
     write_text(directory / SIDECAR_FILE, json.dumps(described, indent=2) + "\n")
-    _write_table(directory / TOKENS_FILE, pieces())
+    write_tables(directory / TOKENS_FILE, pieces())
 
 
 def _choose(parts: Sequence[pq.ParquetFile], about: About) -> tuple[dict[str, np.ndarray], TokenScores]:
@@ -533,71 +528,16 @@ def _part_files(parts: Path, name: str) -> list[Path]:
 # Files and text.
 
 
-def _parquet(path: Path) -> pq.ParquetFile:
-    try:
-        # a bit that flipped in a page shows by the page's checksum
-        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-        assert file.schema_arrow is not None
-    except _FAULTS as error:
-        size = path.stat().st_size if path.is_file() else 0
-        state = "is empty" if size == 0 else f"({size:,} bytes) is cut off or no Parquet file"
-        raise DamagedRecordsError(f"{path} {state}: it was not written to its end. {_remedy(path)}") from error
-    return file
-
-
-# what pyarrow and the parsers raise of files that are damaged
-_FAULTS = (
-    *(pa.ArrowException, OSError, MemoryError, ValueError, KeyError, TypeError, IndexError, AttributeError),
-    *(OverflowError, RecursionError, NotImplementedError),
-)
 _NEVER_NULL = {"rollout", "position", "prompt_id", "token_id", "quadrant", "kept"}
-_KINDS = (
-    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_list),
-    *(
-        lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
-        lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
-    ),
-)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file, as one error with its name."""
-    try:
-        yield
-    except DamagedRecordsError:
-        raise
-    except _FAULTS as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DamagedRecordsError(f"{path} is damaged: {said.rstrip('.')}. {_remedy(path)}") from error
-
-
-def _remedy(path: Path) -> str:
-    folder = next((place for place in (path, path.parent) if place.name == _PARTS), None)
-    return f"Remove {folder} and score again." if folder is not None else "Score again."
-
-
-def _check_kinds(path: Path, schema: pa.Schema, needed: pa.Schema) -> None:
-    """Refuse columns of another kind; another tool may have written another width of integers or texts."""
-    for column in needed:
-        kind = schema.field(column.name).type
-        same = any(is_kind(column.type) and is_kind(kind) for is_kind in _KINDS)
-        if same and pa.types.is_list(kind):
-            names = [field.name for field in kind.value_type] if pa.types.is_struct(kind.value_type) else []
-            same = {field.name for field in column.type.value_type} <= set(names)
-        if not same:
-            raise DamagedRecordsError(
-                f"{path} has a column {column.name} of {kind}, not of {column.type}. {_remedy(path)}"
-            )
 
 
 def _read_rollouts(path: Path) -> pa.Table:
-    file = _parquet(path)
+    file = open_parquet(path)
     missing = [name for name in ROLLOUTS_SCHEMA.names if name not in file.schema_arrow.names]
     if missing:
-        raise DamagedRecordsError(f"{path} has no column {', '.join(missing)}: these are no rollouts. {_remedy(path)}")
-    _check_kinds(path, file.schema_arrow, ROLLOUTS_SCHEMA)
-    with _whole(path):
+        raise DamagedRecordsError(f"{path} has no column {', '.join(missing)}: these are no rollouts. {remedy(path)}")
+    check_kinds(path, file.schema_arrow, ROLLOUTS_SCHEMA)
+    with whole(path):
         table = file.read()
         table.validate(full=True)
         for name in ROLLOUTS_SCHEMA.names:
@@ -635,19 +575,6 @@ def _check_sidecar(sidecar: Any) -> None:
     for name, allowed in checks.items():
         if name in sidecar and not allowed(sidecar[name]):
             raise ValueError(f"{name} is {sidecar[name]!r:.60}")
-
-
-def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
-    """One row group per table; there is at least one."""
-    with replacing(path) as partial:
-        writer: pq.ParquetWriter | None = None
-        try:
-            for table in tables:
-                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd", write_page_checksum=True)
-                writer.write_table(table)
-        finally:
-            if writer is not None:
-                writer.close()
 
 
 def _texts(pieces: Sequence[bytes]) -> tuple[pa.Array, pa.Array]:

@@ -8,7 +8,20 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "tipdistill"
 # A module may import from its own row and from the rows above it.
 ORDER = [
-    {"types", "vocabulary", "positions", "arrow", "chat", "data", "files", "text", "provenance", "http", "extras"}
+    {
+        "types",
+        "vocabulary",
+        "positions",
+        "arrow",
+        "chat",
+        "data",
+        "files",
+        "parquet",
+        "text",
+        "provenance",
+        "http",
+        "extras",
+    }
     | {"documents", "dotted", "redact", "replies", "signals", "supervise", "terminal"},
     {"policy"},
     {"rollout"},

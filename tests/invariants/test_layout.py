@@ -14,10 +14,10 @@ MOST_LINES = 600
 ONCE = {
     # what → the files that may hold it
     r"difflib\.": {"text.py"},
-    r"urllib\.request": {"http.py"},
+    r"import httpx2": {"http.py"},
     r"os\.fsync": {"files.py", "evaluate/run.py"},  # run.py appends samples to a file that it keeps open
     r"\"---\"": {"text.py"},
-    r"LOCK_EX": {"sweep/run.py", "sweep/cells.py"},
+    r"LOCK_EX": {"files.py"},
 }
 
 

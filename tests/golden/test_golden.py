@@ -229,9 +229,8 @@ def test_sweep(pair, word_problems, tmp_path, holds, monkeypatch):
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     out = tmp_path / "sweep"
-    assert (
-        main(["sweep", str(tmp_path / "grid.yaml"), "--output_dir", str(out), "--workers", "1", "--threads", "1"]) == 0
-    )
+    flags = ["--workers", "1", "--threads", "1", "--trust_recipe"]
+    assert main(["sweep", str(tmp_path / "grid.yaml"), "--output_dir", str(out), *flags]) == 0
     found = {}
     for path in sorted(out.rglob("cell.json")):
         result = json.loads(path.read_text())["result"]

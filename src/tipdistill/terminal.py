@@ -19,7 +19,7 @@ class PlainConsole(Console):
 
     Example:
         >>> PlainConsole(width=40).print("runs/[red]a\\x1b[31m:smile:")
-        runs/[red]a\\\\x1b[31m:smile:
+        runs/[red]a\\x1b[31m:smile:
     """
 
     def __init__(self, **named: Any) -> None:
@@ -39,6 +39,6 @@ def say(text: Any = "", *, end: str = "\n", file: TextIO | None = None) -> None:
 
     Example:
         >>> say("runs/a\\x1b[31m")
-        runs/a\\\\x1b[31m
+        runs/a\\x1b[31m
     """
     print(printable(text), end=end, file=file or sys.stdout, flush=True)

@@ -113,8 +113,8 @@ def code_named(settings: Mapping[str, Any]) -> list[str]:
     launcher = settings.get("accelerate_config")
     if isinstance(launcher, str) and ("/" in launcher or launcher.endswith((".yaml", ".yml", ".json"))):
         named.append(f"accelerate_config: {launcher}")
-    if settings.get("teacher_api_key_env"):
-        named.append(f"teacher_api_key_env: {settings['teacher_api_key_env']}, sent to {settings.get('teacher_url')}")
+    if settings.get("teacher_api_key_env") and settings.get("teacher_url"):
+        named.append(f"teacher_api_key_env: {settings['teacher_api_key_env']}, sent to {settings['teacher_url']}")
     return named
 
 

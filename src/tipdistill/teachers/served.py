@@ -494,7 +494,8 @@ def _whole(
         if len(ids) != size or ids.max() >= size or sampled[row] >= size:
             raise ValueError(f"{where[row]}: the teacher gave {len(ids)} log-probabilities of {size} tokens.")
         table[row, ids] = list(entry.values())
-    totals = np.exp(table).sum(1)
+    with np.errstate(over="ignore"):
+        totals = np.exp(table).sum(1)
     bad = np.flatnonzero(~(np.abs(totals - 1) <= SUM_TOLERANCE))
     if len(bad):
         raise _no_distribution(where[bad[0]], totals[bad[0]])

@@ -52,8 +52,8 @@ ODD = (
     *(math.nan, "", " ", "1", "nan", "0.5", "soft_or", "\ud800", "\x1b[31m", "a" * 300, "é\u202e", "{prompt}", "[/]"),
     *([], [[]], {}, {"": {}}, [None], {"a": [1]}, ["x", 1]),
 )
-# of weights and hidden states: logits in the ten thousands are the most that a model of any sense has
-MODEST = (0.0, -0.0, 1e-45, 1e-30, 1e-7, 0.5, 1.0, -1.0, 30.0, -88.0, 100.0)
+# of weights and hidden states: what float16 holds
+MODEST = (0.0, -0.0, 1e-45, 1e-30, 1e-7, 0.5, 1.0, -1.0, 30.0, -88.0, 100.0, 1e4, -65504.0, 65504.0)
 NUMBERS = (0.0, -0.0, 1e-45, 1e-30, 1e-7, 0.5, 1.0, -1.0, 88.0, 100.0, 1e4, 65504.0, 1e19, 3e38, -3e38)
 
 

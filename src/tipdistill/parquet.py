@@ -1,0 +1,92 @@
+"""Parquet files of token records: written whole, read with checksums, and one error that names a damaged one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import replacing
+
+PARTS = "parts"  # folder of what is scored so far
+# what pyarrow and the parsers raise of files that are damaged
+FAULTS = (
+    *(pa.ArrowException, OSError, MemoryError, ValueError, KeyError, TypeError, IndexError, AttributeError),
+    *(OverflowError, RecursionError, NotImplementedError),
+)
+_KINDS = (
+    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_list),
+    *(
+        lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+        lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
+    ),
+)
+
+
+class DamagedRecordsError(ValueError):
+    """A file of token records is not as it was written; which one, and what to do."""
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A Parquet file whose pages are checked as they are read.
+
+    Raises:
+        DamagedRecordsError: an empty file, one that was cut off, or none of Parquet's.
+    """
+    try:
+        # a bit that flipped in a page shows by the page's checksum
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        assert file.schema_arrow is not None
+    except FAULTS as error:
+        size = path.stat().st_size if path.is_file() else 0
+        state = "is empty" if size == 0 else f"({size:,} bytes) is cut off or no Parquet file"
+        raise DamagedRecordsError(f"{path} {state}: it was not written to its end. {remedy(path)}") from error
+    return file
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file, as one error with its name."""
+    try:
+        yield
+    except DamagedRecordsError:
+        raise
+    except FAULTS as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedRecordsError(f"{path} is damaged: {said.rstrip('.')}. {remedy(path)}") from error
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged file of records; one of `PARTS` is made again when its folder is gone."""
+    folder = next((place for place in (path, path.parent) if place.name == PARTS), None)
+    return f"Remove {folder} and score again." if folder is not None else "Score again."
+
+
+def check_kinds(path: Path, schema: pa.Schema, needed: pa.Schema) -> None:
+    """Refuse columns of another kind; another tool may have written another width of integers or texts."""
+    for column in needed:
+        kind = schema.field(column.name).type
+        same = any(is_kind(column.type) and is_kind(kind) for is_kind in _KINDS)
+        if same and pa.types.is_list(kind):
+            names = [field.name for field in kind.value_type] if pa.types.is_struct(kind.value_type) else []
+            same = {field.name for field in column.type.value_type} <= set(names)
+        if not same:
+            raise DamagedRecordsError(
+                f"{path} has a column {column.name} of {kind}, not of {column.type}. {remedy(path)}"
+            )
+
+
+def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
+    """One row group per table; there is at least one."""
+    with replacing(path) as partial:
+        writer: pq.ParquetWriter | None = None
+        try:
+            for table in tables:
+                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd", write_page_checksum=True)
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()

@@ -25,7 +25,8 @@ def test_the_command_rewrites_every_document_with_a_table():
 
 
 def test_every_result_has_its_table():
-    assert {path.stem for path in RESULTS.glob("*.json")} <= set(TABLES)
+    of_kills = {"crash-cpu"}  # of `make crash`, which measures no time
+    assert {path.stem for path in RESULTS.glob("*.json")} - of_kills <= set(TABLES)
 
 
 def spread(value):

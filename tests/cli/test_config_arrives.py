@@ -6,7 +6,6 @@ another value. A field of ours without a case fails `test_every_field_of_ours_ha
 
 import itertools
 import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -287,14 +286,14 @@ def watch(patch: pytest.MonkeyPatch, run: Run) -> None:
         )
         return score(self, student, batch, *rest)
 
-    def launched(command, **kwargs):
+    def launched(command, environment):
         run.launches.append(command)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     patch.setattr(TIPTrainer, "__init__", watched_init)
     patch.setattr(TIPTrainer, "_generate_and_score_completions", watched_generate)
     patch.setattr(TIPTrainer, "_score_rows", watched_score)
-    patch.setattr("tipdistill.recipes.run.subprocess.run", launched)
+    patch.setattr("tipdistill.recipes.run.supervise", launched)
     patch.setattr("tipdistill.trainer.logger.warning", run.warnings.append)
 
 

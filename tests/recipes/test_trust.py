@@ -115,7 +115,7 @@ def test_on_a_terminal_it_is_a_question(traps, tmp_path, monkeypatch, capsys, an
 def test_a_dry_run_imports_nothing_that_the_recipe_names_and_starts_nothing(
     traps, tmp_path, tiny_model_dir, word_problems, capsys, monkeypatch
 ):
-    monkeypatch.setattr("tipdistill.recipes.run.subprocess.run", lambda *_, **__: pytest.fail("something was started"))
+    monkeypatch.setattr("tipdistill.recipes.run.supervise", lambda *_, **__: pytest.fail("something was started"))
     settings = {
         "selection_rule": "trapped.inner.rules.rule",
         "eval_tasks": "trapped.inner.rules.TASK",
@@ -124,6 +124,7 @@ def test_a_dry_run_imports_nothing_that_the_recipe_names_and_starts_nothing(
         "model_name_or_path": str(tiny_model_dir("qwen3", "student")),
         "teacher_model_name_or_path": str(tiny_model_dir("qwen3", "teacher")),
         "dataset_name": str(word_problems),
+        "max_completion_length": 64,
     }
     arguments = [*recipe(tmp_path, **settings), "--use_cpu", "true", "--bf16", "false", "--dry_run"]
     for trusted in ([], ["--trust_recipe"]):
@@ -193,6 +194,7 @@ def test_a_grid_is_a_recipe_too(traps, tmp_path, capsys, settings):
 def test_a_dry_run_of_a_grid_imports_nothing(traps, tmp_path, capsys, tiny_model_dir, word_problems):
     base = {"model_name_or_path": str(tiny_model_dir("qwen3", "student")), "dataset_name": str(word_problems)}
     base |= {"teacher_model_name_or_path": str(tiny_model_dir("qwen3", "teacher")), "use_cpu": True, "bf16": False}
+    base["max_completion_length"] = 64
     recipe(tmp_path, **base)
     cells = {"mine": {"rule": "trapped.inner.rules:rule", "retentions": [0.5, 0.2]}}
     tests = ["trapped.inner.rules.TASK[:1]", "trapped.inner.rules.TASK[1:]"]

@@ -6,6 +6,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MptConfig,
+    Phi3Config,
     Qwen3Config,
 )
 from transformers import Gemma3TextConfig as Gemma3
@@ -16,6 +17,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096, "rope_theta": 1e4}
+LONGROPE |= {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 LIMITS = {
     "none given": (Qwen3Config(max_position_embeddings=128), 128),
     "gpt2's name": (GPT2Config(n_positions=256), 256),
@@ -27,6 +31,9 @@ LIMITS = {
     "yarn": (Qwen3Config(max_position_embeddings=40960, rope_parameters=YARN), 131072),
     # as Llama 3.1 ships it: the limit holds the factor already
     "llama3": (LlamaConfig(max_position_embeddings=131072, rope_parameters=LLAMA3), 131072),
+    # each token's turn changes with the longest row of the batch beyond these
+    "dynamic": (LlamaConfig(max_position_embeddings=2048, rope_parameters=DYNAMIC), 2048),
+    "longrope": (Phi3Config(max_position_embeddings=131072, rope_parameters=LONGROPE), 4096),
     "per layer": (
         Gemma3(
             max_position_embeddings=1024,

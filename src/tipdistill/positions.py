@@ -7,13 +7,16 @@ from typing import Any
 
 # Llama and most others (GPT-2's n_positions is known by this name too), MPT, Whisper.
 _LIMITS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
-_STRETCHING = ("linear", "dynamic", "yarn")  # rotary positions made for more than the limit that stands beside them
+_STRETCHING = ("linear", "yarn")  # rotary positions made for more than the limit that stands beside them
+_CHANGING = ("dynamic", "longrope", "su")  # beyond the original limit each token's turn with the longest row of a batch
 
 
 def position_limit(config: Any) -> int | None:
     """Tokens that a model's positions reach, prompt and completion together; None: no limit that it tells.
 
-    A recurrent model has none, nor has one with ALiBi. Rotary positions that are scaled reach further.
+    A recurrent model has none, nor has one with ALiBi. Rotary positions that are scaled reach further. Those that
+    change with the length of the batch reach to where they begin to change: beyond, what a rollout scores would depend
+    on the rollouts beside it.
 
     Args:
         config: of a transformers model.
@@ -34,6 +37,11 @@ def position_limit(config: Any) -> int | None:
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     # one dict, or one for each kind of layer
     parts = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    changing = [part for part in parts if part.get("rope_type", part.get("type")) in _CHANGING]
+    if changing:
+        originals = [part.get("original_max_position_embeddings") for part in changing]
+        originals.append(getattr(text, "original_max_position_embeddings", None))
+        return min(limit, *(value for value in originals if isinstance(value, int) and value > 0), limit)
     scaled = [part for part in parts if part.get("rope_type", part.get("type")) in _STRETCHING and part.get("factor")]
     return max(
         limit, *(int((part.get("original_max_position_embeddings") or limit) * part["factor"]) for part in scaled), 0

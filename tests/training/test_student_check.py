@@ -183,3 +183,29 @@ def test_one_path_for_both_is_two_models(make, tmp_path):
     path = str(tmp_path / "model")
     assert loss_of(make(path, path, selection_rule="all", beta=1.0)) == pytest.approx(0.0, abs=1e-5)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora_bias", "ia3", "loha", "oft"])
+def test_a_fresh_adapter_that_the_loss_would_leave_out_is_refused(make, kind):
+    peft = pytest.importorskip("peft")
+    names = ["q_proj", "lm_head"]
+    config = {
+        "dora": lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=names),
+        "lora_bias": lambda: peft.LoraConfig(r=2, lora_bias=True, target_modules=["lm_head"]),
+        "ia3": lambda: peft.IA3Config(target_modules=names, feedforward_modules=[]),
+        "loha": lambda: peft.LoHaConfig(r=2, target_modules=names),
+        "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["lm_head"]),
+    }[kind]()
+    student = tiny("llama")
+    student.add_adapter(config)
+    with pytest.raises(ValueError, match=r"adapter default \(\w+Config\) on the lm_head of LlamaForCausalLM is no sum"):
+        make(student, tiny("llama", seed=5)).train()
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_an_adapter_that_acts_after_some_tokens_alone_is_refused(make, who):
+    peft = pytest.importorskip("peft")
+    models = {"student": tiny("llama"), "teacher": tiny("llama", seed=5)}
+    models[who].add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[3]))
+    with pytest.raises(ValueError, match=rf"adapter default of the {who}, LlamaForCausalLM.*, acts after"):
+        make(**models).train()

@@ -52,6 +52,12 @@ def check_model(
     Raises:
         ValueError: which model, what differs and by how much, and what to do.
     """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            raise ValueError(
+                f"the adapter {name} of the {who}, {called(model)}, acts after its alora_invocation_tokens alone, "
+                "which is decided outside the backbone that is scored here: merge it, or use plain LoRA."
+            )
     device = model.get_input_embeddings().weight.device
     tokens, mask = two_rows(model, device, padded)
     with without_dropout(model), autocast():

@@ -103,6 +103,29 @@ def lm_head_parameters(layer: Any) -> tuple[Tensor | None, Tensor | None]:
     return weight, bias
 
 
+def unread_adapters(layer: Any) -> list[str]:
+    """Active adapters on an lm_head that `lm_head_parameters` leaves out, so that they would never be trained.
+
+    Args:
+        layer: a linear layer, as it is or wrapped by PEFT.
+    """
+    if (
+        not hasattr(layer, "adapter_layer_names")
+        or hasattr(layer, "modules_to_save")
+        or hasattr(layer, "token_adapter")
+    ):
+        return []
+    if layer.disable_adapters or layer.merged:
+        return []
+    there = [name for kind in layer.adapter_layer_names for name in getattr(layer, kind, {})]
+    read = [
+        name
+        for name in getattr(layer, "lora_A", {})
+        if name not in getattr(layer, "lora_variant", {}) and not getattr(layer, "lora_bias", {}).get(name)
+    ]
+    return [name for name in layer.active_adapters if name in there and name not in read]
+
+
 # Of a configuration: what the model's class does to the logits of its lm_head.
 _MULTIPLIED_BY = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
 _DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling

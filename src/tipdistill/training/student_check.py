@@ -10,6 +10,7 @@ import torch
 from ..integrations._accelerate import calling_lm_head
 from ..score.agreement import check_model
 from ..score.forward import called
+from ..score.models import unread_adapters
 
 
 class StudentCheck:
@@ -26,7 +27,7 @@ class StudentCheck:
         if self._done:
             return
         student = trainer.plain_student()
-        _check_dropout(student)
+        _check_adapters(student)
         check = partial(
             check_model,
             project=partial(trainer.student_head, student),
@@ -38,8 +39,18 @@ class StudentCheck:
         self._done = True
 
 
-def _check_dropout(student: Any) -> None:
-    """Refuse an adapter on the lm_head whose dropout the loss, which reads weights, would leave out."""
+def _check_adapters(student: Any) -> None:
+    """Refuse adapters on the lm_head that the loss, which reads weights, would leave out, or their dropout.
+
+    Fresh ones change nothing, so the logits do not tell.
+    """
+    for name in unread_adapters(student.get_output_embeddings()):
+        kind = type(student.peft_config[name]).__name__
+        raise ValueError(
+            f"the adapter {name} ({kind}) on the lm_head of {called(student)} is no sum of A and B with the weight, "
+            "so the loss would leave it out: use plain LoRA there, without lora_bias and use_dora, or take the lm_head "
+            "out of target_modules."
+        )
     for name, dropout in getattr(student.get_output_embeddings(), "lora_dropout", {}).items():
         if getattr(dropout, "p", 0) > 0:
             raise ValueError(

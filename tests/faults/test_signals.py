@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import yaml
 from faults import victims
 from faults import world as worlds
 
@@ -28,7 +29,7 @@ def saved(out):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(world, tmp_path, name):
     signum = signal.Signals[name]
-    settings = {"max_steps": 7, "save_strategy": "no", "logging_steps": 2, "record_rollouts": 0, "eval_steps": 6}
+    settings = {"max_steps": 25, "save_strategy": "no", "logging_steps": 2, "record_rollouts": 0, "eval_steps": 20}
     told, straight, log = tmp_path / "told", tmp_path / "straight", tmp_path / "log"
     process = victims.Victim(worlds.train(world, told, **settings), log).start()
     until(lambda: log.exists() and "'loss'" in log.read_text(), process)
@@ -36,11 +37,11 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(world, 
     process.join(60)
     assert process.exitcode == 128 + signum, log.read_text()
     (step,) = saved(told)
-    assert 0 < step < 7
+    assert 0 < step < 25
     assert incomplete(told / f"checkpoint-{step}") is None
     lines = [line for line in log.read_text().splitlines() if "go on with" in line]
     assert lines == [
-        f"{name}: step {step} of 7 is saved in {told}/checkpoint-{step}: go on with --resume_from_checkpoint true."
+        f"{name}: step {step} of 25 is saved in {told}/checkpoint-{step}: go on with --resume_from_checkpoint true."
     ]
     assert not (told / "trainer_state.json").exists()
     if name != "SIGTERM":
@@ -51,7 +52,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(world, 
     # the signal's step is logged beside the second, and a card is written with a checkpoint
     differ = {path for path in {*ends, *starts} if ends.get(path) != starts.get(path)}
     assert differ <= {"trainer_state.json", "README.md"}
-    assert json.loads((told / "trainer_state.json").read_text())["global_step"] == 7
+    assert json.loads((told / "trainer_state.json").read_text())["global_step"] == 25
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(world, tmp_path):
@@ -86,15 +87,19 @@ def test_a_signal_before_the_first_step_ends_at_once(world, tmp_path):
 
 def test_a_sweep_tells_its_cells_and_finishes_them_later(world, tmp_path):
     out, log = tmp_path / "swept", tmp_path / "log"
-    process = victims.Victim(worlds.command("sweep", world, out), log, small=True).start()
-    until(lambda: list(out.glob("cells/*/checkpoint-1")), process)
+    grid = yaml.safe_load((world / "grid.yaml").read_text())
+    grid["overrides"] = {"max_steps": 25, "save_steps": 4}  # a cell that is not at its end when it is told
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    sweep = ["sweep", str(tmp_path / "grid.yaml"), *worlds.command("sweep", world, out)[2:]]
+    process = victims.Victim(sweep, log, small=True).start()
+    until(lambda: list(out.glob("cells/*/checkpoint-4")), process)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 143, log.read_text()
     assert "failed" not in log.read_text()
     assert "the same command goes on" in log.read_text().splitlines()[-1]
     assert not list(out.glob("cells/*/cell.json"))
-    assert victims.run(victims.Victim(worlds.command("sweep", world, out), log, small=True)) == [0]
+    assert victims.run(victims.Victim(sweep, log, small=True)) == [0]
     assert len(list(out.glob("cells/*/cell.json"))) == 2
 
 

@@ -249,7 +249,7 @@ def run(tiny_model_dir, word_problems, tmp_path_factory):
         if recipe:
             path = tmp_path_factory.mktemp("recipe") / "r.yaml"
             path.write_text(yaml.safe_dump(recipe))
-            flags = ["--config", str(path), *flags]
+            flags = ["--config", str(path), "--trust_recipe", *flags]
         tasks = tmp_path_factory.mktemp("tasks")
         (tasks / f"{TASK}.py").write_text("six = five = {'problems': [('2 + 3 =', '5')], 'prompt': 'own'}\n")
         with pytest.MonkeyPatch.context() as patch:

@@ -349,6 +349,52 @@ def test_what_a_server_says_is_shown_without_its_escapes(server):
     assert str(raised.value).isprintable()
 
 
+@pytest.mark.parametrize("status", [200, 401, 503])
+@pytest.mark.parametrize("before", [0, 470, 495])
+def test_a_key_that_a_server_repeats_is_not_told(server, status, before):
+    key = "sk-" + "hunter2" * 6
+    server.answers = [(status, b"." * before + f"Bearer {key}, {key}".encode() + b"." * 600, {})]
+    heard = []
+    with pytest.raises((RefusedError, NoAnswerError)) as raised:
+        ask(server.url, again=lambda _, said: bool(heard.append(said)), api_key=key)
+    assert "sk-" not in "".join([str(raised.value), *heard])
+    assert "hunter" not in "".join([str(raised.value), *heard])
+
+
+def test_a_reader_that_repeats_the_key_does_not_tell_it(server):
+    def read(reply):
+        raise WrongAnswerError("a token of sk-hunter2")
+
+    with pytest.raises(RefusedError, match=r"a token of \*\*\*"):
+        ask(server.url, again=AGAIN, read=read, api_key="sk-hunter2")
+
+
+@pytest.mark.parametrize("given", ["sk-hunter2", "hunter2 x", "1hunter2", "", "hunter2é", 7])
+def test_a_key_in_the_place_of_its_variable_is_not_repeated(given):
+    with pytest.raises(ValueError, match="must be the name of an environment variable") as raised:
+        key_of("teacher_api_key_env", given, "http://localhost/v1")
+    assert "hunter" not in str(raised.value)
+
+
+def test_a_key_that_could_be_a_variables_name_is_not_repeated_whole():
+    with pytest.raises(ValueError, match=r"environment variable hf_\.\.\., which is not set") as raised:
+        key_of("teacher_api_key_env", "hf_hunter2", "http://localhost/v1")
+    assert "hunter" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://u:SECRETPW%40host/v1", "u:SECRETPW%40h", "http://h:SECRETPW/v1", "https://u%3ASECRETPW%40host/v1"),
+        *("SECRETPW", "http:/u:SECRETPW/v1", "http://[SECRETPW/v1", "ftp://SECRETPW", "http://SECRETPW h/v1"),
+    ],
+)
+def test_an_address_that_is_none_is_not_repeated(url):
+    with pytest.raises(ValueError, match=r"^teacher_url ") as raised:
+        server_url("teacher_url", url)
+    assert "SECRETPW" not in str(raised.value)
+
+
 def test_it_works_where_a_loop_runs_already(server):
     async def notebook():
         return ask(server.url, again=AGAIN).value

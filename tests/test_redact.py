@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tipdistill import TIPConfig
-from tipdistill.redact import secret_names, without_secrets
+from tipdistill.redact import is_secret_variable, secret_names, without_secrets
 
 SECRET = "hf_hunter2"
 
@@ -61,3 +61,20 @@ def test_names_that_are_no_secrets_stay():
     nested = {"a": [{"api_key": "x"}], "password": None, "b": {"HF_TOKEN": "y", "use_auth_token": "z"}}
     assert secret_names(nested) == ["a.api_key", "b.HF_TOKEN", "b.use_auth_token"]
     assert without_secrets(nested) == {"a": [{"api_key": None}], "password": None, "b": dict.fromkeys(nested["b"])}
+
+
+def test_json_texts_are_looked_into():
+    text = json.dumps({"token": SECRET, "more": [{"api_key": SECRET, "a": 1}]})
+    assert secret_names({"teacher_model_init_kwargs": text}) == [
+        "teacher_model_init_kwargs.token",
+        "teacher_model_init_kwargs.more.api_key",
+    ]
+    kept = without_secrets({"deepspeed": text, "plain": '{"dtype": "auto"}', "no JSON": "{Q}", "deep": "[" * 99_999})
+    assert json.loads(kept["deepspeed"]) == {"token": None, "more": [{"api_key": None, "a": 1}]}
+    assert [kept[name] for name in ("plain", "no JSON", "deep")] == ['{"dtype": "auto"}', "{Q}", "[" * 99_999]
+
+
+def test_variables_that_hold_keys():
+    secret = ("MY_AUTH", "AUTHORIZATION", "PROXY_AUTH_BASIC", "DB_PASS", "DB_PWD", "GPG_PASSPHRASE", "hf_token")
+    assert all(map(is_secret_variable, secret))
+    assert not any(map(is_secret_variable, ("GIT_AUTHOR", "AUTHOR_NAME", "TOKENIZERS_PARALLELISM", "BYPASS")))

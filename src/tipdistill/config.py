@@ -10,7 +10,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
-from .http import server_url
+from .http import server_url, variable_name
 from .redact import without_secrets
 from .select import SCOPES, resolve_rule
 from .text import check_known
@@ -136,6 +136,8 @@ class TIPConfig(DistillationConfig):
         for name in ("teacher_url", "vllm_server_base_url"):
             if getattr(self, name) is not None:
                 server_url(name, getattr(self, name))  # first: no other message may repeat a password in it
+        if self.teacher_api_key_env is not None:
+            variable_name("teacher_api_key_env", self.teacher_api_key_env)
         self._check_teacher_patience()
         if self.enable_jit_checkpoint:
             raise ValueError(

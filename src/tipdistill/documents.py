@@ -127,6 +127,39 @@ def parse_json(text: str | bytes, where: str, **options: Any) -> Any:
         return json.loads(text, **options)
 
 
+def parse_mapping(value: Any, where: str) -> dict[str, Any] | None:
+    """A mapping with texts as keys, given as it stands or as JSON text; None stays.
+
+    Args:
+        value: the mapping, a text, or None.
+        where: what errors call it.
+
+    Raises:
+        ValueError: it is none, no JSON, or nested too deeply.
+
+    Example:
+        >>> parse_mapping('{"dtype": "auto"}', "model_init_kwargs")
+        {'dtype': 'auto'}
+    """
+    read = parse_json(value, where) if isinstance(value, str) else value
+    if read is None:
+        return None
+    if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
+        raise ValueError(f"{where} must be a mapping of names to values, or JSON text of one, got {read!r:.60}.")
+    layer: list[Any] = [read]
+    depth = 0
+    while layer := [
+        inner
+        for outer in layer
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+        if isinstance(inner, dict | list)
+    ]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"{where} is nested too deeply: at most {_DEEPEST} levels are read.")
+    return read
+
+
 def check_values(value: Any) -> None:
     """Refuse what would fail only later, and elsewhere: lone surrogates, and integers that nothing holds.
 

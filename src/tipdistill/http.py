@@ -110,7 +110,8 @@ def ask(
     failed = 0
     while True:
         try:
-            status, location, raw, received = _wait_for(_exchange(url, payload, headers, timeout, largest))
+            told = _SAID + len(api_key or "")  # a key that begins in what is told ends in it
+            status, location, raw, received = _wait_for(_exchange(url, payload, headers, timeout, largest, told))
             if 300 <= status < 400:
                 raise RefusedError(
                     f"{url} sends requests on to {_origin_text(location)} (HTTP {status}), and redirects are not "
@@ -119,18 +120,24 @@ def ask(
                 )
             if 200 <= status < 300:
                 return Answer(read(_parsed(raw)), len(payload or b""), received)
+            # a server may repeat the key; as many stars, since what is told ends at a byte
+            raw = raw.replace(api_key.encode(), b"*" * len(api_key)) if api_key else raw
             said = f"HTTP {status}: {printable(raw[:_SAID].decode(errors='replace'))}"
             if status < 500 and status not in BUSY:
                 raise RefusedError(f"{url} refused the request: {said}")
-        except RefusedError:
-            raise
+        except RefusedError as error:
+            raise RefusedError(_without_key(str(error), api_key)) from None
         except WrongAnswerError as error:
-            raise RefusedError(f"{url} gives a wrong answer: {printable(str(error))}") from error
+            raise RefusedError(_without_key(f"{url} gives a wrong answer: {printable(str(error))}", api_key)) from None
         except (OSError, httpx2.HTTPError, zlib.error, ValueError, KeyError, IndexError, TypeError) as error:
-            said = _reason(error)
+            said = _without_key(_reason(error), api_key)
         failed += 1
         if not again(failed, said):
             raise NoAnswerError(f"{url} gave no answer: {said}")
+
+
+def _without_key(text: str, api_key: str | None) -> str:
+    return text.replace(api_key, "***") if api_key else text
 
 
 def doubling(attempts: int, pause: float) -> Callable[[int, str], bool]:
@@ -177,7 +184,8 @@ def server_url(field: str, url: Any) -> str:
 give the server's key in an environment variable.
     """
     text = str(url)
-    if "@" in text.partition("://")[2].partition("/")[0] or "@" in text.partition("?")[0].partition("#")[0]:
+    authority = text.partition("://")[2].partition("/")[0]
+    if "@" in text.partition("?")[0].partition("#")[0] or "%" in authority.rpartition("]")[2]:  # %40 is an @
         raise ValueError(
             f"{field} holds a user name or a password, which logs and records would show: leave it out, and give the "
             "server's key in an environment variable."
@@ -185,7 +193,7 @@ give the server's key in an environment variable.
     if "?" in text or "#" in text:
         raise ValueError(f"{field} must end with the path, such as /v1: what follows a ? or a # may be a key.")
     if not isinstance(url, str) or not text.startswith(("http://", "https://")):
-        raise ValueError(f"{field} must begin with http:// or https://, got {text!r}.")
+        raise ValueError(f"{field} must begin with http:// or https://, such as http://localhost:8000/v1.")
     try:
         parts = urlsplit(text)
         named = bool(parts.hostname) and parts.port != 0
@@ -193,7 +201,10 @@ give the server's key in an environment variable.
     except (ValueError, httpx2.InvalidURL):
         named = False
     if not named or text != "".join(text.split()) or not text.isprintable():
-        raise ValueError(f"{field} is no address of a server, such as http://localhost:8000/v1: got {text!r}.")
+        raise ValueError(
+            f"{field} is no address of a server, such as http://localhost:8000/v1 (what was given is not shown: it may "
+            "hold a password)."
+        )
     return text.rstrip("/")
 
 
@@ -206,26 +217,51 @@ def key_of(field: str, variable: str | None, url: str) -> str | None:
         url: of the server.
 
     Raises:
-        ValueError: the variable that was named is not set, or holds what no header can.
+        ValueError: what was named is no variable, or it is not set, or holds what no header can.
 
     Example:
         >>> key_of("teacher_api_key_env", None, "http://localhost:8000/v1") is None
         True
     """
     if variable is None:
-        named = DEFAULT_KEY if _origin(urlsplit(url)) == _ITS_ORIGIN else None
-        key = os.environ.get(named, "").strip() if named else ""
+        ours = _origin(urlsplit(url)) == _ITS_ORIGIN
+        key = os.environ.get(DEFAULT_KEY, "").strip() if ours else ""
         return key or None
+    named = variable_name(field, variable)
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ValueError(
-            f"{field} names the environment variable {variable}, which is not set: export it, or leave it."
-        )
+        raise ValueError(f"{field} names the environment variable {named}, which is not set: export it, or leave it.")
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError(f"the key in {variable} ({field}) holds characters that no key has: a space, or no ASCII.")
+        raise ValueError(f"the key in {named} ({field}) holds characters that no key has: a space, or no ASCII.")
     if url.startswith("http://") and not is_loopback(url):
-        _warn_of_plain_http(field, variable, _origin_text(url))
+        _warn_of_plain_http(field, named, _origin_text(url))
     return key
+
+
+def variable_name(field: str, variable: Any) -> str:
+    """The name of a variable that holds a key, as messages show it; no key that was given in its place is shown.
+
+    Args:
+        field: what names the variable, as errors call it.
+        variable: its name.
+
+    Raises:
+        ValueError: it is no name that a variable may have; it is not repeated.
+
+    Example:
+        >>> variable_name("teacher_api_key_env", "MY_KEY")
+        'MY_KEY'
+        >>> variable_name("teacher_api_key_env", "sk-123")
+        Traceback (most recent call last):
+        ValueError: teacher_api_key_env must be the name of an environment variable, such as MY_KEY, and not the key: \
+what was given (not shown) is no such name.
+    """
+    if not (isinstance(variable, str) and variable.isascii() and variable.isidentifier()):
+        raise ValueError(
+            f"{field} must be the name of an environment variable, such as MY_KEY, and not the key: what was given "
+            "(not shown) is no such name."
+        )
+    return variable if variable.isupper() else f"{variable[:3]}..."  # hf_1a2b may be a key
 
 
 def is_loopback(url: str) -> bool:
@@ -251,7 +287,7 @@ def _warn_of_plain_http(field: str, variable: str, origin: str) -> None:
 
 
 async def _exchange(
-    url: str, payload: bytes | None, headers: dict[str, str], timeout: float, largest: int
+    url: str, payload: bytes | None, headers: dict[str, str], timeout: float, largest: int, told: int
 ) -> tuple[int, str, bytes, int]:
     """One attempt: status, where a redirect leads, the body (of an error its beginning), bytes of it as transferred."""
     try:
@@ -261,7 +297,7 @@ async def _exchange(
                 client.stream("GET" if payload is None else "POST", url, content=payload, headers=headers) as response,
             ):
                 location = response.headers.get("Location", "")
-                raw, received = await _body(url, response, largest if response.is_success else _SAID)
+                raw, received = await _body(url, response, largest if response.is_success else told)
                 return response.status_code, location, raw, received
     except TimeoutError:
         raise TimeoutError(f"no whole answer within {timeout:g} seconds") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,10 @@ _SECRET = re.compile(
     r"(?:.*_)?(?:hub|hf|auth|access|api|secret|private|bearer)_?(?:token|key)|token|.*(?:password|passwd|secret)",
     re.IGNORECASE,
 )
-_SECRET_VARIABLE = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(
+    r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|PASSPHRASE|PWD|(?:^|_)PASS(?:_|$)|CREDENTIAL|AUTH(?!ORS?(?:_|$))|BEARER|COOKIE",
+    re.IGNORECASE,
+)
 
 
 def is_secret(name: Any) -> bool:
@@ -35,13 +39,14 @@ def is_secret_variable(name: str) -> bool:
 
 
 def secret_names(value: Any, prefix: str = "") -> list[str]:
-    """Where secrets stand in nested mappings, as dotted names.
+    """Where secrets stand in nested mappings, and in those that JSON texts hold, as dotted names.
 
     Example:
         >>> secret_names({"seed": 1, "hub_token": "x", "model_init_kwargs": {"token": "y"}})
         ['hub_token', 'model_init_kwargs.token']
     """
     names = []
+    value = _of_json(value)
     if isinstance(value, Mapping):
         for name, inside in value.items():
             if is_secret(name):
@@ -55,14 +60,26 @@ def secret_names(value: Any, prefix: str = "") -> list[str]:
 
 
 def without_secrets(value: Any) -> Any:
-    """Nested mappings and lists without what `is_secret`: None in its place.
+    """Nested mappings and lists, and JSON texts of them, without what `is_secret`: None in its place.
 
     Example:
         >>> without_secrets({"seed": 1, "hub_token": "x", "model_init_kwargs": {"token": "y", "dtype": "auto"}})
         {'seed': 1, 'hub_token': None, 'model_init_kwargs': {'token': None, 'dtype': 'auto'}}
     """
+    if isinstance(value, str) and secret_names(value):
+        return json.dumps(without_secrets(_of_json(value)))
     if isinstance(value, Mapping) and secret_names(value):
         return {name: None if is_secret(name) else without_secrets(inside) for name, inside in value.items()}
     if isinstance(value, list | tuple) and secret_names(value):
         return type(value)(without_secrets(inside) for inside in value)
+    return value
+
+
+def _of_json(value: Any) -> Any:
+    """What a JSON text of a mapping or a list holds; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
     return value

@@ -49,6 +49,14 @@ NAMES_CODE = {
     "remote code": {"trust_remote_code": True},
     "remote code as a text": {"trust_remote_code": "yes"},
     "remote code of the model": {"model_init_kwargs": {"trust_remote_code": True}},
+    "remote code in JSON": {"model_init_kwargs": '{"\\u0074rust_remote_code": true}'},
+    "remote code of the teacher in JSON": {"teacher_model_init_kwargs": ' {"trust_remote_code": true}'},
+    "kernels": {"model_init_kwargs": {"use_kernels": True}},
+    "kernel of a part": {"teacher_model_init_kwargs": {"attn_implementation": {"": "someone/kernels"}}},
+    "kernel in JSON": {"model_init_kwargs": '{"attn_implementation": "someone\\u002fkernels"}'},
+    "kernel of experts": {"model_init_kwargs": {"experts_implementation": "someone/kernels"}},
+    "proxies": {"model_init_kwargs": {"proxies": {"https": "http://h"}}},
+    "launcher in capitals": {"accelerate_config": "theirs.YAML"},
     "kernel": {"attn_implementation": "someone/kernels"},
     "launcher": {"accelerate_config": "theirs.yaml"},
     "key": {"teacher_url": "http://h/v1", "teacher_api_key_env": "AWS_SECRET_ACCESS_KEY"},
@@ -65,6 +73,86 @@ def test_a_recipe_that_names_code_is_refused_in_a_line_that_lists_it(traps, tmp_
         assert "give --trust_recipe" in error
         assert code_named(settings)[0] in error
     assert not traps.exists()
+
+
+def test_what_names_code_in_other_ways(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evilacc").write_text("use_cpu: true")
+    assert code_named({"accelerate_config": "evilacc"}) == ["accelerate_config: evilacc"]
+    assert code_named({"accelerate_config": "zero2"}) == []
+    (tmp_path / "zero2").write_text("use_cpu: true")  # TRL takes a file before its preset
+    assert code_named({"accelerate_config": "zero2"}) == ["accelerate_config: zero2"]
+    assert code_named({"attn_implementation": {"": "a/b"}}) == ["attn_implementation: {'': 'a/b'}"]
+    assert code_named({"eval_tasks": ["mine.task"]}) == ["eval_tasks: mine.task"]
+    assert code_named({"model_init_kwargs": {"trust_remote_code": "no"}})  # a text that is true
+    plain = {"dtype": "auto", "trust_remote_code": False, "attn_implementation": {"": "sdpa"}, "use_kernels": False}
+    for options in (plain, json.dumps(plain), None, "null"):
+        assert code_named({"model_init_kwargs": options, "teacher_model_init_kwargs": options}) == []
+
+
+WRONG = {
+    "tasks as a list": ({"eval_tasks": ["evilmod.task"], "eval_steps": 1}, "eval_tasks must be a text"),
+    "set": ({"eval_tasks": {"a"}}, "eval_tasks must be a text"),
+    "set of options": ({"model_init_kwargs": {"a"}}, "model_init_kwargs must be a mapping"),
+    "list": ({"model_init_kwargs": [1]}, "model_init_kwargs must be a mapping"),
+    "number": ({"teacher_model_init_kwargs": 5}, "teacher_model_init_kwargs must be a mapping"),
+    "JSON of a list": ({"model_init_kwargs": "[1]"}, "model_init_kwargs must be a mapping"),
+    "no JSON": ({"chat_template_kwargs": "{bad"}, "chat_template_kwargs, line 1: not valid JSON"),
+    "deep": ({"model_init_kwargs": '{"a":' * 100_000 + "1" + "}" * 100_000}, "model_init_kwargs .*nested too deeply"),
+    "deep enough": ({"chat_template_kwargs": '{"a":' * 500 + "1" + "}" * 500}, "chat_template_kwargs .*too deeply"),
+    "no JSON of deepspeed": ({"deepspeed": "{bad"}, "deepspeed, line 1: not valid JSON"),
+    "text for a switch": (
+        {"model_init_kwargs": {"trust_remote_code": "no"}},
+        "model_init_kwargs: trust_remote_code must be true or false",
+    ),
+    "kernels of parts": ({"attn_implementation": {"": "a/b"}}, "attn_implementation must be a text"),
+    "datasets": ({"datasets": 5}, "datasets must be a list"),
+    "key": (
+        {"teacher_api_key_env": "sk-hunter2", "teacher_url": "http://h/v1"},
+        "teacher_api_key_env must be the name of an environment",
+    ),
+    "password": (
+        {"teacher_api_key_env": "K", "teacher_url": "http://u:hunter2%40h/v1"},
+        "teacher_url holds a user name or a password",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "error"), WRONG.values(), ids=WRONG)
+def test_a_value_of_another_kind_is_one_line_that_names_file_and_field(tmp_path, settings, error):
+    with pytest.raises(ValueError, match=rf"r\.yaml: {error}") as raised:
+        parse([*recipe(tmp_path, **settings), *PAIR])
+    assert "\n" not in str(raised.value)
+    assert "hunter2" not in str(raised.value)
+
+
+def test_a_flag_of_another_kind_is_one_line(tmp_path):
+    for text in ("{bad", "5", '{"a":' * 100_000):
+        with pytest.raises(ValueError, match=r"argument --model_init_kwargs\S*: its value"):
+            parse([*PAIR, "--model_init_kwargs", text])
+
+
+def test_a_plain_value_of_a_text_is_what_its_flag_would_be(tmp_path):
+    request = parse([*recipe(tmp_path, run_name=2024, model_init_kwargs='{"dtype": "auto"}'), *PAIR])
+    assert (request.config.run_name, request.config.model_init_kwargs) == ("2024", {"dtype": "auto"})
+
+
+def test_a_dry_run_takes_code_out_of_the_models_arguments(tmp_path):
+    code = {"trust_remote_code": True, "use_kernels": True, "dtype": "auto"}
+    settings = {"model_init_kwargs": code, "teacher_model_init_kwargs": json.dumps(code)}
+    request = parse([*recipe(tmp_path, **settings), *PAIR, "--dry_run"])
+    assert request.config.model_init_kwargs == request.config.teacher_model_init_kwargs == {"dtype": "auto"}
+    assert request.values["model_init_kwargs"] == code  # what is shown is what was asked for
+    trusted = parse([*recipe(tmp_path, **settings), *PAIR, "--dry_run", "--trust_recipe"])
+    assert trusted.config.model_init_kwargs == code
+
+
+def test_a_key_in_json_is_not_written_down(tmp_path):
+    text = json.dumps({"token": "hunter2", "dtype": "auto"})
+    for arguments in (recipe(tmp_path, teacher_model_init_kwargs=text), ["--teacher_model_init_kwargs", text]):
+        request = parse([*arguments, *PAIR])
+        assert request.values["teacher_model_init_kwargs"] == {"token": None, "dtype": "auto"}
+        assert request.config.teacher_model_init_kwargs["token"] == "hunter2"
 
 
 @pytest.mark.parametrize("settings", [NAMES_CODE["rule"], NAMES_CODE["env"]], ids=["rule", "env"])
@@ -215,6 +303,8 @@ def test_a_dry_run_of_a_grid_imports_nothing(traps, tmp_path, capsys, tiny_model
         *("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_MODULES_CACHE", "OPENSSL_CONF"),
         *("VLLM_ALLOW_INSECURE_SERIALIZATION", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "HF_HUB_TRUST_REMOTE_CODE"),
         *("http_proxy", "HTTPS_PROXY", "HF_ENDPOINT", "WANDB_BASE_URL", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
+        *("OMP_TOOL_LIBRARIES", "KMP_TOOL_LIBRARIES", "HSA_TOOLS_LIB", "HF_HOME", "AWS_ENDPOINT_URL_S3", "HOSTALIASES"),
+        *("COMET_URL_OVERRIDE", "AWS_CONFIG_FILE", "NCCL_CONF_FILE", "OCL_ICD_FILENAMES"),
         *("TIPDISTILL_LAUNCHED", "LOCAL_RANK", "WORLD_SIZE", "Path", "pythonpath", "GIT_SSH_COMMAND", "BROWSER"),
     ],
 )
@@ -227,7 +317,7 @@ def test_variables_that_load_code_or_send_things_elsewhere_are_refused(tmp_path,
     "name",
     [
         *("CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
-        *("PYTORCH_CUDA_ALLOC_CONF", "VLLM_USE_V1", "WANDB_PROJECT", "HF_HOME", "HF_HUB_OFFLINE", "PYTHONHASHSEED"),
+        *("PYTORCH_CUDA_ALLOC_CONF", "VLLM_USE_V1", "WANDB_PROJECT", "HF_HUB_OFFLINE", "PYTHONHASHSEED"),
         *("TORCH_LOGS", "MY_OWN_SWITCH", "TRANSFORMERS_VERBOSITY"),
     ],
 )

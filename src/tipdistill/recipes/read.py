@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import platform
 from argparse import Action, ArgumentTypeError, Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from ..config import TIPConfig
-from ..documents import read_yaml
+from ..documents import parse_mapping, read_yaml
 from ..dotted import names_only
 from ..extras import EXTRAS, require
 from ..files import write_text
 from ..redact import is_secret_variable, without_secrets
 from ..text import near_names, nearest
 from . import recipe_names, recipe_path
-from .trust import FLAG, check_environment, code_named, confirm
+from .trust import FLAG, OF_MODELS, check_environment, code_named, confirm, without_code
 
 # Asked of one run, so never part of a configuration that is written down; a token is never written at all.
 _OF_ONE_RUN = (
@@ -98,6 +101,12 @@ _TYPES = (TIPScriptArguments, TIPConfig, ModelConfig, DatasetMixtureConfig)
 
 
 class _Parser(TrlParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if dict in _kinds(action.dest) and action.type is str:
+                action.type = partial(_mapping_flag, action.dest)
+
     def error(self, message: str) -> Any:
         raise ValueError(message)  # argparse would print three hundred flags first
 
@@ -151,6 +160,9 @@ def read_arguments(argv: list[str]) -> Arguments:
         flags = [*flags, FLAG]
     if values.dry_run and not values.trust_recipe and "trust_remote_code" in code:
         flags = [*flags, "--trust_remote_code", "false"]  # the models' own code is code that the recipe names
+    for name in OF_MODELS if values.dry_run else ():
+        if any(entry.startswith(f"{name}.") for entry in code):
+            parser.set_defaults(**{name: without_code(settings[name])})
     return Arguments(parser, flags, check_environment(str(path), settings.get("env")), values, code)
 
 
@@ -202,7 +214,8 @@ def _with_config(argv: list[str]) -> tuple[_Parser, list[str], Path | None, dict
     path = config_path(source)
     settings = read_recipe(path)
     fields_given = {name: value for name, value in settings.items() if name != "env"}
-    _check_settings(path, fields_given, parser)
+    fields_given = _check_settings(path, fields_given, parser)
+    settings = {**settings, **fields_given}
     check_environment(str(path), settings.get("env"))
     parser.set_defaults_with_config(**fields_given)
     return parser, flags, path, settings
@@ -230,7 +243,7 @@ def _code_of(path: Path | None, settings: dict[str, Any], values: Namespace, fla
     if path is None or values.trust_recipe or is_packaged(path):
         return []
     given = {flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
-    return code_named({name: value for name, value in settings.items() if name not in given})
+    return code_named({name: value for name, value in settings.items() if name not in given}, f"{path}: ")
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -266,7 +279,49 @@ def _field_names() -> list[str]:
     return [field.name for kind in _TYPES for field in fields(kind) if field.init]
 
 
-def _check_settings(path: Path, settings: dict[str, Any], parser: _Parser) -> None:
+@cache
+def _kinds(name: str) -> tuple[Any, ...]:
+    """The types that a field takes, without what stands in their brackets."""
+    for kind in _TYPES:
+        hint = get_type_hints(kind).get(name)
+        if hint is not None:
+            return tuple(get_origin(part) or part for part in get_args(hint) or (hint,) if part is not NoneType)
+    return ()
+
+
+def _mapping(where: str, name: str, value: Any) -> Any:
+    """A field that takes a mapping, from what stands for it: a mapping, JSON text of one, or of some fields a path."""
+    if name.endswith("_kwargs"):
+        options = parse_mapping(value, where)
+        if options and isinstance(options.get("trust_remote_code"), str):
+            raise ValueError(f"{where}: trust_remote_code must be true or false, and not a text.")
+        return options
+    if not isinstance(value, str) or value.lstrip().startswith("{"):
+        parse_mapping(value, where)
+    return value
+
+
+def _mapping_flag(name: str, text: str) -> Any:
+    try:
+        return _mapping("its value", name, text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error  # argparse names the flag
+
+
+def _text(where: str, value: Any) -> Any:
+    """A field that takes a text, of a plain value what its flag would be."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float | datetime.date):
+        return str(value)
+    raise ValueError(f"{where} must be a text, got {value!r:.60}.")
+
+
+def _check_settings(path: Path, settings: dict[str, Any], parser: _Parser) -> dict[str, Any]:
+    """The settings, those that take mappings and texts as such, once names and types are right."""
+    checked: dict[str, Any] = {}
     actions: dict[str, Action] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # a later action of the same name is its --no_ form
@@ -275,12 +330,23 @@ def _check_settings(path: Path, settings: dict[str, Any], parser: _Parser) -> No
             raise ValueError(f"{path}: no recipe vouches for itself: give {FLAG} on the command line.")
         if name not in _field_names():
             raise ValueError(f"{path}: there is no field {name!r}.{nearest(str(name), _field_names())}")
-        _check_value(f"{path}: {name}", value, actions[name])
-    for entry in settings.get("datasets") or []:
+        where, kinds = f"{path}: {name}", _kinds(name)
+        if dict in kinds and str in kinds:
+            checked[name] = _mapping(where, name, value)
+            continue
+        checked[name] = value = _text(where, value) if kinds == (str,) else value
+        if isinstance(value, set | bytes) or (isinstance(value, dict) and dict not in kinds):
+            raise ValueError(f"{where} takes no such value: {value!r:.60}.")
+        _check_value(where, value, actions[name])
+    datasets = settings.get("datasets") or []
+    if not isinstance(datasets, list):
+        raise ValueError(f"{path}: datasets must be a list of mappings, got {datasets!r:.60}.")
+    for entry in datasets:
         known = [field.name for field in fields(DatasetConfig)]
         for name in entry if isinstance(entry, dict) else [entry]:
             if name not in known:
-                raise ValueError(f"{path}: datasets: there is no field {name!r}.{nearest(str(name), known)}")
+                raise ValueError(f"{path}: datasets: there is no field {name!r:.60}.{nearest(str(name), known)}")
+    return checked
 
 
 def _check_value(where: str, value: Any, action: Action) -> None:

@@ -14,24 +14,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..documents import parse_mapping
+from ..http import server_url, variable_name
 from ..select.registry import is_code as is_code_of_rule
 from ..tasks import is_code as is_code_of_task
 from ..text import printable
 
 FLAG = "--trust_recipe"
+OF_MODELS = ("model_init_kwargs", "teacher_model_init_kwargs")
+# arguments of from_pretrained
+_FETCHES = ("trust_remote_code", "use_kernels", "allow_all_kernels", "kernel_config", "proxies")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 # variables by which programs find code, and load it before anything of ours runs
 _LOADS_CODE = re.compile(
-    r"PYTHON(?!HASHSEED$|UNBUFFERED$|FAULTHANDLER$|UTF8$).*|LD_.*|DYLD_.*|.*PRELOAD.*|.*PATH|(?!HF_).*HOME|USERPROFILE|ENV"
+    r"PYTHON(?!HASHSEED$|UNBUFFERED$|FAULTHANDLER$|UTF8$).*|LD_.*|DYLD_.*|.*PRELOAD.*|.*PATH|.*HOME|USERPROFILE|ENV"
     r"|BASH.*|SHELL.*|IFS|PROMPT_COMMAND|.*_COMMAND|.*_ASKPASS|EDITOR|VISUAL|PAGER|BROWSER|GIT_.*|SSH_.*|NODE_.*|PERL.*"
     r"|RUBY.*|_?JAVA_.*|CC|CXX|.*_CC|.*_CXX|NVCC.*|.*PLUGIN.*|.*INJECTION.*|.*EXECUTABLE.*|.*_DIRS?|.*CACHE(?:_.*)?"
     r"|GLIBC_.*|OPENSSL_.*|MPL.*|COV(?:ERAGE)?_.*|PIP_.*|UV_.*|CONDA.*|VIRTUAL_ENV|TMPDIR|XDG_.*|.*LOGGING_CONFIG.*"
+    r"|.*_LIBS?|.*LIBRAR(?:Y|IES).*|.*_(?:CONF|CONFIG|CREDENTIALS|ENV)_FILE|OCL_.*"
     r"|.*TRUST.*|.*INSECURE.*|.*WEIGHTS_ONLY.*|.*SERIALIZATION.*|.*AUTOLOAD.*|HF_HUB_ENABLE_.*|KUBE.*|DOCKER_.*",
     re.IGNORECASE,
 )
 # variables that send what is read, or keys, elsewhere
 _SENDS_ELSEWHERE = re.compile(
-    r".*PROXY|.*ENDPOINT|.*_URL|.*_URI|SSL.*|.*_CA_.*|.*CERT.*|CURL_.*|NETRC|.*KEYLOG.*", re.IGNORECASE
+    r".*PROX(?:Y|IES)|.*ENDPOINT.*|.*_UR[LI](?:_.*)?|.*_HOST|HOSTALIASES|LOCALDOMAIN|RES_OPTIONS"
+    r"|SSL.*|.*_CA_.*|.*CERT.*|CURL_.*|NETRC|.*KEYLOG.*",
+    re.IGNORECASE,
 )
 # variables by which launchers tell processes who they are
 _LAUNCHES = re.compile(
@@ -77,11 +85,15 @@ def check_environment(where: str, environment: Any) -> dict[str, str]:
     return {name: str(value) for name, value in environment.items()}
 
 
-def code_named(settings: Mapping[str, Any]) -> list[str]:
+def code_named(settings: Mapping[str, Any], where: str = "") -> list[str]:
     """What of a recipe runs code that is not tipdistill's own, or sends a key; each as it stands there.
 
     Args:
         settings: fields of `tipdistill train`, and `env`.
+        where: what errors put before a field's name, such as the file's.
+
+    Raises:
+        ValueError: a field whose code cannot be told: no JSON, no mapping, no variable's name, no server's address.
 
     Example:
         >>> code_named({"selection_rule": "mine.rule", "retention": 0.5, "env": {"NCCL_DEBUG": "INFO"}})
@@ -93,29 +105,55 @@ def code_named(settings: Mapping[str, Any]) -> list[str]:
     rule, tasks = settings.get("selection_rule"), settings.get("eval_tasks")
     if is_code_of_rule(rule):
         named.append(f"selection_rule: {rule}")
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else []
+    listed = ",".join(map(str, tasks)) if isinstance(tasks, list | tuple) else tasks
+    names = [name.strip() for name in listed.split(",")] if isinstance(listed, str) else []
     named += [f"eval_tasks: {name}" for name in names if is_code_of_task(name)]
     environment = settings.get("env")
     if isinstance(environment, dict) and environment:
         named.append(f"env: {', '.join(map(str, environment))}")
-    for place in ("", "model_init_kwargs", "teacher_model_init_kwargs"):
-        inner = settings if not place else settings.get(place)
-        dotted = f"{place}." if place else ""
-        if isinstance(inner, str):  # JSON, as a flag has it
-            named += [f"{place}: {inner}"] if re.search("trust_remote_code|/", inner) else []
-        if not isinstance(inner, Mapping):
-            continue
-        if str(inner.get("trust_remote_code") or "no").lower() not in ("no", "n", "false", "f", "0"):
-            named.append(f"{dotted}trust_remote_code")
-        attention = inner.get("attn_implementation")
-        if isinstance(attention, str) and "/" in attention:  # a kernel, which is fetched from the hub
-            named.append(f"{dotted}attn_implementation: {attention}")
+    if str(settings.get("trust_remote_code") or "no").lower() not in ("no", "n", "false", "f", "0"):
+        named.append("trust_remote_code")
+    if _is_kernel(settings.get("attn_implementation")):
+        named.append(f"attn_implementation: {settings['attn_implementation']}")
+    for place in OF_MODELS:
+        inner = parse_mapping(settings.get(place), f"{where}{place}") or {}
+        named += [f"{place}.{name}" for name, value in inner.items() if _runs_code(name, value)]
     launcher = settings.get("accelerate_config")
-    if isinstance(launcher, str) and ("/" in launcher or launcher.endswith((".yaml", ".yml", ".json"))):
+    if isinstance(launcher, str) and (
+        "/" in launcher or launcher.lower().endswith((".yaml", ".yml", ".json")) or os.path.isfile(launcher)
+    ):
         named.append(f"accelerate_config: {launcher}")
-    if settings.get("teacher_api_key_env") and settings.get("teacher_url"):
-        named.append(f"teacher_api_key_env: {settings['teacher_api_key_env']}, sent to {settings['teacher_url']}")
+    variable, url = settings.get("teacher_api_key_env"), settings.get("teacher_url")
+    if variable and url:
+        shown = variable_name(f"{where}teacher_api_key_env", variable)
+        named.append(f"teacher_api_key_env: {shown}, sent to {server_url(f'{where}teacher_url', url)}")
     return named
+
+
+def without_code(options: Any) -> dict[str, Any]:
+    """Of `model_init_kwargs` what runs no code, for a dry run.
+
+    Args:
+        options: a mapping, or JSON text of one.
+
+    Example:
+        >>> without_code({"trust_remote_code": True, "dtype": "auto"})
+        {'dtype': 'auto'}
+    """
+    given = parse_mapping(options, "model_init_kwargs") or {}
+    return {name: value for name, value in given.items() if not _runs_code(name, value)}
+
+
+def _runs_code(name: str, value: Any) -> bool:
+    """Whether an argument of `from_pretrained` runs code that is fetched, or fetches from elsewhere."""
+    return _is_kernel(value) if name.endswith("_implementation") else name in _FETCHES and bool(value)
+
+
+def _is_kernel(implementation: Any) -> bool:
+    """Whether attention is computed by a kernel of the hub; the parts of a model may each name their own."""
+    if isinstance(implementation, Mapping):
+        return any(map(_is_kernel, implementation.values()))
+    return isinstance(implementation, str) and "/" in implementation
 
 
 def confirm(path: Path, named: Sequence[str]) -> None:

@@ -172,12 +172,12 @@ def code_in_grid(path: str | Path) -> list[str]:
     asked = _read(Path(path))
     named = []
     if isinstance(asked.get("base"), str) and not is_packaged(base := config_path(asked["base"])):
-        named += code_named(read_recipe(base))
+        named += code_named(read_recipe(base), f"{base}: ")
     cells = asked.get("cells")
     entries = [asked, *(cells.values() if isinstance(cells, dict) else [])]
     for place in entries:
         if isinstance(place, dict) and isinstance(place.get("overrides"), dict):
-            named += code_named(place["overrides"])
+            named += code_named(place["overrides"], f"{path}: overrides: ")
     for name, entry in cells.items() if isinstance(cells, dict) else []:
         named += code_named({"selection_rule": str(entry.get("rule", name) if isinstance(entry, dict) else name)})
     validation, tests = asked.get("validation"), asked.get("test")

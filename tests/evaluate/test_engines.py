@@ -82,7 +82,7 @@ def test_a_server_completes_texts_and_conversations(stub_server):
     server = Server(stub_server.url, "m", concurrency=4)
     plain = [row for rows in server.generate(sums(6), range(6), SHORT, chat=False) for row in rows]
     assert {row.index: row.text for row in plain} == {a: rf"So \boxed{{{2 * a}}}." for a in range(6)}
-    assert all(row.finished and row.tokens == len(row.text) for row in plain)
+    assert all(row.finished and row.tokens == SHORT.max_new_tokens for row in plain)
     assert "prompt" in stub_server.bodies[0]
     chat = next(server.generate(sums(1), [3], SHORT))[0]
     assert chat.text == r"So \boxed{0}."

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tipdistill import cli, demo
+from tipdistill.files import LOCK, alone
 from tipdistill.sweep.cells import Cells
 from tipdistill.text import markdown_table
 
@@ -185,6 +186,37 @@ def test_ctrl_c_ends_everything_at_once(tiny, directory):
     assert process.returncode == 130
     assert output.splitlines()[-1] == "tipdistill demo: interrupted."
     wait_for(lambda: not any(map(running, workers)), seconds=20)
+
+
+def test_two_demos_do_not_teach_into_one_directory(directory):
+    directory.mkdir()
+    hold = (
+        "import sys; from tipdistill.files import alone\n"
+        "with alone(sys.argv[1], 'demo'):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, directory], stdin=-1, stdout=-1, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"another demo is at work in .*\(process {holder.pid} on "):
+            demo.run(demo.demo_grid("demo-quick", directory), TAUGHT, 1, 1)
+    finally:
+        holder.communicate("")
+    assert not (directory / "models").exists()
+
+
+def test_a_demo_holds_its_directory_while_it_teaches(directory, monkeypatch):
+    held = []
+
+    def look(*_, **__):
+        with alone(directory):  # again inside, as the sweep does
+            held.append((directory / LOCK).read_text().partition(",")[0])
+        raise ChildProcessError("stop here")
+
+    monkeypatch.setattr(demo, "_in_workers", look)
+    with pytest.raises(ChildProcessError, match="stop here"):
+        demo.run(demo.demo_grid("demo-quick", directory), TAUGHT, 1, 1)
+    assert held == ["demo"]
+    assert not (directory / LOCK).exists()
 
 
 def test_a_cell_knows_the_student_it_was_made_from(tmp_path):

@@ -88,9 +88,9 @@ def test_bytes_are_counted_as_they_went_over_the_wire(server):
         (408, b"", {}),
         (425, b"", {}),
         (429, b"slow down", {}),
-        (200, b"<html>", {}),
-        (200, b'{"other": 1}', {}),
-        (200, b'{"tokens": null}', {}),
+        (200, b"", {}),
+        (200, b'{"tokens": [1', {}),
+        (200, b'{"tokens": nul', {}),
         (200, b'{"tok', {"Content-Length": "99"}),
         (200, PACKED[:-9], {"Content-Encoding": "gzip"}),
         (200, b"\x1f\x8bnonsense", {"Content-Encoding": "gzip"}),
@@ -311,6 +311,16 @@ def test_a_plain_answer_is_limited_too(server, status):
     assert len(str(raised.value)) < 800
 
 
+@pytest.mark.parametrize("status", [200, 503])
+def test_packaging_that_holds_nothing_is_limited_too(server, status):
+    member = gzip.compress(b"", mtime=0)
+    server.answers = [(status, member * 10_000, {"Content-Encoding": "gzip"})]
+    with pytest.raises((RefusedError, NoAnswerError)) as raised:
+        ask(server.url, again=doubling(1, 0), largest=1000)
+    said = "answers with more than 1,000 bytes" if status == 200 else "HTTP 503"
+    assert said in str(raised.value)
+
+
 def test_gzip_in_several_members_is_whole(server):
     packed = gzip.compress(b'{"tokens"', mtime=0) + gzip.compress(b": [3]}", mtime=0)
     server.answers = [(200, packed, {"Content-Encoding": "gzip"})]
@@ -324,8 +334,12 @@ def test_gzip_in_several_members_is_whole(server):
         (b'{"a": "\xff"}', {}, "cannot be read"),
         (b'{"a": ' + b"9" * 5000 + b"}", {}, "cannot be read"),
         (b"{}", {"Content-Encoding": "br"}, "in the encoding 'br'"),
+        (b"<html>\x1b[31m" + b"x" * 10**6, {}, r"no JSON but '<html>\\x1b.{1,80}$"),
+        (b"\xff<html>", {}, "cannot be read"),
+        (b"{'tokens': [1]}", {}, "no JSON but"),
+        (b'{"tokens": [1]} {}', {}, "no JSON but"),
     ],
-    ids=["deep", "latin-1", "digits", "brotli"],
+    ids=["deep", "latin-1", "digits", "brotli", "page", "latin-1 page", "python", "two"],
 )
 def test_json_that_cannot_be_used_is_final(server, payload, headers, message):
     server.answers = [(200, payload, headers)]

@@ -22,7 +22,6 @@ import tipdistill.trainer
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.records import open_records
 from tipdistill.teachers import local
-from tipdistill.training.checkpoints import last_complete_checkpoint
 from tipdistill.training.scoring import scoring_pieces, trimmed
 
 PLAIN = {
@@ -662,15 +661,6 @@ def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_proble
     for name, parameter in ends[0].items():
         assert torch.equal(parameter, ends[1][name]), name
     assert json.loads(resumed.stdout.splitlines()[-1]) == json.loads(straight.stdout.splitlines()[-1])
-
-
-def test_an_interrupted_save_is_passed_over(tmp_path):
-    for step, text in ((2, "{}"), (4, "{}"), (6, '{"global_'), (8, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if text is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 @pytest.mark.parametrize("restore", [False, True])

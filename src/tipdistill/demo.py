@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from .evaluate import mean_at_k
-from .files import write_text
+from .files import alone, write_text
 from .report.tip_map import tip_map
 from .select import select
 from .select.quadrants import quadrant_shares, quadrants
@@ -82,9 +82,16 @@ def run(
 
     Raises:
         ChildProcessError: a model could not be taught, or a cell failed; what is finished is kept.
+        ValueError: another demo or sweep is at work in the directory.
     """
+    with alone(grid.output_dir, "demo"):  # models are taught, and the picture drawn, outside of the sweep's own lock
+        return _run(grid, taught, workers, threads, say)
+
+
+def _run(
+    grid: Grid, taught: Mapping[str, int], workers: int, threads: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     root, (seed,), (test,) = grid.output_dir, grid.seeds, grid.test
-    root.mkdir(parents=True, exist_ok=True)
     cells = Cells(grid, root)
     started = time.monotonic()
     teaching = {f"the {name}": (_teach, name, taught[name], root) for name in ("teacher", "student")}

@@ -1,9 +1,9 @@
 """JSON over HTTP: what is sent where, how long and how large an answer may be, and what is asked again.
 
-What passes by itself is asked again: no connection, a time-out, an answer that is cut off or makes no sense (a proxy's
-error page), an error of the server's own (5xx), and 408, 425 and 429, by which a server says that it is busy. Any other
-4xx, a redirect, an answer that is too large, and one whose values cannot be right are final. How long to wait, and when
-to give up, is the caller's to say.
+What passes by itself is asked again: no connection, a time-out, an answer that is cut off, an error of the server's own
+(5xx), and 408, 425 and 429, by which a server says that it is busy. Any other 4xx, a redirect, an answer that is too
+large, one that is no JSON (a web page) and one whose values cannot be right are final. How long to wait, and when to
+give up, is the caller's to say.
 
 A key goes to the server that it was named for and nowhere else: redirects are not followed, a server of this machine is
 never asked through a proxy, and neither ~/.netrc nor a name in the URL is turned into a password.
@@ -38,6 +38,9 @@ LARGEST = 64 * 2**20
 DEFAULT_KEY = "OPENAI_API_KEY"
 _ITS_ORIGIN = ("https", "api.openai.com", 443)
 _SAID = 500  # bytes of an error's body that are told
+_SHOWN = 80  # characters of what is no JSON
+_PACKAGING = 64 * 2**10  # bytes that gzip may add to what cannot be packed
+_LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _PORTS = {"http": 80, "https": 443}
 
 _Value = TypeVar("_Value")
@@ -52,7 +55,7 @@ class NoAnswerError(OSError):
 
 
 class WrongAnswerError(ValueError):
-    """Said by `read` of an answer whose parts are there and cannot be right: a token that no vocabulary has."""
+    """Said by `read` of an answer that cannot be right: a part is missing, or a token is in no vocabulary."""
 
 
 class Answer(NamedTuple):
@@ -85,15 +88,15 @@ def ask(
         body: sent as JSON (POST); None: a GET.
         again: called with how many attempts have failed and what went wrong last; waits, and says whether to ask again.
             `doubling` makes one.
-        read: JSON answer → value. A WrongAnswerError says that the answer cannot be right; another ValueError, a
-            KeyError, IndexError or TypeError that it is none, and another may come.
+        read: JSON answer → value. A WrongAnswerError says that the answer cannot be right, another ValueError that it
+            is none and another may come.
         api_key: sent as a bearer token.
         timeout: of one attempt from its first byte to its last, in seconds.
         largest: bytes of an answer, unpacked.
 
     Raises:
-        RefusedError: a 4xx that is final (with what the server said), a redirect, an answer that is larger, nested too
-            deeply, or refused by `read`.
+        RefusedError: a 4xx that is final (with what the server said), a redirect, an answer that is larger, no JSON,
+            nested too deeply, or refused by `read`.
         NoAnswerError: `again` gave up; with what went wrong last.
 
     Example:
@@ -129,7 +132,7 @@ def ask(
             raise RefusedError(_without_key(str(error), api_key)) from None
         except WrongAnswerError as error:
             raise RefusedError(_without_key(f"{url} gives a wrong answer: {printable(str(error))}", api_key)) from None
-        except (OSError, httpx2.HTTPError, zlib.error, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, httpx2.HTTPError, zlib.error, ValueError) as error:
             said = _without_key(_reason(error), api_key)
         failed += 1
         if not again(failed, said):
@@ -315,7 +318,7 @@ def _client(url: str) -> httpx2.AsyncClient:
 
 
 async def _body(url: str, response: httpx2.Response, largest: int) -> tuple[bytes, int]:
-    """The body unpacked, never more than `largest` bytes of it, and its bytes as transferred."""
+    """The body unpacked, and its bytes as transferred; never more than `largest` of either, and packaging."""
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip"):
         raise RefusedError(f"{url} answers in the encoding {printable(encoding)!r:.40}, which was not asked for.")
@@ -332,7 +335,8 @@ async def _body(url: str, response: httpx2.Response, largest: int) -> tuple[byte
                     inflate = zlib.decompressobj(31)
                 whole += inflate.decompress(piece, largest + 1 - len(whole))
                 piece = inflate.unconsumed_tail or inflate.unused_data
-            if len(whole) > largest:
+            # gzip may send much that holds nothing
+            if len(whole) > largest or received > largest + _PACKAGING:
                 if not response.is_success:
                     return bytes(whole[:largest]), received
                 raise RefusedError(f"{url} answers with more than {largest:,} bytes, which no answer to this needs.")
@@ -346,12 +350,19 @@ def _parsed(raw: bytes) -> Any:
         return json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise WrongAnswerError("its JSON is nested too deeply.") from None
-    except json.JSONDecodeError:
-        raise  # a page of a proxy, or cut off
-    except ValueError as error:  # no UTF-8, or a number of thousands of digits
-        if raw.lstrip()[:1] not in (b"{", b"["):
+    except json.JSONDecodeError as error:
+        if _is_cut_off(error):
             raise
+        begins = raw[: 4 * _SHOWN].decode("utf-8", "replace")
+        raise WrongAnswerError(f"no JSON but {begins[:_SHOWN]!r}.") from error
+    except ValueError as error:  # no UTF-8, or a number of thousands of digits
         raise WrongAnswerError(f"its JSON cannot be read: {str(error)[:_SAID]}") from error
+
+
+def _is_cut_off(error: json.JSONDecodeError) -> bool:
+    """Whether more text could have made it JSON; an empty answer is cut off at its first byte."""
+    rest = error.doc[error.pos :].strip()
+    return error.msg.startswith("Unterminated") or any(literal.startswith(rest) for literal in _LITERALS)
 
 
 def _wait_for(exchange: Coroutine[Any, Any, _Value]) -> _Value:

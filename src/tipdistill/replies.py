@@ -1,12 +1,13 @@
 """What OpenAI-compatible servers answer, checked before anything uses it: of a teacher, and of an evaluation.
 
-A part that is missing is a KeyError, IndexError or TypeError, after which `http.ask` asks again. A part that is there
-and cannot be right is a WrongAnswerError, which is final.
+A part that is missing or that cannot be right is a WrongAnswerError, which is final: the same question would be
+answered in the same way.
 """
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,15 +28,18 @@ class Written(NamedTuple):
 def model_names(reply: Any) -> list[str]:
     """The names in an answer of /models.
 
+    Raises:
+        WrongAnswerError: it has no list of named models; as for all answers here.
+
     Example:
         >>> model_names({"data": [{"id": "Qwen/Qwen3-8B"}]})
         ['Qwen/Qwen3-8B']
     """
     names = []
-    for entry in _list("data", reply["data"]):
+    for entry in _list("data", _part(reply, "data"), reply):
         name = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name:
-            raise WrongAnswerError(f"a model of /models has no id: {entry!r:.80}.")
+            raise WrongAnswerError(f"a model of /models has no id: {_shown(entry, 80)}.")
         names.append(name)
     if not names:
         raise WrongAnswerError("/models names no model.")
@@ -53,10 +57,12 @@ def token_ids(reply: Any, size: int) -> list[int]:
         >>> token_ids({"tokens": [3, 1]}, size=10)
         [3, 1]
     """
-    tokens = _list("tokens", reply["tokens"])
+    tokens = _list("tokens", _part(reply, "tokens"), reply)
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
-            raise WrongAnswerError(f"/tokenize gives {token!r:.40} for a token, and ids are integers in [0, {size:,}).")
+            raise WrongAnswerError(
+                f"/tokenize gives {_shown(token, 40)} for a token, and ids are integers in [0, {size:,})."
+            )
     return tokens
 
 
@@ -73,7 +79,8 @@ def prompt_logprobs(reply: Any, length: int, wanted: Sequence[int], size: int) -
         >>> prompt_logprobs({"choices": [{"prompt_logprobs": [None, {"7": {"logprob": -0.5}}]}]}, 2, [1], size=10)
         [{7: -0.5}]
     """
-    entries = _list("prompt_logprobs", reply["choices"][0]["prompt_logprobs"])
+    choices = _list("choices", _part(reply, "choices"), reply)
+    entries = _list("prompt_logprobs", _part(choices[0] if choices else None, "prompt_logprobs"), reply)
     if len(entries) != length:
         raise WrongAnswerError(f"{len(entries)} entries in prompt_logprobs for {length} tokens.")
     return [_logprobs(entries[place], place, size) for place in wanted]
@@ -82,17 +89,21 @@ def prompt_logprobs(reply: Any, length: int, wanted: Sequence[int], size: int) -
 def _logprobs(entry: Any, place: int, size: int) -> dict[int, float]:
     where = f"prompt_logprobs, token {place}"
     if not isinstance(entry, dict) or not entry:
-        raise WrongAnswerError(f"{where} of the prompt has no entry: {entry!r:.40}.")
+        raise WrongAnswerError(f"{where} of the prompt has no entry: {_shown(entry, 40)}.")
     values = {}
     for name, value in entry.items():
         digits = name.isascii() and name.isdigit() and len(name) <= _LONGEST_ID
         if not digits or str(int(name)) != name or int(name) >= size:
-            raise WrongAnswerError(f"{where}: {name!r:.40} is no token id, an integer in [0, {size:,}).")
+            raise WrongAnswerError(f"{where}: {_shown(name, 40)} is no token id, an integer in [0, {size:,}).")
+        if isinstance(value, dict) and "logprob" not in value:
+            raise WrongAnswerError(f"{where}: {name} has no logprob: {_shown(value, 80)}.")
         logprob = value["logprob"] if isinstance(value, dict) else value
         if logprob is None:
             logprob = math.nan
         if isinstance(logprob, bool) or not isinstance(logprob, int | float):
-            raise WrongAnswerError(f"{where}: the log-probability of {name} is {logprob!r:.40}, and not a number.")
+            raise WrongAnswerError(
+                f"{where}: the log-probability of {name} is {_shown(logprob, 40)}, and not a number."
+            )
         try:
             values[int(name)] = float(logprob)
         except OverflowError:
@@ -100,12 +111,13 @@ def _logprobs(entry: Any, place: int, size: int) -> dict[int, float]:
     return values
 
 
-def written(reply: Any, as_chat: bool) -> Written:
+def written(reply: Any, as_chat: bool, most: int = _MOST_TOKENS) -> Written:
     """What an answer of /completions or /chat/completions holds.
 
     Args:
         reply: JSON.
         as_chat: of /chat/completions.
+        most: tokens that were asked for (max_tokens).
 
     Example:
         >>> reply = {"choices": [{"text": "4", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}}
@@ -118,21 +130,35 @@ def written(reply: Any, as_chat: bool) -> Written:
         text = choice["message"].get("content") if as_chat else choice["text"]
         reason = choice["finish_reason"]
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise WrongAnswerError(f"no choices, finish_reason or usage.completion_tokens: {reply!r:.200}") from None
+        raise WrongAnswerError(f"no choices, finish_reason or usage.completion_tokens: {_shown(reply, 200)}") from None
     if not (text is None or isinstance(text, str)):
-        raise WrongAnswerError(f"the text of a completion is {text!r:.40}.")
+        raise WrongAnswerError(f"the text of a completion is {_shown(text, 40)}.")
     if not (reason is None or isinstance(reason, str)):
-        raise WrongAnswerError(f"finish_reason is {reason!r:.40}.")
+        raise WrongAnswerError(f"finish_reason is {_shown(reason, 40)}.")
     if len(choices) != 1:
         raise WrongAnswerError(f"{len(choices)} choices, and one was asked for.")
     if isinstance(usage, float) and usage.is_integer():
         usage = int(usage)
     if isinstance(usage, bool) or not isinstance(usage, int) or not 0 <= usage < _MOST_TOKENS:
-        raise WrongAnswerError(f"usage.completion_tokens is {usage!r:.40}, which is no count of tokens.")
-    return Written(text or "", usage, reason != "length")
+        raise WrongAnswerError(f"usage.completion_tokens is {_shown(usage, 40)}, which is no count of tokens.")
+    if usage > most:
+        raise WrongAnswerError(
+            f"usage.completion_tokens is {usage:,}, and at most {most:,} were asked for (max_tokens)."
+        )
+    # half of a surrogate pair is no character, and no file holds it
+    return Written((text or "").encode("utf-8", "replace").decode("utf-8"), usage, reason != "length")
 
 
-def _list(name: str, value: Any) -> list[Any]:
+def _part(reply: Any, name: str) -> Any:
+    return reply.get(name) if isinstance(reply, dict) else None
+
+
+def _list(name: str, value: Any, reply: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"{name} is no list but {value!r:.40}")
+        raise WrongAnswerError(f"the answer has no list of {name}: {_shown(reply, 200)}")
     return value
+
+
+def _shown(value: Any, most: int) -> str:
+    """The beginning of a value, of which a server may have sent megabytes."""
+    return reprlib.repr(value)[:most]

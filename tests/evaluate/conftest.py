@@ -50,7 +50,8 @@ def stub_server():
             total = int(a) + int(b) + (body["seed"] % 2 if "odd" in prompt else 0)
             text = rf"So \boxed{{{total}}}."
             choice = {"finish_reason": "stop", **({"message": {"content": text}} if chat else {"text": text})}
-            reply = stub.answer(body) or {"choices": [choice], "usage": {"completion_tokens": len(text)}}
+            usage = {"completion_tokens": min(len(text), body["max_tokens"])}
+            reply = stub.answer(body) or {"choices": [choice], "usage": usage}
             payload = json.dumps(reply).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(payload)))

@@ -82,7 +82,7 @@ def test_a_server_completes_texts_and_conversations(stub_server):
     server = Server(stub_server.url, "m", concurrency=4)
     plain = [row for rows in server.generate(sums(6), range(6), SHORT, chat=False) for row in rows]
     assert {row.index: row.text for row in plain} == {a: rf"So \boxed{{{2 * a}}}." for a in range(6)}
-    assert all(row.finished and row.tokens == len(row.text) for row in plain)
+    assert all(row.finished and row.tokens == SHORT.max_new_tokens for row in plain)
     assert "prompt" in stub_server.bodies[0]
     chat = next(server.generate(sums(1), [3], SHORT))[0]
     assert chat.text == r"So \boxed{0}."
@@ -138,12 +138,13 @@ CHOICE = {"message": {"content": "4"}, "finish_reason": "stop"}
         ({"choices": [CHOICE], "usage": {"completion_tokens": -1}}, "completion_tokens is -1"),
         ({"choices": [CHOICE], "usage": {"completion_tokens": True}}, "completion_tokens is True"),
         ({"choices": [CHOICE], "usage": {"completion_tokens": 10**11}}, "completion_tokens is 100000000000"),
+        ({"choices": [CHOICE], "usage": {"completion_tokens": 7}}, "completion_tokens is 7, and at most 6 were asked"),
         ({"choices": [CHOICE, CHOICE], "usage": {"completion_tokens": 1}}, "2 choices"),
         ({"choices": [{**CHOICE, "finish_reason": 3}], "usage": {"completion_tokens": 1}}, "finish_reason is 3"),
         ({"choices": {"0": CHOICE}, "usage": {"completion_tokens": 1}}, "no choices"),
         ([1], "no choices"),
     ],
-    ids=["content", "infinite", "nan", "negative", "true", "huge", "two", "reason", "mapping", "list"],
+    ids=["content", "infinite", "nan", "negative", "true", "huge", "longer", "two", "reason", "mapping", "list"],
 )
 def test_an_answer_that_cannot_be_right_is_final_and_says_which_server(stub_server, reply, message):
     stub_server.answer = lambda body: reply
@@ -152,6 +153,14 @@ def test_an_answer_that_cannot_be_right_is_final_and_says_which_server(stub_serv
     assert isinstance(raised.value, ServerError)  # what was sampled before is kept
     assert stub_server.url in str(raised.value)
     assert len(stub_server.bodies) == 1
+
+
+def test_half_of_a_surrogate_pair_is_replaced(stub_server):
+    stub_server.answer = lambda body: {
+        "choices": [{"text": "4\ud800 \U0001f600", "finish_reason": "stop"}],
+        "usage": {"completion_tokens": 3},
+    }
+    assert next(Server(stub_server.url, "m").generate(sums(1), [0], SHORT, chat=False))[0].text == "4? \U0001f600"
 
 
 def test_a_length_limit_is_a_truncation(stub_server):

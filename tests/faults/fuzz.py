@@ -353,24 +353,21 @@ ANSWERS = {
 def of_answers(dice: random.Random, _: Path) -> None:
     kind = dice.choice(sorted(ANSWERS))
     raw = text_of(changed(ANSWERS[kind], dice, dice.choice((0.02, 0.1))), dice)
-    try:
-        reply = http._parsed(raw)
-        if kind == "models":
-            assert all(isinstance(name, str) and name for name in replies.model_names(reply))
-        elif kind == "tokens":
-            assert all(0 <= token < 50 for token in replies.token_ids(reply, 50))
-        elif kind in ("text", "chat"):
-            text, tokens, finished = replies.written(reply, kind == "chat")
-            assert (type(text), type(tokens), type(finished)) == (str, int, bool)
-            assert 0 <= tokens < 2**31
-        else:
-            entries = replies.prompt_logprobs(reply, 4, [1, 2, 3], 50)
-            sampled, where = [1, 2, 3], ["a", "b", "c"]
-            found = _whole(entries, sampled, where, 4) if kind == "whole" else _likeliest(entries, sampled, 4, where, 4)
-            if bool(torch.isnan(found.logprob).any()) or bool(torch.isnan(found.sampled).any()):
-                raise Silence("a log-probability is NaN")
-    except (KeyError, IndexError, TypeError):  # no answer, as `http.ask` has it: it asks again
-        pass
+    reply = http._parsed(raw)
+    if kind == "models":
+        assert all(isinstance(name, str) and name for name in replies.model_names(reply))
+    elif kind == "tokens":
+        assert all(0 <= token < 50 for token in replies.token_ids(reply, 50))
+    elif kind in ("text", "chat"):
+        text, tokens, finished = replies.written(reply, kind == "chat")
+        assert (type(text), type(tokens), type(finished)) == (str, int, bool)
+        assert 0 <= tokens < 2**31
+    else:
+        entries = replies.prompt_logprobs(reply, 4, [1, 2, 3], 50)
+        sampled, where = [1, 2, 3], ["a", "b", "c"]
+        found = _whole(entries, sampled, where, 4) if kind == "whole" else _likeliest(entries, sampled, 4, where, 4)
+        if bool(torch.isnan(found.logprob).any()) or bool(torch.isnan(found.sampled).any()):
+            raise Silence("a log-probability is NaN")
 
 
 def of_addresses(dice: random.Random, _: Path) -> None:

@@ -37,7 +37,8 @@ def test_a_runs_own_state_comes_before_its_checkpoints(tmp_path):
 def test_the_newest_whole_checkpoint_is_read(tmp_path):
     for step, text in ((9, {"log_history": ENTRIES}), (10, '{"log_history": [{"st'), (100, "")):
         put(tmp_path / f"checkpoint-{step}" / "trainer_state.json", text)
-    (tmp_path / "checkpoint-1000").mkdir()
+    for name in ("1000", "²"):
+        (tmp_path / f"checkpoint-{name}").mkdir()
     (run,) = read_runs(tmp_path)
     assert run.series["loss"] == ([1, 2], [2.0, 0.9])
 

@@ -1,6 +1,7 @@
 """A teacher on a server: the client against faults, and training against a local teacher."""
 
 import logging
+import math
 import random
 import threading
 
@@ -11,6 +12,8 @@ from serving import serving
 from transformers import AutoModelForCausalLM
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.http import WrongAnswerError
+from tipdistill.replies import model_names, token_ids
 from tipdistill.teachers.served import Question, TeacherServer, TeacherUnavailableError
 from tipdistill.training.checkpoints import last_complete_checkpoint
 
@@ -88,7 +91,7 @@ def test_only_what_is_needed_is_sent(served, tiny_tokenizer):
     assert traffic.saved == round(11 * traffic.received / 5)
 
 
-@pytest.mark.parametrize("fault", ["refuse", "garbage", "empty", "cut", "hang"])
+@pytest.mark.parametrize("fault", ["refuse", "cut", "hang"])
 def test_a_fault_is_asked_again_and_leaves_the_runs_random_numbers(served, tiny_tokenizer, fault, caplog):
     server = client(served, tiny_tokenizer, top_k=4, timeout=0.15)
     served.faults = [fault, fault]
@@ -105,7 +108,7 @@ def test_a_fault_is_asked_again_and_leaves_the_runs_random_numbers(served, tiny_
 
 def test_many_questions_survive_many_faults(served, teacher, tiny_tokenizer):
     server = client(served, tiny_tokenizer, top_k=4, concurrency=4)
-    served.faults = ["refuse", None, "garbage", "cut", None, "empty"] * 2
+    served.faults = ["refuse", None, "cut", "cut", None, "refuse"] * 2
     sequences = [[*IDS[:3], *range(20 + n, 26 + n)] for n in range(12)]
     found = server.ask([Question(ids[:3], ids[3:], range(6)) for ids in sequences])
     for ids, rows in zip(sequences, found, strict=True):
@@ -181,21 +184,73 @@ ENTRY = {"logprob": -9.0}
         (lambda row: {token: value for token, value in row.items() if token != "7"}, "no log-probability of the token"),
         (lambda row: dict(list(row.items())[:2]) | {"7": row["7"]}, "gave 3 log-probabilities, and 4 were asked"),
         (lambda row: {**row, **{str(token): ENTRY for token in range(90, 99)}}, "log-probabilities, and 4 were asked"),
+        (lambda row: {token: {"rank": 1} for token in row}, "has no logprob"),
+        (lambda row: {token: {"logprob": -math.inf} for token in row}, r"rollout 0, token 1: .* sum to 0\)"),
+        (lambda row: {**row, "7": {"logprob": -math.inf}}, "rollout 0, token 1: the teacher gives token 7 prob"),
         (lambda row: None, "of the prompt has no entry"),
         (lambda row: [], "of the prompt has no entry"),
     ],
     ids=[
         *("huge", "negative", "fraction", "infinite", "arabic", "digits", "text", "true", "overflow"),
-        *("unsampled", "fewer", "more", "null", "list"),
+        *("unsampled", "fewer", "more", "no logprob", "impossible", "impossible sampled", "null", "list"),
     ],
 )
 def test_an_answer_that_cannot_be_right_is_refused_at_once(served, tiny_tokenizer, change, message):
     server = client(served, tiny_tokenizer, top_k=4)
     asked = len(served.bodies)
     served.change = of_last(change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         server.ask([Question(IDS[:3], IDS[3:], [1])])
+    assert served.url in str(raised.value)
     assert len(served.bodies) == asked + 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({}, r"has no list of choices: \{\}"),
+        ([], r"has no list of choices: \[\]"),
+        (None, "has no list of choices: None"),
+        ({"choices": []}, "has no list of prompt_logprobs"),
+        ({"choices": ["a"]}, "has no list of prompt_logprobs"),
+        ({"choices": [{"text": ""}]}, "has no list of prompt_logprobs"),
+        ({"choices": [{"prompt_logprobs": None}]}, "has no list of prompt_logprobs"),
+        ({"error": "x" * 10**5}, "has no list of choices"),
+    ],
+    ids=["empty", "list", "null", "none", "text", "no logprobs", "null logprobs", "long"],
+)
+def test_an_answer_that_lacks_a_part_is_refused_at_once(served, tiny_tokenizer, reply, message):
+    server = client(served, tiny_tokenizer, top_k=4)
+    asked = len(served.bodies)
+    served.change = lambda *_: reply
+    with pytest.raises(ValueError, match=message) as raised:
+        server.ask([Question(IDS[:3], IDS[3:], [1])])
+    assert served.url in str(raised.value)
+    assert len(str(raised.value)) < 500
+    assert len(served.bodies) == asked + 1
+
+
+def test_a_web_page_for_an_answer_is_refused_at_once(served, tiny_tokenizer):
+    server = client(served, tiny_tokenizer, top_k=4)
+    served.faults = ["garbage"]
+    with pytest.raises(ValueError, match=r"no JSON but '<html>502 Bad Gateway</html>'\.$"):
+        server.ask([Question(IDS[:3], IDS[3:], [1])])
+
+
+@pytest.mark.parametrize("reply", [{}, [], [{"id": "m"}], {"data": None}, None], ids=repr)
+def test_models_and_tokens_that_lack_their_list_are_refused(reply):
+    with pytest.raises(WrongAnswerError, match="has no list of data"):
+        model_names(reply)
+    with pytest.raises(WrongAnswerError, match="has no list of tokens"):
+        token_ids(reply, 10)
+
+
+def test_a_thousand_long_names_do_not_fill_the_screen(served, tiny_tokenizer):
+    served.name = ",".join(f"{number}{'x' * 200}" for number in range(1000))
+    for model in (None, "teacher"):
+        with pytest.raises(ValueError, match="995 more") as raised:
+            client(served, tiny_tokenizer, model=model)
+        assert len(str(raised.value)) < 500
 
 
 def test_a_model_without_a_name_and_a_token_that_is_none_are_refused(served, tiny_tokenizer):

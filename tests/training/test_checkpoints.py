@@ -36,8 +36,8 @@ def run(tmp_path):
     return tmp_path
 
 
-NEEDED = ("trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth")
-CUT = (*NEEDED, "scheduler.pt", "training_args.bin", "config.json")
+NEEDED = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+CUT = (*NEEDED, "training_args.bin", "config.json")
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -57,9 +57,37 @@ def test_a_file_that_is_cut_off(run, name, length):
     assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
 
 
+DEEP = b"[" * 100_000
+DAMAGED = {
+    "deep state": ("trainer_state.json", DEEP),
+    "empty state": ("trainer_state.json", b"{}"),
+    "list state": ("trainer_state.json", b"[]"),
+    "null step": ("trainer_state.json", b'{"global_step": null}'),
+    "true step": ("trainer_state.json", b'{"global_step": true}'),
+    "another step": ("trainer_state.json", b'{"global_step": 4}'),
+    "deep config": ("config.json", DEEP),
+    "latin-1 config": ("config.json", b'{"a": "\xff"}'),
+    "deep header": ("model.safetensors", len(DEEP).to_bytes(8, "little") + DEEP),
+    "text offsets": ("model.safetensors", (30).to_bytes(8, "little") + b'{"a":{"data_offsets":[0,"8"]}}'),
+    "list of shards": ("model.safetensors.index.json", b'{"weight_map": ["a"]}'),
+    "shard that is a list": ("model.safetensors.index.json", b'{"weight_map": {"a": ["b"]}}'),
+    "latin-1 latest": ("latest", b"global_step\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_whatever_a_damaged_one_holds_the_one_before_it_is_taken(run, damage):
+    name, content = DAMAGED[damage]
+    (run / "checkpoint-6" / name).write_bytes(content)
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-4")
+    with pytest.raises(ValueError, match=f"cannot be resumed from: .*{name}"):
+        checkpoint_to_resume(str(run / "checkpoint-6"), run)
+
+
 def test_a_whole_one_is_taken_whatever_is_beside_it(run):
     (run / "checkpoint-10").mkdir()
-    (run / "checkpoint-best").mkdir()
+    for name in ("best", "²", "٣", "-8", "8 "):
+        write(run / f"checkpoint-{name}", 8)
     (run / "checkpoint-12").write_text("a file")
     assert last_complete_checkpoint(run) == str(run / "checkpoint-6")
 
@@ -79,7 +107,8 @@ def test_shards_ranks_and_engines(tmp_path):
     assert incomplete(sharded) is None
 
     deepspeed = write(tmp_path / "checkpoint-3", 3)
-    (deepspeed / "optimizer.pt").unlink()
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (deepspeed / name).unlink()
     (deepspeed / "latest").write_text("global_step3")
     assert incomplete(deepspeed) == "latest was not written to its end"
     (deepspeed / "global_step3").mkdir()
@@ -119,6 +148,10 @@ def test_a_run_is_finished_once_its_log_lies_beside_its_model(run):
     assert final_step(run) is None
     save_file({"weight": torch.ones(4)}, run / "model.safetensors")
     assert final_step(run) == 6
+    for state in (b"[" * 100_000, b"[]", b"{}", b'{"global_step": null}', b'{"global_step": true}'):
+        (run / "trainer_state.json").write_bytes(state)
+        assert final_step(run) is None
+    (run / "trainer_state.json").write_text('{"global_step": 6}')
     data = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(data[:-1])
     assert final_step(run) is None

@@ -366,7 +366,7 @@ class Server:
                 url,
                 body,
                 again=http.doubling(self.attempts, self.pause),
-                read=lambda reply: replies.written(reply, as_chat),
+                read=lambda reply: replies.written(reply, as_chat, body["max_tokens"]),
                 api_key=self._api_key,
                 timeout=self.timeout,
                 largest=largest,

@@ -100,7 +100,7 @@ def _resume(namespace: Namespace, steps: int | None = None) -> tuple[str | None,
 
 def _step_of(checkpoint: Path) -> int:
     step = checkpoint.name.rpartition("-")[2]
-    return int(step) if step.isdigit() else -1
+    return int(step) if step.isascii() and step.isdecimal() else -1
 
 
 def _start_again(launch: list[str], argv: list[str], environment: dict[str, str]) -> int:

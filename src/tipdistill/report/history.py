@@ -12,6 +12,7 @@ from typing import Any
 from ..documents import read_json
 
 _ACCURACY = re.compile(r"(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$", re.IGNORECASE)
+_NUMBERED = re.compile(r"checkpoint-[0-9]+")
 MOST_CELLS = 12
 _NOT_SERIES = {"step", "epoch", "total_flos"}
 
@@ -66,7 +67,7 @@ def read_runs(directory: Path) -> list[Run]:
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    numbered = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    numbered = [path for path in directory.glob("checkpoint-*") if _NUMBERED.fullmatch(path.name)]
     newest_first = sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
     return [path / "trainer_state.json" for path in newest_first]
 

@@ -47,7 +47,7 @@ _LARGE_ANSWER = 2**20  # bytes for one token
 _ANSWER, _BYTES_OF_ENTRY = 2**20, 512
 # a teacher's lm_head may have more rows than the tokenizer has tokens; no id is beyond twice as many and these
 _PADDING, _MOST_IDS = 4096, 2**31
-_MOST_NAMES = 20
+_MOST_NAMES, _LONGEST_NAME = 5, 60  # that an error shows
 # what a step logs → where `Traffic` has it
 TRAFFIC = {
     "teacher/bytes_sent": "sent",
@@ -163,7 +163,8 @@ class TeacherServer:
             ValueError: the server does not serve the model, its tokenizer is another, or it gives no log-probabilities.
         """
         served = self._read(f"{self.url}/models", None, replies.model_names)
-        names = printable(", ".join(served[:_MOST_NAMES]))
+        more = [f"{len(served) - _MOST_NAMES} more"] * (len(served) > _MOST_NAMES)
+        names = printable(", ".join([*(name[:_LONGEST_NAME] for name in served[:_MOST_NAMES]), *more]))
         if self.model is None and len(served) != 1:
             raise ValueError(f"{self.url} serves {names}: say which with teacher_served_name.")
         if self.model is not None and self.model not in served:
@@ -279,7 +280,7 @@ class TeacherServer:
             self.traffic.asked += len(question.positions)
             self.traffic.left_out += everything - len(tokens)
         sampled = [question.completion_ids[position] for position in question.positions]
-        where = [f"rollout {row}, token {position}" for position in question.positions]
+        where = [f"{self.url}, rollout {row}, token {position}" for position in question.positions]
         if k < 0:
             return _whole(entries, sampled, where, self.vocabulary)
         return _likeliest(entries, sampled, k, where, min(k, self.tokens))
@@ -499,6 +500,9 @@ def _whole(
     bad = np.flatnonzero(~(np.abs(totals - 1) <= SUM_TOLERANCE))
     if len(bad):
         raise _no_distribution(where[bad[0]], totals[bad[0]])
+    for row, token in enumerate(sampled):
+        if table[row, token] == -math.inf:
+            raise _impossible(where[row], token)
     logprob = torch.from_numpy(table).float()
     return TeacherLogprobs(logprob, None, logprob.gather(1, torch.tensor(sampled)[:, None])[:, 0])
 
@@ -523,10 +527,21 @@ def _likeliest(
             ids[row, k], logprob[row, k] = sampled[row], values[sampled[row]]
         with np.errstate(over="ignore"):
             total = np.exp(logprob[row]).sum()
-        if not (total <= 1 + SUM_TOLERANCE and logprob[row].max() <= SUM_TOLERANCE):
+        if not (0 < total <= 1 + SUM_TOLERANCE and logprob[row].max() <= SUM_TOLERANCE):
             raise _no_distribution(where[row], total)
+        for token, value in values.items():
+            if value == -math.inf:
+                raise _impossible(where[row], token)
     return TeacherLogprobs(
         torch.from_numpy(logprob).float(), torch.from_numpy(ids), torch.from_numpy(of_sampled).float()
+    )
+
+
+def _impossible(where: str, token: int) -> ValueError:
+    return ValueError(
+        f"{where}: the teacher gives token {token} probability 0 (a log-probability of -Infinity), which makes the "
+        "divergence infinite. A server that keeps to some tokens does so (top_k, top_p, a grammar): start it with "
+        "--logprobs-mode raw_logprobs."
     )
 
 

@@ -42,8 +42,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         True
     """
     directory = Path(output_dir)
-    checkpoints = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    numbered = {path: step for path in directory.glob("checkpoint-*") if (step := _number(path)) is not None}
+    for path in sorted(numbered, key=lambda path: numbered[path], reverse=True):
         why = incomplete(path)
         if why is None:
             return str(path)
@@ -99,8 +99,13 @@ def incomplete(checkpoint: Path) -> str | None:
     """
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"an interrupted save left {STATE} {'out' if isinstance(error, OSError) else 'unfinished'}"
+    step, number = _step_of(state), _number(checkpoint)
+    if step is None:
+        return f"{STATE} does not say which step it is of (global_step)"
+    if number is not None and step != number:
+        return f"{STATE} is of another step (global_step is {step:,})"
     try:
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
         cut = next((path for path in files if not _is_whole(path)), None)
@@ -109,12 +114,13 @@ def incomplete(checkpoint: Path) -> str | None:
     if cut is not None:
         return f"{cut.relative_to(checkpoint)} was not written to its end"
     names = {path.relative_to(checkpoint).as_posix() for path in files}
-    if not isinstance(state, dict) or "global_step" not in state:
-        return None  # not Trainer's own, so nothing is known of what belongs to it
     if not any(_matches(name, _WEIGHTS) for name in names):
         return "it holds no weights"
     if not any(_matches(name, _OPTIMIZER) for name in names):
         return "it holds no state of the optimizer (save_only_model leaves it out)"
+    # DeepSpeed keeps its schedule among its own states
+    if "scheduler.pt" not in names and not any(_matches(name, ("global_step*/*",)) for name in names):
+        return "it holds no state of the learning rate's schedule (scheduler.pt), which would start again"
     ranks = {name for name in names if _matches(name, ("rng_state*.pth",))}
     if "rng_state.pth" not in ranks and ranks != {f"rng_state_{rank}.pth" for rank in range(max(1, len(ranks)))}:
         return "the random state of a process is missing (rng_state)"
@@ -133,10 +139,10 @@ def final_step(output_dir: str | Path) -> int | None:
     """
     directory = Path(output_dir)
     try:
-        step = json.loads((directory / STATE).read_text(encoding="utf-8"))["global_step"]
+        step = _step_of(json.loads((directory / STATE).read_text(encoding="utf-8")))
         files = [path for path in directory.iterdir() if path.is_file() and _matches(path.name, _WEIGHTS)]
-        return step if isinstance(step, int) and files and all(map(_is_whole, files)) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return step if files and all(map(_is_whole, files)) else None
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -152,14 +158,31 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
+def _number(checkpoint: Path) -> int | None:
+    digits = checkpoint.name.removeprefix("checkpoint-")
+    named = digits != checkpoint.name and digits.isascii() and digits.isdecimal()
+    return int(digits) if named else None
+
+
+def _step_of(state: Any) -> int | None:
+    step = state.get("global_step") if isinstance(state, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+
+
 def _is_whole(path: Path) -> bool:
     """Whether a file of a checkpoint was written to its end, as far as its kind tells."""
+    try:
+        return _ends_where_it_says(path)
+    except OSError:
+        raise
+    except Exception:  # damaged bytes raise anything (JSON nested too deeply, a name that is a list)
+        return False
+
+
+def _ends_where_it_says(path: Path) -> bool:
     size = path.stat().st_size
     if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return False
+        content = json.loads(path.read_text(encoding="utf-8"))
         shards = content.get("weight_map") if isinstance(content, dict) and path.name.endswith(".index.json") else None
         return shards is None or all((path.parent / name).is_file() for name in set(shards.values()))
     with path.open("rb") as file:
@@ -167,11 +190,8 @@ def _is_whole(path: Path) -> bool:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 + length:
                 return False
-            try:
-                header = json.loads(file.read(length))
-                ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-                return False
+            header = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
             return size == 8 + length + max(ends, default=0)
         if path.suffix in (".pt", ".pth", ".bin"):
             if file.read(1) == b"\x80":  # pickled, by a torch of old

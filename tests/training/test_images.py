@@ -7,6 +7,7 @@ from datasets import Dataset, Features, Image, List, Value
 from transformers import ProcessorMixin
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.arrow import dataset_of
 from tipdistill.training.images import prepared, with_images
 
 ASK = [{"role": "user", "content": "?"}]
@@ -61,6 +62,20 @@ def test_an_image_in_a_message_is_refused_too(tmp_path):
     assert prepared(dataset.select([0]), "train_dataset", config(tmp_path), SEES) is not None
 
 
+def test_an_image_in_a_message_is_refused_for_a_student_that_reads_text_alone(tmp_path):
+    """Its template would write `[{'type': 'image'}]`, or nothing."""
+    text, image = ([{"role": "user", "content": [{"type": kind}]}] for kind in ("text", "image"))
+    dataset = Dataset.from_dict({"prompt": [text] * 3 + [image]})
+    with pytest.raises(ValueError, match=r"train_dataset, row 3 .* has an image, and the student reads text alone"):
+        prepared(dataset, "train_dataset", config(tmp_path), READS)
+    written = dataset_of({"prompt": [ASK, image]})
+    with pytest.raises(ValueError, match=r"train_dataset, row 1 .* has an image, and the student reads text alone"):
+        prepared(written, "train_dataset", config(tmp_path), READS)
+    with pytest.raises(ValueError, match=r"row 1 of the batch .* has an image, and the student reads text alone"):
+        with_images([{"prompt": ASK}, {"prompt": image}], config(tmp_path), READS)
+    assert with_images([{"prompt": ASK}], config(tmp_path), READS) == [{"prompt": ASK}]
+
+
 def test_a_begun_turn_is_refused_for_a_model_that_sees(tmp_path):
     dataset = Dataset.from_dict({"prompt": [ASK, [*ASK, {"role": "assistant", "content": "Well"}]]})
     with pytest.raises(ValueError, match=r"row 1 .*a model that sees images cannot go on"):
@@ -72,12 +87,12 @@ def test_a_stream_is_refused_at_the_first_image(tmp_path):
     """Before that batch is sampled."""
     text, image = {"prompt": ASK, "image": None}, {"prompt": ASK, "image": object()}
     assert with_images([text, text], config(tmp_path), SEES) == [{"prompt": ASK}] * 2
-    with pytest.raises(ValueError, match=r'a row has an image, and normalization="batch"'):
+    with pytest.raises(ValueError, match=r'row 1 of the batch .* has an image, and normalization="batch"'):
         with_images([text, image], config(tmp_path), SEES)
     shown = with_images([text, image], config(tmp_path, normalization="micro_batch"), SEES)
     assert [row["images"] for row in shown] == [[], [image["image"]]]
     block = {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}
-    with pytest.raises(ValueError, match=r"a row has an image"):
+    with pytest.raises(ValueError, match=r"row 1 of the batch .* has an image"):
         with_images([text, block], config(tmp_path), SEES)
 
 

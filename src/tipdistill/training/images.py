@@ -41,10 +41,10 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
             if not rows:
                 dataset = dataset.remove_columns(column)
             with_image |= set(rows[:1])
-    if not plain and sees:
+    if not plain:
         for row, prompt in enumerate(_stored(dataset, "prompt")):
             messages = json.loads(prompt) if isinstance(prompt, str) else prompt
-            if is_begun(messages):
+            if sees and is_begun(messages):
                 raise ValueError(
                     f"{name}, row {row} (counting from 0): the prompt ends with a turn of the assistant, which a model "
                     "that sees images cannot go on with here: end it with the user's turn."
@@ -75,10 +75,15 @@ def with_images(inputs: list[dict[str, Any]], args: Any, processing_class: Any) 
             images = [row["image"]] if row.get("image") is not None else []
         of_rows.append(list(images))
     sees, plain = isinstance(processing_class, ProcessorMixin), isinstance(inputs[0]["prompt"], str)
-    if any(of_rows) or (sees and not plain and any(_shows(row["prompt"]) for row in inputs)):
+    with_image = [
+        row
+        for row, (images, given) in enumerate(zip(of_rows, inputs, strict=True))
+        if images or (not isinstance(given["prompt"], str) and _shows(given["prompt"]))
+    ]
+    if with_image:
         reason = _obstacle(args, sees, plain)
         if reason:
-            raise ValueError(f"a row has an image, and {reason}")
+            raise ValueError(f"row {with_image[0]} of the batch (counting from 0) has an image, and {reason}")
     if not any(column in row for row in inputs for column in COLUMNS):
         return inputs
     rest = [{name: value for name, value in row.items() if name not in COLUMNS} for row in inputs]

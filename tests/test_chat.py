@@ -148,8 +148,10 @@ def test_a_template_that_asks_for_a_key_sees_no_key_of_another_row(tokenizer):
         ([{"role": "user", "content": [3]}], "text or a list of blocks"),
         ([{"role": 1, "content": "a"}], "needs a 'role'"),
         (asked({"a": 1})[:2], "ends with a turn of the assistant, .* has no text"),
+        ([*ROWS[8], {"role": "assistant", "content": ""}], "ends with a turn of the assistant, .* has no text"),
+        ([*ROWS[8], {"role": "assistant", "content": "\n "}], "ends with a turn of the assistant, .* blanks alone"),
     ],
-    ids=["no content", "number", "list of numbers", "role", "ends with a call"],
+    ids=["no content", "number", "list of numbers", "role", "ends with a call", "ends empty", "ends blank"],
 )
 def test_messages_that_are_none_are_refused_with_their_row(tmp_path, prompt, message):
     with pytest.raises(ValueError, match=rf"row 1 .*{message}"):

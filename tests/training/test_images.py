@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from transformers import ProcessorMixin
 
 from tipdistill import TIPConfig, TIPTrainer
@@ -111,3 +111,35 @@ def test_a_text_model_refuses_images_before_weights_are_loaded(tiny_model_dir, t
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("weights"))
     with pytest.raises(ValueError, match=r"row 2 .* the student reads text alone"):
         TIPTrainer(*pair, config(tmp_path), rows("image", [None, None, 1, 1]), processing_class=tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (None, "a prompt is a string or a list of messages, got None"),
+        ("", "the prompt is empty"),
+        ([], "the prompt has no messages"),
+        ([{"role": "user", "content": None}], "a message needs a 'role' and a 'content'"),
+        ([*ASK, {"role": "assistant", "content": " \n"}], "has no text, or blanks alone"),
+    ],
+    ids=["null", "empty", "no messages", "no content", "blank turn"],
+)
+def test_a_prompt_that_is_none_is_refused_with_its_row(tmp_path, bad, message):
+    dataset = Dataset.from_dict({"prompt": ["a" if not isinstance(bad, list) else ASK] * 5 + [bad]})
+    with pytest.raises(ValueError, match=rf"^train_dataset, row 5 \(counting from 0\): .*{message}"):
+        prepared(dataset, "train_dataset", config(tmp_path), READS)
+    with pytest.raises(ValueError, match=rf"^the batch, row 1 \(counting from 0\): .*{message}"):
+        with_images([dataset[0], {"prompt": bad}], config(tmp_path), READS)
+
+
+@pytest.mark.parametrize("column", ["chat_template_kwargs", "tools"])
+def test_a_stream_that_does_not_tell_its_columns_is_refused_at_the_first_row_that_has_one(
+    tiny_model_dir, tmp_path, column
+):
+    pair = [str(tiny_model_dir("qwen3", who)) for who in ("student", "teacher")]
+    stream = IterableDataset.from_generator(lambda: ({"prompt": ASK, column: [{"a": 1}]} for _ in range(4)))
+    assert stream.column_names is None
+    trainer = TIPTrainer(*pair, config(tmp_path), stream)
+    with pytest.raises(ValueError, match=f"the dataset has a column '{column}'"):
+        trainer.train()
+    with_images([{"prompt": ASK, column: None}], config(tmp_path), READS)

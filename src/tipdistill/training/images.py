@@ -9,7 +9,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import ProcessorMixin
 
-from ..chat import is_begun
+from ..chat import check_columns, is_begun
+from ..data import check_prompt, check_prompts
 from ..select import resolve_rule
 
 COLUMNS = ("images", "image")
@@ -26,12 +27,13 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
         processing_class: the student's tokenizer or processor.
 
     Raises:
-        ValueError: the first row whose image, or whose last turn, this run cannot take.
+        ValueError: the first row whose prompt, image or last turn this run cannot take.
     """
     if isinstance(dataset, dict):
         return {part: prepared(rows, f"{name}[{part!r}]", args, processing_class) for part, rows in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
+    check_prompts(dataset, name)
     sees = isinstance(processing_class, ProcessorMixin)
     plain = isinstance(dataset[0]["prompt"], str)
     with_image = set()
@@ -66,10 +68,12 @@ def with_images(inputs: list[dict[str, Any]], args: Any, processing_class: Any) 
         args, processing_class: as in `prepared`.
 
     Raises:
-        ValueError: an image that this run cannot take, as a stream may show.
+        ValueError: a prompt, an image or a column that this run cannot take, as a stream may show.
     """
     of_rows = []
-    for row in inputs:
+    for index, row in enumerate(inputs):
+        if not isinstance(check_prompt(row["prompt"], index, "the batch"), str):
+            check_columns([column for column, value in row.items() if value], "the dataset")
         images = row.get("images")
         if images is None:
             images = [row["image"]] if row.get("image") is not None else []

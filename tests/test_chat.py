@@ -165,6 +165,28 @@ def test_plain_and_begun_prompts_of_one_batch_keep_their_order(tokenizer):
     assert tokenizer.decode(ids[0]).endswith("<|start|>assistant\nThat is ")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([{"role": "user", "content": "?"}, {"role": "system", "content": "s"}], "system message must be first"),
+        ([{"role": "user", "content": "?"}, {"role": "assistant", "content": "drop"}], "continue_final_message"),
+        ([{"role": "odd", "content": "?"}], "no role"),
+    ],
+    ids=["raises", "drops the turn", "another error"],
+)
+def test_what_a_template_refuses_is_told_with_its_row(tokenizer, prompt, message):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+        "{{ raise_exception('system message must be first') }}{% endif %}"
+        "{% if m['role'] == 'odd' %}{{ none['no role'] + 1 }}{% endif %}"
+        "{% if 'drop' not in m['content'] %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    good = [ROWS[8], ROWS[9], "plain"]
+    assert len(encode_prompts(good, tokenizer)) == 3
+    with pytest.raises(ValueError, match=rf"^the prompt of row 4 \(counting from 0\) does not pass .*{message}"):
+        encode_prompts([*good, ROWS[8], prompt, prompt], tokenizer)
+
+
 # The settings of a template.
 
 

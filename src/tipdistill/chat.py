@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from textwrap import shorten
 from typing import Any
 
 from datasets import Dataset
@@ -33,6 +34,9 @@ def encode_prompts(
         tools: that the prompts speak of.
         chat_template: in the place of the tokenizer's own.
 
+    Raises:
+        ValueError: the chat template refuses a prompt (with its row), or drops the turn that is to be continued.
+
     Example:
         >>> from tipdistill.tasks.arithmetic import build_tokenizer
         >>> encode_prompts(["1+2="], build_tokenizer())
@@ -54,15 +58,32 @@ def encode_prompts(
         if kind == "plain":
             encoded = tokenizer(text=some)
         else:
-            turn = {"add_generation_prompt": kind == "asked"}
+            turn: dict[str, Any] = {"add_generation_prompt": kind == "asked"}
             if kind == "continued":
                 turn["continue_final_message"] = True
-            encoded = tokenizer.apply_chat_template(
-                conversation=some, tokenize=True, return_dict=True, **turn, **settings
-            )
+            turn |= {"tokenize": True, "return_dict": True, **settings}
+            try:
+                encoded = tokenizer.apply_chat_template(conversation=some, **turn)
+            except Exception as error:  # a template is code of its author's, and fails as it likes
+                raise _refusal(error, prompts, rows, tokenizer, turn) from error
         for row, tokens in zip(rows, encoded["input_ids"], strict=True):
             ids[row] = list(tokens)
     return ids
+
+
+def _refusal(
+    error: Exception, prompts: Sequence[Any], rows: Sequence[int], tokenizer: Any, turn: dict[str, Any]
+) -> ValueError:
+    """What a chat template said, with the first row that it said it of."""
+    where = "a prompt"
+    for row in rows:
+        try:
+            tokenizer.apply_chat_template(conversation=[prompts[row]], **turn)
+        except Exception as of_row:
+            error, where = of_row, f"the prompt of row {row} (counting from 0)"
+            break
+    said = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+    return ValueError(f"{where} does not pass the chat template: mend or remove it. What was said: {said}")
 
 
 def is_begun(prompt: Any) -> bool:

@@ -22,6 +22,7 @@ def encode_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
     tools: Sequence[Callable[..., Any]] | None = None,
     chat_template: str | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt as it is fed, chat template and generation prompt included.
 
@@ -33,6 +34,7 @@ def encode_prompts(
         chat_template_kwargs: passed to the chat template.
         tools: that the prompts speak of.
         chat_template: in the place of the tokenizer's own.
+        numbers: rows of the dataset that the prompts come from, for errors; None: 0, 1, 2, ...
 
     Raises:
         ValueError: the chat template refuses a prompt (with its row), or drops the turn that is to be continued.
@@ -65,14 +67,19 @@ def encode_prompts(
             try:
                 encoded = tokenizer.apply_chat_template(conversation=some, **turn)
             except Exception as error:  # a template is code of its author's, and fails as it likes
-                raise _refusal(error, prompts, rows, tokenizer, turn) from error
+                raise _refusal(error, prompts, rows, numbers or range(len(prompts)), tokenizer, turn) from error
         for row, tokens in zip(rows, encoded["input_ids"], strict=True):
             ids[row] = list(tokens)
     return ids
 
 
 def _refusal(
-    error: Exception, prompts: Sequence[Any], rows: Sequence[int], tokenizer: Any, turn: dict[str, Any]
+    error: Exception,
+    prompts: Sequence[Any],
+    rows: Sequence[int],
+    numbers: Sequence[int],
+    tokenizer: Any,
+    turn: dict[str, Any],
 ) -> ValueError:
     """What a chat template said, with the first row that it said it of."""
     where = "a prompt"
@@ -80,7 +87,7 @@ def _refusal(
         try:
             tokenizer.apply_chat_template(conversation=[prompts[row]], **turn)
         except Exception as of_row:
-            error, where = of_row, f"the prompt of row {row} (counting from 0)"
+            error, where = of_row, f"the prompt of row {numbers[row]} (counting from 0)"
             break
     said = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
     return ValueError(f"{where} does not pass the chat template: mend or remove it. What was said: {said}")

@@ -208,7 +208,10 @@ def drop_long_prompts(
 
 
 def prompt_lengths(
-    prompts: Sequence[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
+    prompts: Sequence[Any],
+    tokenizer: Any,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[int]:
     """Tokens of each prompt as the trainer will feed it, chat template and generation prompt included.
 
@@ -216,8 +219,9 @@ def prompt_lengths(
         prompts: all plain or all conversational.
         tokenizer: the student's.
         chat_template_kwargs: passed to the chat template.
+        numbers: see `encode_prompts`.
     """
-    return [len(ids) for ids in encode_prompts(prompts, tokenizer, chat_template_kwargs)]
+    return [len(ids) for ids in encode_prompts(prompts, tokenizer, chat_template_kwargs, numbers=numbers)]
 
 
 def _load_splits(source: str | Path, config: str | None, streaming: bool) -> dict[str, Any]:

@@ -4,13 +4,14 @@ import copy
 import json
 
 import pytest
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_from_disk
 from transformers import AutoTokenizer
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.arrow import as_written
 from tipdistill.chat import check_chat_template_kwargs, encode_prompts
 from tipdistill.cli import main
-from tipdistill.data import load_prompts, prepare_prompts
+from tipdistill.data import check_prompt, load_prompts, prepare_prompts
 from tipdistill.evaluate.engines import Local, Sampling
 from tipdistill.pair import PairConfig, read_pair, sampled
 from tipdistill.tasks import load_task
@@ -38,7 +39,7 @@ ARGUMENTS = [
     {"a": "1"},
     {"where": {"x": 0.1234567890123456, "y": [1, {"z": None}]}},
     {},
-    {"id": 2**70, "é": "\u2028"},
+    {"id": 2**63 + 1, "é": "\u2028"},
 ]
 ROWS = [asked(arguments) for arguments in ARGUMENTS] + [
     asked({}, content=None),
@@ -124,6 +125,42 @@ def test_arrows_nulls_are_left_out(tokenizer, tmp_path, kind):
             dataset = dataset.with_transform(lambda batch: {**batch, "prompt": [*batch["prompt"]]})
         loaded = prepare_prompts(prepare_prompts(dataset))
     assert [row["prompt"] for row in loaded] == ARROW
+
+
+@pytest.mark.parametrize("way", ["joined", "interleaved", "format", "parquet", "jsonl", "saved", "with plain"])
+def test_rows_of_a_file_stay_conversations_however_they_are_passed_on(tokenizer, tmp_path, way):
+    """`datasets` drops the transform that reads what is stored."""
+    loaded, expected = load_prompts(write(tmp_path / "d.jsonl", ROWS)), ROWS
+    if way == "joined":
+        made, expected = concatenate_datasets([loaded, loaded]), ROWS * 2
+    elif way == "interleaved":
+        made, expected = interleave_datasets([loaded, loaded]), [row for row in ROWS for _ in range(2)]
+    elif way == "with plain":
+        made, expected = concatenate_datasets([Dataset.from_dict({"prompt": ["1+1"]}), loaded]), ["1+1", *ROWS]
+    elif way == "format":
+        made = loaded.with_format(None)
+    elif way == "saved":
+        loaded.with_format(None).save_to_disk(tmp_path / "s")
+        made = load_from_disk(str(tmp_path / "s"))
+    else:
+        (loaded.to_parquet if way == "parquet" else loaded.to_json)(tmp_path / f"s.{way}")
+        made = load_prompts(tmp_path / f"s.{way}")
+    assert as_written(made)["prompt"][:] == expected  # what a trainer reads
+    again = prepare_prompts(made)
+    assert again["prompt"][:] == expected
+    fed = encode_prompts(again["prompt"][:], tokenizer)
+    assert fed == encode_prompts(expected, tokenizer)
+
+
+def test_stored_text_that_is_read_by_nothing_is_refused(tokenizer, tmp_path):
+    stored = load_prompts(write(tmp_path / "d.jsonl", ROWS)).with_format(None)["prompt"][:]
+    with pytest.raises(ValueError, match=r"prompt 1 \(counting from 0\) is the text that load_prompts stores"):
+        encode_prompts(["1+1", *stored], tokenizer)
+    with pytest.raises(ValueError, match=r"^the batch, row 0 \(counting from 0\): the prompt is the text that"):
+        check_prompt(stored[0], 0, "the batch")
+    rows = [{"prompt": text} for text in stored]
+    stream = prepare_prompts(IterableDataset.from_generator(lambda: iter(rows)))
+    assert [row["prompt"] for row in stream] == ROWS
 
 
 def test_a_tasks_problems_gain_no_nulls(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils.chat_template_utils import _get_template_variables
 
+from .arrow import LOST, is_stored
 from .text import nearest
 
 # what `encode_prompts` says itself, or transformers does
@@ -37,7 +38,8 @@ def encode_prompts(
         numbers: rows of the dataset that the prompts come from, for errors; None: 0, 1, 2, ...
 
     Raises:
-        ValueError: the chat template refuses a prompt (with its row), or drops the turn that is to be continued.
+        ValueError: the chat template refuses a prompt (with its row), or drops the turn that is to be continued; text that
+            Arrow stores of a conversation.
 
     Example:
         >>> from tipdistill.tasks.arithmetic import build_tokenizer
@@ -52,6 +54,8 @@ def encode_prompts(
     ids: list[list[int]] = [[] for _ in prompts]
     kinds: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
+        if is_stored(prompt):
+            raise ValueError(f"prompt {row} (counting from 0) {LOST}")
         kinds.setdefault(
             "plain" if isinstance(prompt, str) else "continued" if is_begun(prompt) else "asked", []
         ).append(row)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
-from .arrow import as_written, dataset_of, renamed, streamed
+from .arrow import LOST, as_written, dataset_of, is_stored, read_stored, renamed, streamed
 from .chat import check_columns, encode_prompts, filled_columns, is_begun
 from .documents import check_values, read_text
 from .text import nearest
@@ -106,7 +106,7 @@ def prepare_prompts(
     if isinstance(dataset, IterableDataset):
 
         def read(row: dict[str, Any], index: int) -> dict[str, Any]:
-            prompt = _dress(check_prompt(row["prompt"], index, name), template, as_chat, name)
+            prompt = _dress(check_prompt(read_stored(row["prompt"]), index, name), template, as_chat, name)
             if _is_chat(prompt):
                 check_columns([column for column, value in row.items() if value], name)
             return {"prompt": prompt}
@@ -161,6 +161,8 @@ def check_prompt(prompt: Any, row: int, name: str) -> Any:
         ValueError: the dataset, row 3 (counting from 0): the prompt is empty. Remove the row or fill it in.
     """
     where = f"{name}, row {row} (counting from 0)"
+    if is_stored(prompt):
+        raise ValueError(f"{where}: the prompt {LOST}")
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{where}: the prompt is empty. Remove the row or fill it in.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
 from transformers import ProcessorMixin
 
+from ..arrow import read_stored
 from ..chat import check_columns, is_begun
 from ..data import check_prompt, check_prompts
 from ..select import resolve_rule
@@ -45,7 +45,7 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
             with_image |= set(rows[:1])
     if not plain:
         for row, prompt in enumerate(_stored(dataset, "prompt")):
-            messages = json.loads(prompt) if isinstance(prompt, str) else prompt
+            messages = read_stored(prompt)
             if sees and is_begun(messages):
                 raise ValueError(
                     f"{name}, row {row} (counting from 0): the prompt ends with a turn of the assistant, which a model "

@@ -133,7 +133,7 @@ def as_written(dataset: Any, column: str = "prompt") -> Any:
     if isinstance(dataset, dict):
         return {name: as_written(part, column) for name, part in dataset.items()}
     features = getattr(dataset, "features", None)
-    if isinstance(dataset, Dataset) and column in features and _holds_stored(dataset, column):
+    if isinstance(dataset, Dataset) and column in dataset.features and _holds_stored(dataset, column):
         before = _transform(dataset)
         if isinstance(before, AsWritten) and column in before.texts:
             return dataset
@@ -177,6 +177,19 @@ def _holds_stored(dataset: Dataset, column: str) -> bool:
     if getattr(dataset.features[column], "dtype", None) not in ("string", "large_string"):
         return False
     return bool(pc.any(pc.starts_with(dataset.data.column(column), _MARK)).as_py())
+
+
+def values_of(dataset: Dataset, column: str) -> list[Any]:
+    """The values of a column; no image beside it is decoded, unless for a transform of the user's.
+
+    Example:
+        >>> values_of(dataset_of({"prompt": [[{"role": "user"}]], "n": [1]}), "prompt")
+        [[{'role': 'user'}]]
+    """
+    transform = _transform(dataset)
+    if transform is None or (isinstance(transform, AsWritten) and transform.before is None):
+        dataset = dataset.select_columns(column)
+    return dataset[column][:]
 
 
 def _of_elements(feature: Any) -> Any:

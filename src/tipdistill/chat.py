@@ -38,8 +38,8 @@ def encode_prompts(
         numbers: rows of the dataset that the prompts come from, for errors; None: 0, 1, 2, ...
 
     Raises:
-        ValueError: the chat template refuses a prompt (with its row), or drops the turn that is to be continued; text that
-            Arrow stores of a conversation.
+        ValueError: the chat template refuses a prompt or drops the turn to go on with; text that Arrow stores of a
+            conversation.
 
     Example:
         >>> from tipdistill.tasks.arithmetic import build_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
-from .arrow import LOST, as_written, dataset_of, is_stored, read_stored, renamed, streamed
+from .arrow import LOST, as_written, dataset_of, is_stored, read_stored, renamed, streamed, values_of
 from .chat import check_columns, encode_prompts, filled_columns, is_begun
 from .documents import check_values, read_text
 from .text import nearest
@@ -138,7 +138,7 @@ def check_prompts(dataset: Dataset, name: str, rows: int = 10_000) -> None:
         ValueError: as `check_prompt`.
     """
     first = dataset if len(dataset) <= rows else dataset.select(range(rows))
-    for row, prompt in enumerate(first["prompt"][:]):
+    for row, prompt in enumerate(values_of(first, "prompt")):
         check_prompt(prompt, row, name)
 
 

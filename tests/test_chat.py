@@ -4,13 +4,14 @@ import copy
 import json
 
 import pytest
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_from_disk
 from transformers import AutoTokenizer
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.arrow import as_written
 from tipdistill.chat import check_chat_template_kwargs, encode_prompts
 from tipdistill.cli import main
-from tipdistill.data import load_prompts, prepare_prompts
+from tipdistill.data import check_prompt, load_prompts, prepare_prompts
 from tipdistill.evaluate.engines import Local, Sampling
 from tipdistill.pair import PairConfig, read_pair, sampled
 from tipdistill.tasks import load_task
@@ -38,7 +39,7 @@ ARGUMENTS = [
     {"a": "1"},
     {"where": {"x": 0.1234567890123456, "y": [1, {"z": None}]}},
     {},
-    {"id": 2**70, "é": "\u2028"},
+    {"id": 2**63 + 1, "é": "\u2028"},
 ]
 ROWS = [asked(arguments) for arguments in ARGUMENTS] + [
     asked({}, content=None),
@@ -126,6 +127,42 @@ def test_arrows_nulls_are_left_out(tokenizer, tmp_path, kind):
     assert [row["prompt"] for row in loaded] == ARROW
 
 
+@pytest.mark.parametrize("way", ["joined", "interleaved", "format", "parquet", "jsonl", "saved", "with plain"])
+def test_rows_of_a_file_stay_conversations_however_they_are_passed_on(tokenizer, tmp_path, way):
+    """`datasets` drops the transform that reads what is stored."""
+    loaded, expected = load_prompts(write(tmp_path / "d.jsonl", ROWS)), ROWS
+    if way == "joined":
+        made, expected = concatenate_datasets([loaded, loaded]), ROWS * 2
+    elif way == "interleaved":
+        made, expected = interleave_datasets([loaded, loaded]), [row for row in ROWS for _ in range(2)]
+    elif way == "with plain":
+        made, expected = concatenate_datasets([Dataset.from_dict({"prompt": ["1+1"]}), loaded]), ["1+1", *ROWS]
+    elif way == "format":
+        made = loaded.with_format(None)
+    elif way == "saved":
+        loaded.with_format(None).save_to_disk(tmp_path / "s")
+        made = load_from_disk(str(tmp_path / "s"))
+    else:
+        (loaded.to_parquet if way == "parquet" else loaded.to_json)(tmp_path / f"s.{way}")
+        made = load_prompts(tmp_path / f"s.{way}")
+    assert as_written(made)["prompt"][:] == expected  # what a trainer reads
+    again = prepare_prompts(made)
+    assert again["prompt"][:] == expected
+    fed = encode_prompts(again["prompt"][:], tokenizer)
+    assert fed == encode_prompts(expected, tokenizer)
+
+
+def test_stored_text_that_is_read_by_nothing_is_refused(tokenizer, tmp_path):
+    stored = load_prompts(write(tmp_path / "d.jsonl", ROWS)).with_format(None)["prompt"][:]
+    with pytest.raises(ValueError, match=r"prompt 1 \(counting from 0\) is the text that load_prompts stores"):
+        encode_prompts(["1+1", *stored], tokenizer)
+    with pytest.raises(ValueError, match=r"^the batch, row 0 \(counting from 0\): the prompt is the text that"):
+        check_prompt(stored[0], 0, "the batch")
+    rows = [{"prompt": text} for text in stored]
+    stream = prepare_prompts(IterableDataset.from_generator(lambda: iter(rows)))
+    assert [row["prompt"] for row in stream] == ROWS
+
+
 def test_a_tasks_problems_gain_no_nulls(tmp_path):
     Dataset.from_dict({"problem": ARROW[:3], "answer": ["1"] * 3}).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"problem": row, "answer": 1}) + "\n" for row in ROWS[:7]))
@@ -148,8 +185,10 @@ def test_a_template_that_asks_for_a_key_sees_no_key_of_another_row(tokenizer):
         ([{"role": "user", "content": [3]}], "text or a list of blocks"),
         ([{"role": 1, "content": "a"}], "needs a 'role'"),
         (asked({"a": 1})[:2], "ends with a turn of the assistant, .* has no text"),
+        ([*ROWS[8], {"role": "assistant", "content": ""}], "ends with a turn of the assistant, .* has no text"),
+        ([*ROWS[8], {"role": "assistant", "content": "\n "}], "ends with a turn of the assistant, .* blanks alone"),
     ],
-    ids=["no content", "number", "list of numbers", "role", "ends with a call"],
+    ids=["no content", "number", "list of numbers", "role", "ends with a call", "ends empty", "ends blank"],
 )
 def test_messages_that_are_none_are_refused_with_their_row(tmp_path, prompt, message):
     with pytest.raises(ValueError, match=rf"row 1 .*{message}"):
@@ -161,6 +200,28 @@ def test_plain_and_begun_prompts_of_one_batch_keep_their_order(tokenizer):
     ids = encode_prompts(prompts, tokenizer)
     assert ids == [encode_prompts([prompt], tokenizer)[0] for prompt in prompts]
     assert tokenizer.decode(ids[0]).endswith("<|start|>assistant\nThat is ")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([{"role": "user", "content": "?"}, {"role": "system", "content": "s"}], "system message must be first"),
+        ([{"role": "user", "content": "?"}, {"role": "assistant", "content": "drop"}], "continue_final_message"),
+        ([{"role": "odd", "content": "?"}], "no role"),
+    ],
+    ids=["raises", "drops the turn", "another error"],
+)
+def test_what_a_template_refuses_is_told_with_its_row(tokenizer, prompt, message):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+        "{{ raise_exception('system message must be first') }}{% endif %}"
+        "{% if m['role'] == 'odd' %}{{ none['no role'] + 1 }}{% endif %}"
+        "{% if 'drop' not in m['content'] %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    good = [ROWS[8], ROWS[9], "plain"]
+    assert len(encode_prompts(good, tokenizer)) == 3
+    with pytest.raises(ValueError, match=rf"^the prompt of row 4 \(counting from 0\) does not pass .*{message}"):
+        encode_prompts([*good, ROWS[8], prompt, prompt], tokenizer)
 
 
 # The settings of a template.

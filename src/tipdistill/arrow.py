@@ -5,6 +5,9 @@ two tool calls, it gives both the key and fills the gap with null; a chat templa
 wrote. Columns of a file that hold objects are therefore kept as JSON text and read when a row is. (`datasets` has a
 type for this, `Json`, which rounds numbers to ten digits.) In a dataset that is in Arrow already nobody can tell a
 null that was written from one that fills a gap: there keys with null are taken as absent.
+
+What is stored as JSON text begins with a mark, so that it is never taken for a prompt: `datasets` drops the transform
+that reads it when datasets are joined, written to a file or given another format. `as_written` puts it back.
 """
 
 from __future__ import annotations
@@ -13,9 +16,15 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, LargeList, List
 
 Rows = dict[str, list[Any]]
+_MARK = "\x01tipdistill-json:"  # U+0001 begins no text that was written to be read
+LOST = (
+    "is the text that load_prompts stores of a conversation, and what reads it was lost: give the dataset of "
+    "load_prompts as it is, or call prepare_prompts on what you made of it."
+)
 
 
 class AsWritten:
@@ -38,7 +47,7 @@ class AsWritten:
     def __call__(self, batch: Rows) -> Rows:
         if self.before is not None:
             batch = self.before(batch)
-        read = {name: [json.loads(text) for text in batch[name]] for name in self.texts if name in batch}
+        read = {name: list(map(read_stored, batch[name])) for name in self.texts if name in batch}
         exact = {
             name: [without_gained_nulls(value, feature) for value in batch[name]]
             for name, feature in self.structs.items()
@@ -49,6 +58,22 @@ class AsWritten:
     def renamed(self, old: str, new: str) -> AsWritten:
         """The same of a dataset whose column has another name."""
         return AsWritten([new if name == old else name for name in self.texts], self.structs, self.before)
+
+
+def is_stored(value: Any) -> bool:
+    """Whether a value is JSON text as it is stored, of a dataset that lost what reads it.
+
+    Example:
+        >>> rows = dataset_of({"call": [{"a": 1}]})
+        >>> is_stored(rows[0]["call"]), is_stored(rows.with_format(None)[0]["call"])
+        (False, True)
+    """
+    return isinstance(value, str) and value.startswith(_MARK)
+
+
+def read_stored(value: Any) -> Any:
+    """The value that is stored as JSON text, or the value itself where it is stored as it is."""
+    return json.loads(value.removeprefix(_MARK)) if is_stored(value) else value
 
 
 def dataset_of(columns: dict[str, list[Any]]) -> Dataset:
@@ -66,7 +91,8 @@ def dataset_of(columns: dict[str, list[Any]]) -> Dataset:
     """
     texts = [name for name, values in columns.items() if any(map(_holds_object, values))]
     stored = {
-        name: [json.dumps(value) for value in values] if name in texts else values for name, values in columns.items()
+        name: [_MARK + json.dumps(value) for value in values] if name in texts else values
+        for name, values in columns.items()
     }
     dataset = Dataset.from_dict(stored)
     return dataset.with_transform(AsWritten(texts)) if texts else dataset
@@ -93,7 +119,7 @@ def streamed(dataset: Dataset) -> IterableDataset:
 
 
 def as_written(dataset: Any, column: str = "prompt") -> Any:
-    """A dataset, or several by name, without the nulls that Arrow put into the structs of a column.
+    """A dataset, or several by name, without the nulls that Arrow put into the structs of a column; stored JSON read.
 
     Args:
         dataset: a `Dataset`, a stream, a dictionary of them, or None.
@@ -107,6 +133,11 @@ def as_written(dataset: Any, column: str = "prompt") -> Any:
     if isinstance(dataset, dict):
         return {name: as_written(part, column) for name, part in dataset.items()}
     features = getattr(dataset, "features", None)
+    if isinstance(dataset, Dataset) and column in dataset.features and _holds_stored(dataset, column):
+        before = _transform(dataset)
+        if isinstance(before, AsWritten) and column in before.texts:
+            return dataset
+        return dataset.with_transform(AsWritten([column], before=before))
     if not features or column not in features or not _holds_struct(features[column]):
         return dataset
     structs = {column: features[column]}
@@ -140,6 +171,25 @@ def without_gained_nulls(value: Any, feature: Any) -> Any:
     if inner is not None and isinstance(value, list):
         return [without_gained_nulls(inside, inner) for inside in value]
     return value
+
+
+def _holds_stored(dataset: Dataset, column: str) -> bool:
+    if getattr(dataset.features[column], "dtype", None) not in ("string", "large_string"):
+        return False
+    return bool(pc.any(pc.starts_with(dataset.data.column(column), _MARK)).as_py())
+
+
+def values_of(dataset: Dataset, column: str) -> list[Any]:
+    """The values of a column; no image beside it is decoded, unless for a transform of the user's.
+
+    Example:
+        >>> values_of(dataset_of({"prompt": [[{"role": "user"}]], "n": [1]}), "prompt")
+        [[{'role': 'user'}]]
+    """
+    transform = _transform(dataset)
+    if transform is None or (isinstance(transform, AsWritten) and transform.before is None):
+        dataset = dataset.select_columns(column)
+    return dataset[column][:]
 
 
 def _of_elements(feature: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from textwrap import shorten
 from typing import Any
 
 from datasets import Dataset
 from transformers.utils.chat_template_utils import _get_template_variables
 
+from .arrow import LOST, is_stored
 from .text import nearest
 
 # what `encode_prompts` says itself, or transformers does
@@ -21,6 +23,7 @@ def encode_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
     tools: Sequence[Callable[..., Any]] | None = None,
     chat_template: str | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt as it is fed, chat template and generation prompt included.
 
@@ -32,6 +35,11 @@ def encode_prompts(
         chat_template_kwargs: passed to the chat template.
         tools: that the prompts speak of.
         chat_template: in the place of the tokenizer's own.
+        numbers: rows of the dataset that the prompts come from, for errors; None: 0, 1, 2, ...
+
+    Raises:
+        ValueError: the chat template refuses a prompt or drops the turn to go on with; text that Arrow stores of a
+            conversation.
 
     Example:
         >>> from tipdistill.tasks.arithmetic import build_tokenizer
@@ -46,6 +54,8 @@ def encode_prompts(
     ids: list[list[int]] = [[] for _ in prompts]
     kinds: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
+        if is_stored(prompt):
+            raise ValueError(f"prompt {row} (counting from 0) {LOST}")
         kinds.setdefault(
             "plain" if isinstance(prompt, str) else "continued" if is_begun(prompt) else "asked", []
         ).append(row)
@@ -54,15 +64,37 @@ def encode_prompts(
         if kind == "plain":
             encoded = tokenizer(text=some)
         else:
-            turn = {"add_generation_prompt": kind == "asked"}
+            turn: dict[str, Any] = {"add_generation_prompt": kind == "asked"}
             if kind == "continued":
                 turn["continue_final_message"] = True
-            encoded = tokenizer.apply_chat_template(
-                conversation=some, tokenize=True, return_dict=True, **turn, **settings
-            )
+            turn |= {"tokenize": True, "return_dict": True, **settings}
+            try:
+                encoded = tokenizer.apply_chat_template(conversation=some, **turn)
+            except Exception as error:  # a template is code of its author's, and fails as it likes
+                raise _refusal(error, prompts, rows, numbers or range(len(prompts)), tokenizer, turn) from error
         for row, tokens in zip(rows, encoded["input_ids"], strict=True):
             ids[row] = list(tokens)
     return ids
+
+
+def _refusal(
+    error: Exception,
+    prompts: Sequence[Any],
+    rows: Sequence[int],
+    numbers: Sequence[int],
+    tokenizer: Any,
+    turn: dict[str, Any],
+) -> ValueError:
+    """What a chat template said, with the first row that it said it of."""
+    where = "a prompt"
+    for row in rows:
+        try:
+            tokenizer.apply_chat_template(conversation=[prompts[row]], **turn)
+        except Exception as of_row:
+            error, where = of_row, f"the prompt of row {numbers[row]} (counting from 0)"
+            break
+    said = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+    return ValueError(f"{where} does not pass the chat template: mend or remove it. What was said: {said}")
 
 
 def is_begun(prompt: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
-from .arrow import as_written, dataset_of, renamed, streamed
+from .arrow import LOST, as_written, dataset_of, is_stored, read_stored, renamed, streamed, values_of
 from .chat import check_columns, encode_prompts, filled_columns, is_begun
 from .documents import check_values, read_text
 from .text import nearest
@@ -106,7 +106,7 @@ def prepare_prompts(
     if isinstance(dataset, IterableDataset):
 
         def read(row: dict[str, Any], index: int) -> dict[str, Any]:
-            prompt = _dress(_check_prompt(row["prompt"], index, name), template, as_chat, name)
+            prompt = _dress(check_prompt(read_stored(row["prompt"]), index, name), template, as_chat, name)
             if _is_chat(prompt):
                 check_columns([column for column, value in row.items() if value], name)
             return {"prompt": prompt}
@@ -114,7 +114,7 @@ def prepare_prompts(
         return dataset.map(read, with_indices=True)
     prompts = dataset["prompt"][:]
     for row, prompt in enumerate(prompts):
-        _check_prompt(prompt, row, name)
+        check_prompt(prompt, row, name)
     if as_chat or _is_chat(prompts[0]):
         check_columns(filled_columns(dataset), name)
     if template is None and (not as_chat or _is_chat(prompts[0])):
@@ -124,6 +124,65 @@ def prepare_prompts(
         keep_in_memory=True,
         load_from_cache_file=False,
     )
+
+
+def check_prompts(dataset: Dataset, name: str, rows: int = 10_000) -> None:
+    """Refuse the first row whose prompt no model can be fed with; later rows are looked at in their batch.
+
+    Args:
+        dataset: with a `prompt` column.
+        name: what errors call it.
+        rows: look at so many.
+
+    Raises:
+        ValueError: as `check_prompt`.
+    """
+    first = dataset if len(dataset) <= rows else dataset.select(range(rows))
+    for row, prompt in enumerate(values_of(first, "prompt")):
+        check_prompt(prompt, row, name)
+
+
+def check_prompt(prompt: Any, row: int, name: str) -> Any:
+    """The prompt, if a model can be fed with it.
+
+    Args:
+        prompt: plain or conversational.
+        row: where it stands, counting from 0.
+        name: what errors call the dataset.
+
+    Raises:
+        ValueError: the row, what is wrong with it, and what to do.
+
+    Example:
+        >>> check_prompt("1 + 1 =", 0, "the dataset")
+        '1 + 1 ='
+        >>> check_prompt("", 3, "the dataset")
+        Traceback (most recent call last):
+        ValueError: the dataset, row 3 (counting from 0): the prompt is empty. Remove the row or fill it in.
+    """
+    where = f"{name}, row {row} (counting from 0)"
+    if is_stored(prompt):
+        raise ValueError(f"{where}: the prompt {LOST}")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{where}: the prompt is empty. Remove the row or fill it in.")
+    elif isinstance(prompt, list):
+        if not prompt:
+            raise ValueError(f"{where}: the prompt has no messages. Remove the row or fill it in.")
+        for message in prompt:
+            _check_message(message, where)
+        if not any(_says_something(message) for message in prompt):
+            raise ValueError(f"{where}: every message of the prompt is empty. Remove the row or fill it in.")
+        if is_begun(prompt) and not _has_text(prompt[-1].get("content")):
+            raise ValueError(
+                f"{where}: the prompt ends with a turn of the assistant, which the student is to go on with, and it "
+                "has no text, or blanks alone. Remove the turn or begin it."
+            )
+    else:
+        raise ValueError(
+            f"{where}: a prompt is a string or a list of messages, got {prompt!r:.60}. Remove the row or fill it in."
+        )
+    return prompt
 
 
 def drop_long_prompts(
@@ -151,7 +210,10 @@ def drop_long_prompts(
 
 
 def prompt_lengths(
-    prompts: Sequence[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None
+    prompts: Sequence[Any],
+    tokenizer: Any,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[int]:
     """Tokens of each prompt as the trainer will feed it, chat template and generation prompt included.
 
@@ -159,8 +221,9 @@ def prompt_lengths(
         prompts: all plain or all conversational.
         tokenizer: the student's.
         chat_template_kwargs: passed to the chat template.
+        numbers: see `encode_prompts`.
     """
-    return [len(ids) for ids in encode_prompts(prompts, tokenizer, chat_template_kwargs)]
+    return [len(ids) for ids in encode_prompts(prompts, tokenizer, chat_template_kwargs, numbers=numbers)]
 
 
 def _load_splits(source: str | Path, config: str | None, streaming: bool) -> dict[str, Any]:
@@ -262,30 +325,6 @@ def _check_one_kind(path: Path, column: str, values: Sequence[Any]) -> None:
         )
 
 
-def _check_prompt(prompt: Any, row: int, name: str) -> Any:
-    where = f"{name}, row {row} (counting from 0)"
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise ValueError(f"{where}: the prompt is empty. Remove the row or fill it in.")
-    elif isinstance(prompt, list):
-        if not prompt:
-            raise ValueError(f"{where}: the prompt has no messages. Remove the row or fill it in.")
-        for message in prompt:
-            _check_message(message, where)
-        if not any(_says_something(message) for message in prompt):
-            raise ValueError(f"{where}: every message of the prompt is empty. Remove the row or fill it in.")
-        if is_begun(prompt) and not _has_text(prompt[-1].get("content")):
-            raise ValueError(
-                f"{where}: the prompt ends with a turn of the assistant, which the student is to go on with, and it "
-                "has no text. Remove the turn or begin it."
-            )
-    else:
-        raise ValueError(
-            f"{where}: a prompt is a string or a list of messages, got {prompt!r:.60}. Remove the row or fill it in."
-        )
-    return prompt
-
-
 def _check_message(message: Any, where: str) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         raise ValueError(f"{where}: a message needs a 'role' and a 'content', got {message!r:.80}.")
@@ -304,8 +343,8 @@ def _says_something(message: dict[str, Any]) -> bool:
 
 def _has_text(content: Any) -> bool:
     if isinstance(content, list):
-        return any(isinstance(block.get("text"), str) for block in content)
-    return isinstance(content, str)
+        return any(_has_text(block.get("text")) for block in content)
+    return isinstance(content, str) and bool(content.strip())
 
 
 def _is_chat(prompt: Any) -> bool:

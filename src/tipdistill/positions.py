@@ -49,7 +49,7 @@ def position_limit(config: Any) -> int | None:
 
 
 def check_positions(
-    limits: Mapping[str, int | None], longest: int, completion: int, option: str, remedy: str = ""
+    limits: Mapping[str, int | None], longest: int, completion: int, option: str, remedy: str = "", of: str = ""
 ) -> None:
     """Refuse prompts that leave a completion too few positions.
 
@@ -59,6 +59,7 @@ def check_positions(
         completion: tokens of a completion, at most.
         option: what sets the completion's length.
         remedy: what else may be done.
+        of: whose prompts they are, "eval_dataset"; "" where there is one set.
 
     Raises:
         ValueError: whose positions do not suffice, and what to lower.
@@ -66,6 +67,6 @@ def check_positions(
     for who, room in limits.items():
         if room is not None and longest + completion > room:
             raise ValueError(
-                f"the longest prompt has {longest} tokens, and with {option} {completion} that is more than the {room} "
-                f"positions of the {who}: lower {option}{remedy}."
+                f"the longest prompt{f' of {of}' if of else ''} has {longest} tokens, and with {option} {completion} "
+                f"that is more than the {room} positions of the {who}: lower {option}{remedy}."
             )

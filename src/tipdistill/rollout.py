@@ -87,7 +87,9 @@ def generate(
         encoded = dict(
             zip(
                 distinct,
-                encode_prompts([prompts[prompt_id] for prompt_id in distinct], tokenizer, chat_template_kwargs),
+                encode_prompts(
+                    [prompts[prompt_id] for prompt_id in distinct], tokenizer, chat_template_kwargs, numbers=distinct
+                ),
                 strict=True,
             )
         )

@@ -44,7 +44,7 @@ from .training.checks import check_arguments
 from .training.engine_check import EngineCheck
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
 from .training.images import prepared, with_images
-from .training.lengths import check_batch, check_completions, check_prompts_fit, position_limits
+from .training.lengths import check_batch, check_completions, check_problems_fit, check_prompts_fit, position_limits
 from .training.monitor import (
     LOGGED_FIELDS,
     TALLIED,
@@ -146,6 +146,8 @@ class TIPTrainer(ResumableTrainer):
         eval_dataset = prepared(eval_dataset, "eval_dataset", args, processing_class)
         limits = position_limits(model, teacher_model, args)
         check_prompts_fit(limits, train_dataset, processing_class, args)
+        check_prompts_fit(limits, eval_dataset, processing_class, args, "eval_dataset")
+        check_problems_fit(limits, tasks, processing_class, args)
         teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class)
 
         last_whole_step = LastWholeStep()

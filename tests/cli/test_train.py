@@ -117,6 +117,18 @@ def test_dry_run_refuses_prompts_that_leave_too_few_positions(arguments, tmp_pat
     assert main(["train", *arguments, *both, "--dry_run", "--max_completion_length", "600"]) == 0
 
 
+def test_dry_run_refuses_an_evaluation_that_leaves_too_few_positions(arguments, models, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"problem": "1 " * 600, "answer": "1"}))
+    assert main(["train", *arguments, "--dry_run", "--eval_tasks", str(long), "--eval_steps", "1"]) == 2
+    assert "the longest prompt of the task 'long' has" in capsys.readouterr().err.splitlines()[-1]
+    parts = {"train": Dataset.from_dict({"prompt": ["a"] * 8}), "test": Dataset.from_dict({"prompt": ["1 " * 600]})}
+    DatasetDict(parts).save_to_disk(tmp_path / "d")
+    given = [*models, "--dataset_name", str(tmp_path / "d"), "--output_dir", str(tmp_path / "run"), *TINY]
+    assert main(["train", *given, "--dry_run", "--eval_strategy", "steps", "--eval_steps", "1"]) == 2
+    assert "the longest prompt of the evaluation set has" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_cannot_be_read_is_refused_before_weights(arguments, tiny_model_dir, tmp_path, capsys):
     def refused(*flags):
         assert main(["train", *arguments, *flags, "--dry_run"]) == 2

@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from transformers import ProcessorMixin
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.arrow import dataset_of
 from tipdistill.training.images import prepared, with_images
 
 ASK = [{"role": "user", "content": "?"}]
@@ -61,6 +62,20 @@ def test_an_image_in_a_message_is_refused_too(tmp_path):
     assert prepared(dataset.select([0]), "train_dataset", config(tmp_path), SEES) is not None
 
 
+def test_an_image_in_a_message_is_refused_for_a_student_that_reads_text_alone(tmp_path):
+    """Its template would write `[{'type': 'image'}]`, or nothing."""
+    text, image = ([{"role": "user", "content": [{"type": kind}]}] for kind in ("text", "image"))
+    dataset = Dataset.from_dict({"prompt": [text] * 3 + [image]})
+    with pytest.raises(ValueError, match=r"train_dataset, row 3 .* has an image, and the student reads text alone"):
+        prepared(dataset, "train_dataset", config(tmp_path), READS)
+    written = dataset_of({"prompt": [ASK, image]})
+    with pytest.raises(ValueError, match=r"train_dataset, row 1 .* has an image, and the student reads text alone"):
+        prepared(written, "train_dataset", config(tmp_path), READS)
+    with pytest.raises(ValueError, match=r"row 1 of the batch .* has an image, and the student reads text alone"):
+        with_images([{"prompt": ASK}, {"prompt": image}], config(tmp_path), READS)
+    assert with_images([{"prompt": ASK}], config(tmp_path), READS) == [{"prompt": ASK}]
+
+
 def test_a_begun_turn_is_refused_for_a_model_that_sees(tmp_path):
     dataset = Dataset.from_dict({"prompt": [ASK, [*ASK, {"role": "assistant", "content": "Well"}]]})
     with pytest.raises(ValueError, match=r"row 1 .*a model that sees images cannot go on"):
@@ -72,12 +87,12 @@ def test_a_stream_is_refused_at_the_first_image(tmp_path):
     """Before that batch is sampled."""
     text, image = {"prompt": ASK, "image": None}, {"prompt": ASK, "image": object()}
     assert with_images([text, text], config(tmp_path), SEES) == [{"prompt": ASK}] * 2
-    with pytest.raises(ValueError, match=r'a row has an image, and normalization="batch"'):
+    with pytest.raises(ValueError, match=r'row 1 of the batch .* has an image, and normalization="batch"'):
         with_images([text, image], config(tmp_path), SEES)
     shown = with_images([text, image], config(tmp_path, normalization="micro_batch"), SEES)
     assert [row["images"] for row in shown] == [[], [image["image"]]]
     block = {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}
-    with pytest.raises(ValueError, match=r"a row has an image"):
+    with pytest.raises(ValueError, match=r"row 1 of the batch .* has an image"):
         with_images([text, block], config(tmp_path), SEES)
 
 
@@ -96,3 +111,35 @@ def test_a_text_model_refuses_images_before_weights_are_loaded(tiny_model_dir, t
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("weights"))
     with pytest.raises(ValueError, match=r"row 2 .* the student reads text alone"):
         TIPTrainer(*pair, config(tmp_path), rows("image", [None, None, 1, 1]), processing_class=tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (None, "a prompt is a string or a list of messages, got None"),
+        ("", "the prompt is empty"),
+        ([], "the prompt has no messages"),
+        ([{"role": "user", "content": None}], "a message needs a 'role' and a 'content'"),
+        ([*ASK, {"role": "assistant", "content": " \n"}], "has no text, or blanks alone"),
+    ],
+    ids=["null", "empty", "no messages", "no content", "blank turn"],
+)
+def test_a_prompt_that_is_none_is_refused_with_its_row(tmp_path, bad, message):
+    dataset = Dataset.from_dict({"prompt": ["a" if not isinstance(bad, list) else ASK] * 5 + [bad]})
+    with pytest.raises(ValueError, match=rf"^train_dataset, row 5 \(counting from 0\): .*{message}"):
+        prepared(dataset, "train_dataset", config(tmp_path), READS)
+    with pytest.raises(ValueError, match=rf"^the batch, row 1 \(counting from 0\): .*{message}"):
+        with_images([dataset[0], {"prompt": bad}], config(tmp_path), READS)
+
+
+@pytest.mark.parametrize("column", ["chat_template_kwargs", "tools"])
+def test_a_stream_that_does_not_tell_its_columns_is_refused_at_the_first_row_that_has_one(
+    tiny_model_dir, tmp_path, column
+):
+    pair = [str(tiny_model_dir("qwen3", who)) for who in ("student", "teacher")]
+    stream = IterableDataset.from_generator(lambda: ({"prompt": ASK, column: [{"a": 1}]} for _ in range(4)))
+    assert stream.column_names is None
+    trainer = TIPTrainer(*pair, config(tmp_path), stream)
+    with pytest.raises(ValueError, match=f"the dataset has a column '{column}'"):
+        trainer.train()
+    with_images([{"prompt": ASK, column: None}], config(tmp_path), READS)

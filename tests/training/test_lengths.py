@@ -1,12 +1,22 @@
 """Prompts that leave a completion too few positions are refused as early as they can be known."""
 
+import json
+from pathlib import Path
+
 import pytest
 from causal_models import tiny
 from datasets import Dataset
 
-from tipdistill import TIPConfig
+from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.evaluate.task import Problem, Task
 from tipdistill.tasks.arithmetic import build_tokenizer
-from tipdistill.training.lengths import check_batch, check_completions, check_prompts_fit, position_limits
+from tipdistill.training.lengths import (
+    check_batch,
+    check_completions,
+    check_problems_fit,
+    check_prompts_fit,
+    position_limits,
+)
 
 
 @pytest.fixture
@@ -36,6 +46,30 @@ def test_the_longest_prompt_is_found_and_refused(config):
         "the teacher: lower max_completion_length or drop longer prompts",
     ):
         check_prompts_fit(fails, dataset, build_tokenizer(), args)
+
+
+def test_prompts_of_evaluations_and_problems_of_tasks_are_looked_at_too(config):
+    limits, args = {"student": 16, "teacher": 17}, config(max_completion_length=8)
+    fits, fails = (Dataset.from_dict({"prompt": ["1", prompt]}) for prompt in ("1234567=", "12345678="))
+    check_prompts_fit(limits, {"a": fits, "b": fits}, build_tokenizer(), args, "eval_dataset")
+    check_prompts_fit(limits, None, build_tokenizer(), args, "eval_dataset")
+    with pytest.raises(ValueError, match=r"longest prompt of eval_dataset\['b'\] has 9 tokens, .* of the student"):
+        check_prompts_fit(limits, {"a": fits, "b": fails}, build_tokenizer(), args, "eval_dataset")
+    task = Task("sums", (Problem("1", "1"), Problem("12345678", "1")), prompt="0{problem}=")
+    with pytest.raises(ValueError, match=r"longest prompt of the task 'sums' has 10 tokens, .* of the student"):
+        check_problems_fit(limits, [task], build_tokenizer(), args)
+    check_problems_fit({"student": 18, "teacher": None}, [task], build_tokenizer(), args)
+
+
+def test_a_trainer_refuses_them_before_weights_are_loaded(tiny_model_dir, config):
+    pair = [str(tiny_model_dir("qwen3", who)) for who in ("student", "teacher")]
+    short, long = (Dataset.from_dict({"prompt": [prompt] * 8}) for prompt in ("a", "1 " * 600))
+    with pytest.raises(ValueError, match=r"the longest prompt of eval_dataset has \d+ tokens"):
+        TIPTrainer(*pair, config(max_completion_length=8), short, long)
+    problems = Path(config().output_dir, "long.jsonl")
+    problems.write_text(json.dumps({"problem": "1 " * 600, "answer": "1"}))
+    with pytest.raises(ValueError, match=r"the longest prompt of the task 'long' has \d+ tokens"):
+        TIPTrainer(*pair, config(max_completion_length=8, eval_tasks=str(problems), eval_steps=1), short)
 
 
 def test_a_completion_that_fits_no_prompt_is_refused_without_a_look(config):

@@ -28,8 +28,9 @@ from ..supervise import supervise
 from ..teachers.served import TeacherUnavailableError, open_teacher
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
+from ..training.evaluation import load_tasks
 from ..training.images import prepared
-from ..training.lengths import REMEDY, position_limits
+from ..training.lengths import REMEDY, check_problems_fit, check_prompts_fit, position_limits
 from .launch import check_launched, is_launched, launch_arguments, num_processes
 from .read import Request, as_yaml, build, read_arguments, write_config
 from .trust import FLAG
@@ -131,6 +132,10 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     train_dataset = prepared(train_dataset, "the training set", config, tokenizer)
     eval_dataset = prepared(eval_dataset, "the evaluation set", config, tokenizer)
     described |= _describe_steps(request, train_dataset, dropped, tokenizer)
+    if script.dry_run:  # a run's trainer does the same
+        limits = position_limits(model.model_name_or_path, config.teacher_model_name_or_path, config)
+        check_prompts_fit(limits, eval_dataset, tokenizer, config, "the evaluation set")
+        check_problems_fit(limits, load_tasks(config.task_names()), tokenizer, config)
     if code:
         described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"
     if main_process:

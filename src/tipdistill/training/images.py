@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
 from transformers import ProcessorMixin
 
-from ..chat import is_begun
+from ..arrow import read_stored
+from ..chat import check_columns, is_begun
+from ..data import check_prompt, check_prompts
 from ..select import resolve_rule
 
 COLUMNS = ("images", "image")
@@ -26,12 +27,13 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
         processing_class: the student's tokenizer or processor.
 
     Raises:
-        ValueError: the first row whose image, or whose last turn, this run cannot take.
+        ValueError: the first row whose prompt, image or last turn this run cannot take.
     """
     if isinstance(dataset, dict):
         return {part: prepared(rows, f"{name}[{part!r}]", args, processing_class) for part, rows in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
+    check_prompts(dataset, name)
     sees = isinstance(processing_class, ProcessorMixin)
     plain = isinstance(dataset[0]["prompt"], str)
     with_image = set()
@@ -41,10 +43,10 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
             if not rows:
                 dataset = dataset.remove_columns(column)
             with_image |= set(rows[:1])
-    if not plain and sees:
+    if not plain:
         for row, prompt in enumerate(_stored(dataset, "prompt")):
-            messages = json.loads(prompt) if isinstance(prompt, str) else prompt
-            if is_begun(messages):
+            messages = read_stored(prompt)
+            if sees and is_begun(messages):
                 raise ValueError(
                     f"{name}, row {row} (counting from 0): the prompt ends with a turn of the assistant, which a model "
                     "that sees images cannot go on with here: end it with the user's turn."
@@ -66,19 +68,26 @@ def with_images(inputs: list[dict[str, Any]], args: Any, processing_class: Any) 
         args, processing_class: as in `prepared`.
 
     Raises:
-        ValueError: an image that this run cannot take, as a stream may show.
+        ValueError: a prompt, an image or a column that this run cannot take, as a stream may show.
     """
     of_rows = []
-    for row in inputs:
+    for index, row in enumerate(inputs):
+        if not isinstance(check_prompt(row["prompt"], index, "the batch"), str):
+            check_columns([column for column, value in row.items() if value], "the dataset")
         images = row.get("images")
         if images is None:
             images = [row["image"]] if row.get("image") is not None else []
         of_rows.append(list(images))
     sees, plain = isinstance(processing_class, ProcessorMixin), isinstance(inputs[0]["prompt"], str)
-    if any(of_rows) or (sees and not plain and any(_shows(row["prompt"]) for row in inputs)):
+    with_image = [
+        row
+        for row, (images, given) in enumerate(zip(of_rows, inputs, strict=True))
+        if images or (not isinstance(given["prompt"], str) and _shows(given["prompt"]))
+    ]
+    if with_image:
         reason = _obstacle(args, sees, plain)
         if reason:
-            raise ValueError(f"a row has an image, and {reason}")
+            raise ValueError(f"row {with_image[0]} of the batch (counting from 0) has an image, and {reason}")
     if not any(column in row for row in inputs for column in COLUMNS):
         return inputs
     rest = [{name: value for name, value in row.items() if name not in COLUMNS} for row in inputs]

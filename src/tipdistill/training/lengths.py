@@ -10,6 +10,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..config import TIPConfig
 from ..data import prompt_lengths
+from ..evaluate.engines import as_fed
+from ..evaluate.task import Task
 from ..positions import check_positions, position_limit
 
 _ENCODED = 2000  # of the longest prompts, before weights are loaded; each batch is looked at again
@@ -51,36 +53,74 @@ def _limit(model: Any, kwargs: dict[str, Any], trust_remote_code: bool) -> int |
     return None if config is None else position_limit(config)
 
 
-def check_prompts_fit(limits: Mapping[str, int | None], dataset: Any, processing_class: Any, args: TIPConfig) -> None:
+def check_prompts_fit(
+    limits: Mapping[str, int | None], dataset: Any, processing_class: Any, args: TIPConfig, name: str = ""
+) -> None:
     """Refuse a dataset whose longest prompt leaves a completion too few positions.
 
     Only prompts that could be too long are encoded: a token is a byte of text at least.
 
     Args:
         limits: see `position_limits`.
-        dataset: of prompts; streams and prompts with images are left to `check_batch`.
+        dataset: of prompts, or several by name; streams and prompts with images are left to `check_batch`.
         processing_class: the student's tokenizer.
         args: of the run.
+        name: what errors call the dataset; "" where it is the one to train on.
 
     Raises:
         ValueError: whose positions do not suffice, and what to lower.
     """
+    if isinstance(dataset, dict):
+        for part, rows in dataset.items():
+            check_prompts_fit(limits, rows, processing_class, args, f"{name}[{part!r}]")
+        return
     completion, option = args.max_completion_length, "max_completion_length"
     check_positions(limits, 1, completion, option, REMEDY)
     room = min((limit for limit in limits.values() if limit is not None), default=None)
     if room is None or not isinstance(dataset, Dataset) or not isinstance(processing_class, PreTrainedTokenizerBase):
         return
-    prompts = dataset["prompt"][:]
-    if not isinstance(prompts[0], str) and not processing_class.chat_template:
+    _check_longest(limits, dataset["prompt"][:], processing_class, args, name)
+
+
+def check_problems_fit(
+    limits: Mapping[str, int | None], tasks: Sequence[Task], processing_class: Any, args: TIPConfig
+) -> None:
+    """Refuse tasks whose longest problem, as the student is asked it, leaves a completion too few positions.
+
+    Args:
+        limits, processing_class, args: as in `check_prompts_fit`.
+        tasks: that are measured while the student trains.
+
+    Raises:
+        ValueError: which task, and what to lower.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if all(limit is None for limit in limits.values()):
+        return
+    for task in tasks:
+        asked = [as_fed(tokenizer, task.prompt_of(problem), task.chat) for problem in task.problems]
+        _check_longest(limits, asked, tokenizer, args, f"the task {task.name!r}", "")
+
+
+def _check_longest(
+    limits: Mapping[str, int | None],
+    prompts: Sequence[Any],
+    tokenizer: Any,
+    args: TIPConfig,
+    name: str,
+    remedy: str = REMEDY,
+) -> None:
+    completion, room = args.max_completion_length, min(limit for limit in limits.values() if limit is not None)
+    if not isinstance(prompts[0], str) and not tokenizer.chat_template:
         return
     options = args.chat_template_kwargs or {}
-    (template,) = prompt_lengths(prompts[:1], processing_class, options)  # at most what a template puts around a prompt
+    (template,) = prompt_lengths(prompts[:1], tokenizer, options)  # at most what a template puts around a prompt
     sizes = {row: len(str(prompt).encode("utf-8", "replace")) for row, prompt in enumerate(prompts)}
     doubtful = [row for row, size in sizes.items() if size + template + completion > room]
     doubtful = sorted(doubtful, key=lambda row: -sizes[row])[:_ENCODED]
     if doubtful:
-        longest = max(prompt_lengths([prompts[row] for row in doubtful], processing_class, options))
-        check_positions(limits, longest, completion, option, REMEDY)
+        longest = max(prompt_lengths([prompts[row] for row in doubtful], tokenizer, options, doubtful))
+        check_positions(limits, longest, completion, "max_completion_length", remedy, name)
 
 
 def check_batch(

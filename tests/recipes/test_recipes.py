@@ -1,6 +1,7 @@
 """Every recipe on the disk parses, and trains for two steps with tiny models in the place of its own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,11 @@ def test_two_steps_with_tiny_models(recipe, tiny_model_dir, word_problems, tmp_p
         "warmup_steps": 0,
         "save_strategy": "steps",
     }
+    if written.get("chat_template_kwargs"):  # a template that reads none of them is refused
+        student = Path(shutil.copytree(small["model_name_or_path"], tmp_path / "student"))
+        template = student / "chat_template.jinja"
+        template.write_text("{% if enable_thinking %}{% endif %}" + template.read_text())
+        small["model_name_or_path"] = student
     assert main(["train", "--config", str(recipe), *flags(small | NO_GPU)]) == 0
 
     resolved = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))

@@ -42,12 +42,19 @@ def write_records(directory, columns, **sidecar):
     directory.mkdir(parents=True)
     count = len(columns["rollout"])
     given = [
-        pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(count, field.type)
+        pa.array(columns[field.name], field.type)
+        if field.name in columns
+        else pa.array([0] * count, field.type)
+        if pa.types.is_integer(field.type)
+        else pa.nulls(count, field.type)
         for field in tokens_schema()
     ]
     pq.write_table(pa.table(given, tokens_schema().names), directory / "tokens.parquet")
     rollouts, lengths = np.unique(columns["rollout"], return_counts=True)
-    pq.write_table(pa.table({"rollout": rollouts, "tokens": lengths}), directory / "rollouts.parquet")
+    texts = {name: [""] * len(rollouts) for name in ("prompt", "completion")}
+    of_rollouts = {"rollout": rollouts, "prompt_id": rollouts, **texts, "tokens": lengths}
+    of_rollouts["finished"] = [True] * len(rollouts)
+    pq.write_table(pa.table(of_rollouts), directory / "rollouts.parquet")
     sidecar = {"schema_version": 1, "complete": True, "tokens": count, "rollouts": len(rollouts), **sidecar}
     (directory / "records.json").write_text(json.dumps(sidecar))
 

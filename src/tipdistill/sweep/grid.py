@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..documents import read_yaml
-from ..recipes.read import config_path, is_packaged, read_recipe
 from ..recipes.trust import code_named
 from ..select import resolve_rule
 from ..tasks import load_task
@@ -169,6 +168,8 @@ def code_in_grid(path: str | Path) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: it, or its recipe, cannot be read.
     """
+    from ..recipes.read import config_path, is_packaged, read_recipe  # loads TRL
+
     asked = _read(Path(path))
     named = []
     if isinstance(asked.get("base"), str) and not is_packaged(base := config_path(asked["base"])):

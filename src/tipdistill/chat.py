@@ -7,7 +7,6 @@ from textwrap import shorten
 from typing import Any
 
 from datasets import Dataset
-from transformers.utils.chat_template_utils import _get_template_variables
 
 from .arrow import LOST, is_stored
 from .text import nearest
@@ -162,6 +161,8 @@ def check_chat_template_kwargs(settings: dict[str, Any] | None, tokenizer: Any) 
         raise ValueError(
             f"chat_template_kwargs = {settings} is for a chat template, and the tokenizer has none: leave it out."
         )
+    from transformers.utils.chat_template_utils import _get_template_variables  # not for `tipdistill demo --help`
+
     read = {name for template in templates for name in _get_template_variables(template)}
     offered = sorted(read - {*_SET_HERE, *_SET_BY_TRANSFORMERS, *getattr(tokenizer, "special_tokens_map", {})})
     for name in settings:

@@ -12,8 +12,8 @@ from enum import Enum
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -285,7 +285,8 @@ def _kinds(name: str) -> tuple[Any, ...]:
     for kind in _TYPES:
         hint = get_type_hints(kind).get(name)
         if hint is not None:
-            return tuple(get_origin(part) or part for part in get_args(hint) or (hint,) if part is not NoneType)
+            parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            return tuple(get_origin(part) or part for part in parts if part is not NoneType)
     return ()
 
 

@@ -86,7 +86,9 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
     """
     if not dotted.imports() and is_code(name):
         _imported(_path(name))
-        return _changed(Task(name, (Problem(f"{name}, which was not imported", "-"),)), None, changes)
+        return _changed(
+            Task(name, (Problem("?", "-"),), prompt="own"), None, changes
+        )  # how long its own are is unknown
     sliced = _SLICE.fullmatch(name)
     if sliced:
         first, end = (int(number) if number else None for number in sliced.groups()[1:])

@@ -121,10 +121,10 @@ def ask(
                     "followed, so that no key and no prompt goes where it was not sent: give that address, if it is "
                     "the right one."
                 )
-            if 200 <= status < 300:
-                return Answer(read(_parsed(raw)), len(payload or b""), received)
             # a server may repeat the key; as many stars, since what is told ends at a byte
             raw = raw.replace(api_key.encode(), b"*" * len(api_key)) if api_key else raw
+            if 200 <= status < 300:
+                return Answer(read(_parsed(raw)), len(payload or b""), received)
             said = f"HTTP {status}: {printable(raw[:_SAID].decode(errors='replace'))}"
             if status < 500 and status not in BUSY:
                 raise RefusedError(f"{url} refused the request: {said}")

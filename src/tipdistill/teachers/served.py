@@ -122,7 +122,7 @@ class TeacherServer:
         >>> TeacherServer("localhost:8000")
         Traceback (most recent call last):
             ...
-        ValueError: teacher_url must begin with http:// or https://, got 'localhost:8000'.
+        ValueError: teacher_url must begin with http:// or https://, such as http://localhost:8000/v1.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
     if not dotted.imports() and is_code(name):
         _imported(_path(name))
         return _changed(
-            Task(name, (Problem("?", "-"),), prompt="own"), None, changes
+            Task(name, (Problem(name, "-"),), prompt="own"), None, changes
         )  # how long its own are is unknown
     sliced = _SLICE.fullmatch(name)
     if sliced:

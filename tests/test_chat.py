@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_from_disk
@@ -333,6 +334,11 @@ def test_train_score_probe_and_eval_feed_the_same_ids(tokenizer, pair, tmp_path,
     assert rows == expected
 
 
+def _noting(seen, original, ids, *rest):
+    seen.append(ids)
+    return original(ids, *rest)
+
+
 def test_a_trainers_own_dataset_and_stream_gain_no_nulls(tokenizer, pair, tmp_path):
     expected = [tokenizer(rendered(tokenizer, row))["input_ids"] for row in ARROW]
     for make in (lambda d: d, Dataset.to_iterable_dataset):
@@ -341,6 +347,6 @@ def test_a_trainers_own_dataset_and_stream_gain_no_nulls(tokenizer, pair, tmp_pa
         trainer = TIPTrainer(pair[0], pair[1], config, dataset, processing_class=tokenizer)
         seen = []
         original = trainer._generate_single_turn
-        trainer._generate_single_turn = lambda ids, *rest: seen.append(ids) or original(ids, *rest)  # noqa: B023
+        trainer._generate_single_turn = partial(_noting, seen, original)
         trainer.train()
         assert sorted(map(list, seen[0])) == sorted(expected), isinstance(dataset, IterableDataset)

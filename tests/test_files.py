@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -75,10 +76,23 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capl
     assert "without locks" in caplog.text
 
 
-def test_putting_in_place_replaces_files_and_directories(tmp_path):
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "in two moves"])
+def test_a_directory_is_put_in_the_place_of_another(tmp_path, monkeypatch, at_once):
+    if not at_once:
+        monkeypatch.setattr("tipdistill.files._exchange", lambda source, target: False)
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "content").write_text(name)
     put_in_place(tmp_path / "new", tmp_path / "old")
     assert (tmp_path / "old" / "content").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems replace a directory in two moves")
+def test_a_directory_is_never_absent_while_another_takes_its_place(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    monkeypatch.setattr("pathlib.Path.rename", lambda *_: pytest.fail("a move that leaves the place empty"))
+    put_in_place(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "content").read_text() == "new"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -74,14 +75,27 @@ def sync_tree(directory: Path) -> None:
 
 
 def put_in_place(source: Path, target: Path) -> None:
-    """Rename a file or a directory, which replaces what stands in its place."""
-    if target.is_dir() and not target.is_symlink():
+    """Rename a file or a directory, which replaces what stands in its place; where the system can, in one move."""
+    if not target.is_dir() or target.is_symlink():
+        source.replace(target)
+    elif _exchange(source, target):
+        shutil.rmtree(source)
+    else:
         aside = source.with_name(f"{source.name}.replaced")
         target.rename(aside)
         source.rename(target)
         shutil.rmtree(aside)
-    else:
-        source.replace(target)
+
+
+def _exchange(source: Path, target: Path) -> bool:
+    """Let two paths change places, so that neither is absent at any time; False where the system cannot."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(at_cwd, os.fsencode(source), at_cwd, os.fsencode(target), exchange) == 0
 
 
 @contextmanager

@@ -553,7 +553,7 @@ class TIPTrainer(ResumableTrainer):
     def student_head(self, student: Any, hidden: Tensor) -> Iterator[Head]:
         """The student's lm_head with the rows that it projects, sharded weights gathered once."""
         layer = student.get_output_embeddings()
-        with _trl.maybe_gather_lm_head_ctx(*layer.parameters()):
+        with _accelerate.reading_lm_head(layer):
             yield head(student, layer, hidden)
 
     @contextmanager

@@ -6,7 +6,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 
 from ._trl import maybe_gather_lm_head_ctx, prepare_deepspeed
 
-__all__ = ["calling_lm_head", "check_sharding", "keep_output_dtype", "prepare_teacher"]
+__all__ = ["calling_lm_head", "check_sharding", "keep_output_dtype", "prepare_teacher", "reading_lm_head"]
 
 
 def prepare_teacher(teacher: Any, accelerator: Accelerator) -> Any:
@@ -109,3 +109,16 @@ def calling_lm_head(layer: Any) -> Iterator[None]:
             layer.forward = own
         for module, before, after in hooks:
             module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def reading_lm_head(layer: Any) -> AbstractContextManager[Any]:
+    """While a loss reads the weights of an lm_head, they are whole; under ZeRO-3 until its backward has ended.
+
+    Each is read as an attribute of its module. ZeRO-3 sees that inside a forward, fetches what lies in parts, and keeps
+    it to the end of the backward, where its gradient has to find it whole. `parameters()` passes by unseen.
+
+    Args:
+        layer: the lm_head, as it is or wrapped by PEFT.
+    """
+    parameters = [getattr(module, name) for module in layer.modules() for name in module._parameters]
+    return maybe_gather_lm_head_ctx(*parameters)

@@ -137,7 +137,7 @@ class LocalTeacher:
     def _head(self, hidden: Tensor) -> Iterator[Head]:
         plain = self._plain
         layer = plain.get_output_embeddings()
-        with _trl.maybe_gather_lm_head_ctx(*layer.parameters()):
+        with _accelerate.reading_lm_head(layer):
             yield head(plain, layer, hidden)
 
     @contextmanager

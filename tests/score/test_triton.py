@@ -37,7 +37,7 @@ SIZES = [(1, 37), (3, 2), (7, 37), (5, 97)]
 def small_tiles(monkeypatch):
     """Three tokens by two blocks of 16 columns; two tokens of the fused loss at a time; 64 columns in a backward."""
     monkeypatch.setattr(engine, "TILE", engine.Tile(3, 32, 16, 1))
-    monkeypatch.setattr(engine, "WORKSPACE", 1)
+    monkeypatch.setattr(engine, "INTERPRETED_WORKSPACE", 1)
     monkeypatch.setattr(engine, "_rows_held", lambda hidden, *_: max(1, min(2, len(hidden))))
 
 
@@ -443,7 +443,7 @@ def test_rows_are_held_together_where_that_costs_no_more_than_a_copy_of_the_weig
     hidden = torch.empty(4000, 2560, dtype=torch.bfloat16, device="meta")
     vocabulary = 151_936
     assert engine._rows_held(hidden, vocabulary, spare=4 * vocabulary * 2560) == 4000
-    # the workspace's 1 GiB takes 1766: three blocks, in multiples of 128
+    # a workspace of 1 GiB takes 1766: three blocks, in multiples of 128
     assert engine._rows_held(hidden, vocabulary) == 1408
     assert engine._rows_held(hidden[:0], vocabulary) == 1
 
@@ -570,40 +570,6 @@ def test_one_look_finds_whatever_is_wrong(change, message):
     checks.check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in rows.items()})
     with pytest.raises(ValueError, match=message):
         checks.check_rows(vocabulary=9, **{name: torch.tensor(value) for name, value in (rows | change).items()})
-
-
-# The search for a tile shape.
-
-
-@pytest.mark.parametrize(
-    ("fast", "found"),
-    [({}, 0), ({2: 0.97}, 0), ({2: 0.9, 3: 0.94}, 2), ({4: 0.5}, 4), ({5: 0.1}, 0)],
-    ids=["all alike", "within the scatter", "faster", "fastest", "too tall for the tokens"],
-)
-def test_a_shape_replaces_the_default_where_it_is_clearly_faster(monkeypatch, fast, found):
-    default = engine.Tile(2, 32, 16, 1)
-    shapes = [default, *(engine.Tile(2, 32, block, 1) for block in (4, 8)), engine.Tile(1, 16, 16, 1)]
-    shapes += [engine.Tile(2, 16, 16, 1), engine.Tile(50, 16, 16, 1)]
-    monkeypatch.setattr(engine, "TILE", default)
-    monkeypatch.setattr(engine, "CANDIDATES", shapes)
-
-    def milliseconds(run):
-        run()
-        tile = run.args[-1]
-        return fast.get(shapes.index(tile), 1.0) * tile.tokens * tile.columns
-
-    monkeypatch.setattr(engine, "_milliseconds", milliseconds)
-    student, teacher = pair(5, 37)
-    heads = [engine.Projection.of(head, 37, 1.0) for head in (student, teacher)]
-    scorer = engine._Scorer(*heads, ["entropy", "reverse_kl"], 0.5, student.hidden, teacher.hidden, 0)
-    assert engine._search(scorer) == shapes[found]
-
-
-def test_every_candidate_is_a_shape_that_held_logits_can_use():
-    for tile in engine.CANDIDATES:
-        assert tile.columns % tile.block == 0
-        assert tile.block & (tile.block - 1) == 0
-        assert tile.tokens * tile.columns <= 2**24, "scratch memory is flat"
 
 
 def test_a_head_of_other_widths_and_dtypes():

@@ -8,9 +8,9 @@ the registers of a Hopper SM, and what a Triton matmul falls short of cuBLAS wei
 once, 16 bytes of traffic beside 2 (H_S + H_T) operations per pair of logits.
 
 Statistics that need the normalisers first (jsd, hellinger, signal_to_curvature), and the gradients of `FusedLoss`, look
-at the logits again. They are held for a block of tokens, as the difference from the running maximum: in float16 for
-half-precision inputs, where an entry of weight then carries 11 significant bits and a bfloat16 logit has 8, in float32
-for float32. Nothing is projected twice for them.
+at the logits again. They are held for a block of tokens, relative to the running maxima: the larger of the two models'
+and their difference (`_online_kernel` says why), in float16 for half-precision inputs, in float32 for float32. Nothing
+is projected twice for them.
 
 Gradients. `_gradient_kernel` forms softmax terms, weight, scale and softcap slope of a tile in one pass, in the dtype
 of the hidden states; cuBLAS multiplies it with the lm_head (summed in float32 over the tiles) and the hidden states.
@@ -19,9 +19,7 @@ weight gradient is complete when it is formed: it is rounded once, and no float3
 does without that copy where holding all tokens costs no more memory than the copy would.
 
 The host waits for the device where it must know a number: one finite check per call, and the count of kept rows in the
-backward. On the first call for a kind of input a few tile shapes are timed (`_search`), unless
-`torch.use_deterministic_algorithms` is on: the shape sets the order of the sums, so a run that must repeat another bit
-for bit keeps the default one.
+backward.
 
 Without a GPU the kernels run under TRITON_INTERPRET=1, which is how the tests run them.
 """
@@ -31,9 +29,8 @@ Without a GPU the kernels run under TRITON_INTERPRET=1, which is how the tests r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,18 +39,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Head
-from .checks import NonFiniteLogitsError, rounded, scaled_
+from .checks import NonFiniteLogitsError, rounded
 from .sums import SECOND_PASS, STATISTICS, Online, SecondPass
 from .tiles import NEGATIVE, Projection, _even, _spans
 
 HALF = (torch.float16, torch.bfloat16)
-# Bytes of logits and of their gradients that are held at a time.
-WORKSPACE = 1024 * 2**20
+# Logits and their gradients are held for as many tokens as fit into this share of a GPU's memory: of Qwen3's vocabulary
+# 8192 in 80 GB. All tokens in one block spare the float32 sum of the weight gradient over the blocks.
+WORKSPACE_SHARE = 1 / 16
+INTERPRETED_WORKSPACE = 2**30  # bytes, where there is no GPU
+# Products of a hidden state's and of the lm_head's gradient at the same time, each on a stream of its own.
+TWO_STREAMS = False
+# torch multiplies halves into a float32 result since 2.8, and adds them to one since 2.10.
+MIXED_ADDMM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a scratch tile, and how a kernel goes over a row of it."""
+    """Shape of a scratch tile, and how a kernel goes over a row of it.
+
+    The same for every rank and every run, since the shape sets the order in which floats are added.
+    """
 
     tokens: int
     columns: int
@@ -62,28 +68,15 @@ class Tile:
 
 
 TILE = Tile(2048, 8192, 2048, 8)
-# Smaller tiles stay in the 50 MB of a Hopper's L2 cache, larger ones fill the last wave of a matmul better.
-CANDIDATES = (
-    TILE,
-    Tile(2048, 8192, 4096, 8),
-    Tile(2048, 8192, 1024, 4),
-    Tile(1024, 4096, 2048, 8),
-    Tile(2048, 4096, 2048, 8),
-    Tile(4096, 4096, 2048, 8),
-)
-# A shape replaces the default where it is faster by more than what such a measurement scatters.
-WORTHWHILE = 0.95
-
-_found: dict[tuple[Any, ...], Tile] = {}
 
 # Rows of the kernels' sums; the names are those of `Online` and `SecondPass`, which turn them into statistics.
 ONLINE_SUMS = (
     *("s_max", "p", "pa", "pd", "t_max", "q", "qb", "qd", "pp", "ppd", "ppdd"),
-    *("s_token", "t_token", "s_least", "t_least"),
+    *("s_token", "t_token", "s_least", "t_least", "pd_held"),
 )
 SECOND_SUMS = ("s_to_mixture", "t_to_mixture", "root", "gg", "sgg", "sg")
 NORMALISERS = ("s_max", "s_log", "t_max", "t_log")
-OF_GRADIENT = (*NORMALISERS, "reverse_kl", "s_to_mixture")
+OF_GRADIENT = (*NORMALISERS, "reverse_kl", "s_to_mixture")  # and "held_kl", the reverse KL of held logits
 
 _NEGATIVE = tl.constexpr(NEGATIVE)
 _LOWEST_HALF = tl.constexpr(-65504.0)  # the lowest float16
@@ -91,15 +84,31 @@ _HIGHEST_HALF = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _logits(tile, bias, columns, inside, scale, cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+def _logits(
+    tile, bias, columns, inside, scale, cap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr
+):
     """cap · tanh(scale · (projection + bias)), or without the tanh; −∞ becomes NEGATIVE, NaN stays."""
     z = tl.load(tile + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    z *= scale
+    if SCALED:
+        z *= scale
     if CAPPED:
         z = (1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)) * cap
     return tl.where(z < _NEGATIVE, _NEGATIVE, z)
+
+
+@triton.jit
+def _held(larger, difference):
+    """(a, b) of max(a, b) and a − b: the form in which logits are held, see `_online_kernel`."""
+    return larger + tl.minimum(difference, 0.0), larger - tl.maximum(difference, 0.0)
+
+
+@triton.jit
+def _started(sums, place, later, BLOCK: tl.constexpr):
+    """A sum of earlier tiles in the first lane of as many as a block has, 0 in the others."""
+    earlier = tl.load(sums + place, mask=later, other=0.0)
+    return tl.where(tl.arange(0, BLOCK) == 0, earlier, 0.0)
 
 
 @triton.jit
@@ -110,8 +119,8 @@ def _online_kernel(
     t_bias,
     token_ids,
     sums,
-    s_held,
-    t_held,
+    larger_held,
+    difference_held,
     references,
     start,
     width,
@@ -128,6 +137,8 @@ def _online_kernel(
     T_BIAS: tl.constexpr,
     S_CAPPED: tl.constexpr,
     T_CAPPED: tl.constexpr,
+    S_SCALED: tl.constexpr,
+    T_SCALED: tl.constexpr,
     TOKENS: tl.constexpr,
     ENTROPY: tl.constexpr,
     TEACHER_ENTROPY: tl.constexpr,
@@ -136,101 +147,133 @@ def _online_kernel(
     SQUARES: tl.constexpr,
     HOLD: tl.constexpr,
     HOLD_HALF: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token, the columns [start, start + width): its running sums as in `Online`, moved when a maximum rises."""
+    """One token, the columns [start, start + width): its running sums as in `Online`, moved when a maximum rises.
+
+    Each lane of the block adds up for itself, and the lanes are added once, at the end: what all of them wait for in
+    every block are the two maxima alone.
+
+    What is held of a pair of logits, relative to the running maxima, is the larger of a and b, and a − b. Both may be
+    float16: near agreement a − b is small and keeps all of its digits, where a and b, rounded apart, would differ by
+    their roundings. The smaller one, which a − b leads to, is the less likely.
+    """
     row = tl.program_id(0).to(tl.int64)
     s_tile += row * tile_stride
     t_tile += row * tile_stride
     sums += row
     later = start > 0  # there are sums of earlier tiles
     s_max = tl.load(sums, mask=later, other=_NEGATIVE)
-    p_sum = tl.load(sums + 1 * sums_stride, mask=later, other=0.0)
-    pa = tl.load(sums + 2 * sums_stride, mask=later & ENTROPY, other=0.0)
-    pd = tl.load(sums + 3 * sums_stride, mask=later & REVERSE, other=0.0)
     t_max = tl.load(sums + 4 * sums_stride, mask=later & TEACHER, other=_NEGATIVE)
-    q_sum = tl.load(sums + 5 * sums_stride, mask=later & TEACHER, other=0.0)
-    qb = tl.load(sums + 6 * sums_stride, mask=later & TEACHER_ENTROPY, other=0.0)
-    qd = tl.load(sums + 7 * sums_stride, mask=later & FORWARD, other=0.0)
-    pp = tl.load(sums + 8 * sums_stride, mask=later & SQUARES, other=0.0)
-    ppd = tl.load(sums + 9 * sums_stride, mask=later & SQUARES, other=0.0)
-    ppdd = tl.load(sums + 10 * sums_stride, mask=later & SQUARES, other=0.0)
-    s_least = tl.load(sums + 13 * sums_stride, mask=later, other=0.0)
-    t_least = tl.load(sums + 14 * sums_stride, mask=later & TEACHER, other=0.0)
+    p_sum = _started(sums, 1 * sums_stride, later, BLOCK)
+    pa = _started(sums, 2 * sums_stride, later & ENTROPY, BLOCK)
+    pd = _started(sums, 3 * sums_stride, later & REVERSE, BLOCK)
+    q_sum = _started(sums, 5 * sums_stride, later & TEACHER, BLOCK)
+    qb = _started(sums, 6 * sums_stride, later & TEACHER_ENTROPY, BLOCK)
+    qd = _started(sums, 7 * sums_stride, later & FORWARD, BLOCK)
+    pp = _started(sums, 8 * sums_stride, later & SQUARES, BLOCK)
+    ppd = _started(sums, 9 * sums_stride, later & SQUARES, BLOCK)
+    ppdd = _started(sums, 10 * sums_stride, later & SQUARES, BLOCK)
+    s_least = _started(sums, 13 * sums_stride, later & FORWARD, BLOCK)
+    t_least = _started(sums, 14 * sums_stride, later & REVERSE, BLOCK)
+    pd_held = _started(sums, 15 * sums_stride, later & HOLD_HALF & REVERSE, BLOCK)
     for offset in range(0, width, BLOCK):
         columns = offset + tl.arange(0, BLOCK)
-        inside = columns < width
-        s = tl.where(inside, _logits(s_tile, s_bias, columns, inside, s_scale, s_cap, S_BIAS, S_CAPPED), _NEGATIVE)
+        inside = tl.full((BLOCK,), 1, tl.int1) if FULL else columns < width
+        s = _logits(s_tile, s_bias, columns, inside, s_scale, s_cap, S_BIAS, S_CAPPED, S_SCALED)
+        if not FULL:
+            s = tl.where(inside, s, _NEGATIVE)
         above = tl.maximum(s_max, tl.max(s, axis=0))
         s_shift = s_max - above
         s_max = above
-        s_least = tl.minimum(s_least, tl.min(tl.where(inside, s, 0.0), axis=0))
         s_factor = tl.exp(s_shift)
         a = s - s_max
-        p = tl.where(inside, tl.exp(a), 0.0)
+        p = tl.exp(a)
+        if not FULL:
+            p = tl.where(inside, p, 0.0)
         if ENTROPY:
-            pa = s_factor * (pa + s_shift * p_sum) + tl.sum(p * a, axis=0)
+            pa = s_factor * (pa + s_shift * p_sum) + p * a
         if TEACHER:
-            t = tl.where(inside, _logits(t_tile, t_bias, columns, inside, t_scale, t_cap, T_BIAS, T_CAPPED), _NEGATIVE)
+            t = _logits(t_tile, t_bias, columns, inside, t_scale, t_cap, T_BIAS, T_CAPPED, T_SCALED)
+            if not FULL:
+                t = tl.where(inside, t, _NEGATIVE)
             above = tl.maximum(t_max, tl.max(t, axis=0))
             t_shift = t_max - above
             t_max = above
-            t_least = tl.minimum(t_least, tl.min(tl.where(inside, t, 0.0), axis=0))
             t_factor = tl.exp(t_shift)
             b = t - t_max
-            q = tl.where(inside, tl.exp(b), 0.0)
+            q = tl.exp(b)
+            if not FULL:
+                q = tl.where(inside, q, 0.0)
             d = a - b
             shift = s_shift - t_shift
             if REVERSE:
-                pd = s_factor * (pd + shift * p_sum) + tl.sum(p * d, axis=0)
+                pd = s_factor * (pd + shift * p_sum) + p * d
+                t_least = tl.minimum(t_least, tl.where(inside, t, 0.0))
             if SQUARES:
                 squared = p * p
                 square = s_factor * s_factor
-                ppdd = square * (ppdd + 2.0 * shift * ppd + shift * shift * pp) + tl.sum(squared * d * d, axis=0)
-                ppd = square * (ppd + shift * pp) + tl.sum(squared * d, axis=0)
-                pp = square * pp + tl.sum(squared, axis=0)
+                ppdd = square * (ppdd + 2.0 * shift * ppd + shift * shift * pp) + squared * d * d
+                ppd = square * (ppd + shift * pp) + squared * d
+                pp = square * pp + squared
             if TEACHER_ENTROPY:
-                qb = t_factor * (qb + t_shift * q_sum) + tl.sum(q * b, axis=0)
+                qb = t_factor * (qb + t_shift * q_sum) + q * b
             if FORWARD:
-                qd = t_factor * (qd + shift * q_sum) + tl.sum(q * d, axis=0)
-            q_sum = t_factor * q_sum + tl.sum(q, axis=0)
+                qd = t_factor * (qd + shift * q_sum) + q * d
+                s_least = tl.minimum(s_least, tl.where(inside, s, 0.0))
+            q_sum = t_factor * q_sum + q
             if HOLD:
+                larger = tl.maximum(a, b)
                 if HOLD_HALF:
-                    a = tl.where(a < _LOWEST_HALF, _LOWEST_HALF, a)
-                    b = tl.where(b < _LOWEST_HALF, _LOWEST_HALF, b)
+                    larger = tl.maximum(larger, _LOWEST_HALF)
+                    d = tl.minimum(tl.maximum(d, _LOWEST_HALF), _HIGHEST_HALF)
+                difference = d.to(difference_held.dtype.element_ty)
+                if HOLD_HALF and REVERSE:
+                    # the mean of the differences as they are held: a gradient subtracts it, and where the student
+                    # is nearly certain all that is left are the parts in which they differ from it
+                    pd_held = s_factor * (pd_held + shift * p_sum) + p * difference.to(tl.float32)
                 where = row * held_stride + start + columns
-                tl.store(s_held + where, a.to(s_held.dtype.element_ty), mask=inside)
-                tl.store(t_held + where, b.to(t_held.dtype.element_ty), mask=inside)
+                tl.store(larger_held + where, larger.to(larger_held.dtype.element_ty), mask=inside)
+                tl.store(difference_held + where, difference, mask=inside)
                 reference = 2 * (row * blocks + (start + offset) // BLOCK)
                 tl.store(references + reference, s_max)
                 tl.store(references + reference + 1, t_max)
-        p_sum = s_factor * p_sum + tl.sum(p, axis=0)
+        p_sum = s_factor * p_sum + p
     tl.store(sums, s_max)
-    tl.store(sums + 1 * sums_stride, p_sum)
-    tl.store(sums + 2 * sums_stride, pa)
-    tl.store(sums + 3 * sums_stride, pd)
-    tl.store(sums + 4 * sums_stride, t_max)
-    tl.store(sums + 5 * sums_stride, q_sum)
-    tl.store(sums + 6 * sums_stride, qb)
-    tl.store(sums + 7 * sums_stride, qd)
-    tl.store(sums + 8 * sums_stride, pp)
-    tl.store(sums + 9 * sums_stride, ppd)
-    tl.store(sums + 10 * sums_stride, ppdd)
-    tl.store(sums + 13 * sums_stride, s_least)
-    tl.store(sums + 14 * sums_stride, t_least)
+    tl.store(sums + 1 * sums_stride, tl.sum(p_sum, axis=0))
+    if ENTROPY:
+        tl.store(sums + 2 * sums_stride, tl.sum(pa, axis=0))
+    if TEACHER:
+        tl.store(sums + 4 * sums_stride, t_max)
+        tl.store(sums + 5 * sums_stride, tl.sum(q_sum, axis=0))
+    if REVERSE:
+        tl.store(sums + 3 * sums_stride, tl.sum(pd, axis=0))
+        tl.store(sums + 14 * sums_stride, tl.min(t_least, axis=0))
+    if TEACHER_ENTROPY:
+        tl.store(sums + 6 * sums_stride, tl.sum(qb, axis=0))
+    if FORWARD:
+        tl.store(sums + 7 * sums_stride, tl.sum(qd, axis=0))
+        tl.store(sums + 13 * sums_stride, tl.min(s_least, axis=0))
+    if SQUARES:
+        tl.store(sums + 8 * sums_stride, tl.sum(pp, axis=0))
+        tl.store(sums + 9 * sums_stride, tl.sum(ppd, axis=0))
+        tl.store(sums + 10 * sums_stride, tl.sum(ppdd, axis=0))
+    if HOLD_HALF and REVERSE:
+        tl.store(sums + 15 * sums_stride, tl.sum(pd_held, axis=0))
     if TOKENS:
         column = tl.load(token_ids + row) - start
         here = (column >= 0) & (column < width)
-        z = _logits(s_tile, s_bias, column, here, s_scale, s_cap, S_BIAS, S_CAPPED)
+        z = _logits(s_tile, s_bias, column, here, s_scale, s_cap, S_BIAS, S_CAPPED, S_SCALED)
         tl.store(sums + 11 * sums_stride, z, mask=here)
         if TEACHER:
-            z = _logits(t_tile, t_bias, column, here, t_scale, t_cap, T_BIAS, T_CAPPED)
+            z = _logits(t_tile, t_bias, column, here, t_scale, t_cap, T_BIAS, T_CAPPED, T_SCALED)
             tl.store(sums + 12 * sums_stride, z, mask=here)
 
 
 @triton.jit
 def _log_mixture(log_s, log_t, log_of_student, log_of_teacher):
-    """log((1 − β) p + β q), with log(1 − β) and log β given."""
+    """log((1 − β) exp(log_s) + β exp(log_t)), with log(1 − β) and log β given."""
     x = log_s + log_of_student
     y = log_t + log_of_teacher
     top = tl.maximum(x, y)
@@ -239,8 +282,8 @@ def _log_mixture(log_s, log_t, log_of_student, log_of_teacher):
 
 @triton.jit
 def _second_kernel(
-    s_held,
-    t_held,
+    larger_held,
+    difference_held,
     references,
     of_rows,
     sums,
@@ -257,8 +300,8 @@ def _second_kernel(
 ):
     """One token, all columns: the sums of `SecondPass` from held logits and the normalisers."""
     row = tl.program_id(0).to(tl.int64)
-    s_held += row * held_stride
-    t_held += row * held_stride
+    larger_held += row * held_stride
+    difference_held += row * held_stride
     references += 2 * row * blocks
     s_max = tl.load(of_rows + row)
     s_log = tl.load(of_rows + 1 * rows + row)
@@ -277,16 +320,19 @@ def _second_kernel(
         columns = offset + tl.arange(0, BLOCK)
         inside = columns < width
         reference = 2 * (offset // BLOCK)
-        log_s = tl.load(s_held + columns, mask=inside, other=0.0).to(tl.float32)
-        log_t = tl.load(t_held + columns, mask=inside, other=0.0).to(tl.float32)
-        log_s += (tl.load(references + reference) - s_max) - s_log
-        log_t += (tl.load(references + reference + 1) - t_max) - t_log
+        larger = tl.load(larger_held + columns, mask=inside, other=0.0).to(tl.float32)
+        difference = tl.load(difference_held + columns, mask=inside, other=0.0).to(tl.float32)
+        log_s, log_t = _held(larger, difference)
+        s_zero = (tl.load(references + reference) - s_max) - s_log  # log-probabilities that a = 0 and b = 0 stand for
+        t_zero = (tl.load(references + reference + 1) - t_max) - t_log
+        log_s += s_zero
+        log_t += t_zero
         p = tl.where(inside, tl.exp(log_s), 0.0)
         q = tl.where(inside, tl.exp(log_t), 0.0)
         if MIXTURE:
-            log_m = _log_mixture(log_s, log_t, log_of_student, log_of_teacher)
-            s_to_mixture += tl.sum(p * (log_s - log_m), axis=0)
-            t_to_mixture += tl.sum(q * (log_t - log_m), axis=0)
+            ratio = difference + (s_zero - t_zero)
+            s_to_mixture -= tl.sum(p * _log_mixture(0.0 * ratio, -ratio, log_of_student, log_of_teacher), axis=0)
+            t_to_mixture -= tl.sum(q * _log_mixture(ratio, 0.0 * ratio, log_of_student, log_of_teacher), axis=0)
         if HELLINGER:
             difference = tl.where(inside, tl.exp(0.5 * log_s) - tl.exp(0.5 * log_t), 0.0)
             root += tl.sum(difference * difference, axis=0)
@@ -341,6 +387,8 @@ def _gradient_kernel(
     T_BIAS: tl.constexpr,
     S_CAPPED: tl.constexpr,
     T_CAPPED: tl.constexpr,
+    S_SCALED: tl.constexpr,
+    T_SCALED: tl.constexpr,
     HELD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -355,30 +403,51 @@ def _gradient_kernel(
     inside = columns < width
     s_logits += row * stride
     t_logits += row * stride
-    if HELD:
-        reference = references + 2 * (row * blocks + block)
-        s = tl.load(s_logits + columns, mask=inside, other=0.0).to(tl.float32) + tl.load(reference)
-        t = tl.load(t_logits + columns, mask=inside, other=0.0).to(tl.float32) + tl.load(reference + 1)
-    else:
-        s = _logits(s_logits, s_bias, columns, inside, s_scale, s_cap, S_BIAS, S_CAPPED)
-        t = _logits(t_logits, t_bias, columns, inside, t_scale, t_cap, T_BIAS, T_CAPPED)
-    log_s = (s - tl.load(of_rows + row)) - tl.load(of_rows + 1 * rows + row)
-    log_t = (t - tl.load(of_rows + 2 * rows + row)) - tl.load(of_rows + 3 * rows + row)
+    s_max, s_log = tl.load(of_rows + row), tl.load(of_rows + 1 * rows + row)
+    t_max, t_log = tl.load(of_rows + 2 * rows + row), tl.load(of_rows + 3 * rows + row)
     mean = tl.load(of_rows + 4 * rows + row)
     factor = tl.load(of_rows + 5 * rows + row)
+    if HELD:
+        reference = references + 2 * (row * blocks + block)
+        s_zero = (tl.load(reference) - s_max) - s_log  # log-probabilities that a = 0 and b = 0 stand for
+        t_zero = (tl.load(reference + 1) - t_max) - t_log
+        larger = tl.load(s_logits + columns, mask=inside, other=0.0).to(tl.float32)
+        difference = tl.load(t_logits + columns, mask=inside, other=0.0).to(tl.float32)
+        log_s, log_t = _held(larger, difference)
+        log_s += s_zero
+        log_t += t_zero
+        ratio = difference + (s_zero - t_zero)
+        s = log_s + s_log + s_max
+    else:
+        s = _logits(s_logits, s_bias, columns, inside, s_scale, s_cap, S_BIAS, S_CAPPED, S_SCALED)
+        t = _logits(t_logits, t_bias, columns, inside, t_scale, t_cap, T_BIAS, T_CAPPED, T_SCALED)
+        log_s = (s - s_max) - s_log
+        log_t = (t - t_max) - t_log
+        ratio = log_s - log_t
     p = tl.exp(log_s)
     if KIND == "forward_kl":
         g = p - tl.exp(log_t)
     elif KIND == "reverse_kl":
-        g = p * ((log_s - log_t) - mean)
+        g = p * (ratio - mean)
     else:
-        g = p * ((log_s - _log_mixture(log_s, log_t, log_of_student, log_of_teacher)) - mean)
+        # log p/m, of log p/q alone, which near agreement is known better than log p and log q
+        g = p * (-_log_mixture(0.0 * ratio, -ratio, log_of_student, log_of_teacher) - mean)
     g *= factor
     if S_CAPPED:
         g *= 1.0 - (s * slope) * (s * slope)
     if gradient.dtype.element_ty == tl.float16:  # where a divergence is beyond its range
         g = tl.where(g > _HIGHEST_HALF, _HIGHEST_HALF, tl.where(g < _LOWEST_HALF, _LOWEST_HALF, g))
     tl.store(gradient + row * gradient_stride + columns, g.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scale_kernel(values, factor, size, BLOCK: tl.constexpr):
+    """values · factor in their place, computed in float32 and rounded once; a factor of 1 moves no byte of them."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    by = tl.load(factor)
+    inside = place < tl.where(by == 1.0, 0, size)
+    value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(values + place, (value * by).to(values.dtype.element_ty), mask=inside)
 
 
 def statistics(
@@ -394,8 +463,9 @@ def statistics(
     hidden = student.hidden.detach()
     if not len(hidden):
         return dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
-    s_head = Projection.of(student, vocabulary, temperature)
-    t_head = None if teacher is None else Projection.of(teacher, vocabulary, temperature)
+    s_head = _dense(Projection.of(student, vocabulary, temperature))
+    t_head = None if teacher is None else _dense(Projection.of(teacher, vocabulary, temperature))
+    token_ids = None if token_ids is None else token_ids.contiguous()
     t_hidden = None if teacher is None else teacher.hidden.detach()
     hold = 0 if set(SECOND_PASS).isdisjoint(fields) else _rows_held(hidden, vocabulary)
     with torch.cuda.device_of(hidden):
@@ -428,7 +498,7 @@ class TokenDivergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         hidden, weight, bias, teacher_hidden = ctx.saved_tensors
-        s_head, t_head = ctx.heads
+        s_head, t_head = (_dense(head) for head in ctx.heads)
         vocabulary, needs = len(s_head.weight), ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
             index = grad.nonzero()[:, 0]
@@ -441,7 +511,8 @@ class TokenDivergence(torch.autograd.Function):
                 peak = _peak(factor, hidden.dtype)
                 of_rows = _of_rows(ctx.kind, ctx.beta, per_row, factor, peak, s_head)
                 half = hidden.dtype in HALF
-                columns = min(_aligned_down(WORKSPACE // (rows * (10 if half else 8))), vocabulary)
+                most = _workspace(hidden.device) // (rows * (10 if half else 8)) // 64 * 64
+                columns = min(_even_columns(vocabulary, max(64, most), 64), vocabulary)
                 size = rows * _aligned_up(columns)
                 s_tile, t_tile = (torch.empty(size, device=hidden.device) for _ in range(2))
                 tile = torch.empty(size, dtype=hidden.dtype, device=hidden.device) if half else s_tile
@@ -480,6 +551,8 @@ class FusedLoss(torch.autograd.Function):
         token_ids: Tensor | None,
     ) -> tuple[Tensor, ...]:
         needs, vocabulary = ctx.needs_input_grad[:3], len(s_head.weight)
+        s_head, t_head = _dense(s_head), _dense(t_head)
+        token_ids = None if token_ids is None else token_ids.contiguous()
         # "reverse_kl" always: its gradient needs the value, and the sum is nearly free
         wanted = (kind, *fields, "reverse_kl")
         spare = 4 * vocabulary * hidden.shape[1] if needs[1] else 0  # the float32 weight gradient of several blocks
@@ -498,7 +571,10 @@ class FusedLoss(torch.autograd.Function):
                     scorer.differentiate(kind, of_rows, slice(row, end), gradients)
             scorer.release()
             gradients.rescale(peak)
-            ctx.gradients = gradients.finish(hidden)
+            # the hidden states' is rounded when it is handed out: the factor that comes in may lift it into range
+            of_hidden, gradients.hidden = gradients.hidden, None
+            rounded(of_hidden if hidden.dtype == torch.float16 else None, hidden, hidden)
+            ctx.gradients, ctx.dtype = [of_hidden, *gradients.finish(hidden)[1:]], hidden.dtype
         # no piece: a rank without a kept token has a loss of 0 that still reaches the graph
         per_row = _joined(pieces) if pieces else dict.fromkeys(STATISTICS, torch.zeros(0, device=hidden.device))
         normaliser = per_row["s_log"] + per_row["t_log"]
@@ -515,7 +591,9 @@ class FusedLoss(torch.autograd.Function):
                 "again for a second backward, or use token_scores and selected_loss."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if value is None else scaled_(value, grads[0]) for value in gradients), *(None,) * 8)
+        with torch.cuda.device_of(grads[0]):
+            of_hidden, *rest = (None if value is None else _scaled_(value, grads[0]) for value in gradients)
+        return (None if of_hidden is None else of_hidden.to(ctx.dtype), *rest, *(None,) * 8)
 
 
 class _Scorer:
@@ -538,13 +616,15 @@ class _Scorer:
         self.vocabulary = len(student.weight)
         self.held: list[Tensor] = []
         self.references: Tensor | None = None
-        self.tile = _tile(self)
+        self.tile = TILE
         block, device = self.tile.block, s_hidden.device
         self.tokens = hold or _rows(len(s_hidden), self.tile.tokens)
         self.blocks = math.ceil(self.vocabulary / block)
         # whole blocks: the held logits of a block share one reference
-        columns = max(1, self.tile.tokens * self.tile.columns // (self.tokens * block)) * block
-        self.columns = min(columns, self.vocabulary)
+        most = max(1, self.tile.tokens * self.tile.columns // (self.tokens * block)) * block
+        self.columns = min(
+            _full_waves(self.tokens, _even_columns(self.vocabulary, most, block), block, device), self.vocabulary
+        )
         models = 1 if teacher is None else 2
         size = self.tokens * _aligned_up(self.columns)
         self.scratch = [torch.empty(size, device=device) for _ in range(models)]
@@ -561,11 +641,13 @@ class _Scorer:
         token_ids = None if token_ids is None else token_ids[row:end]
         sums = torch.empty(len(ONLINE_SUMS), end - row, device=s_hidden.device)
         for start, stop in _spans(self.vocabulary, self.columns):
-            self.take(s_hidden, t_hidden, token_ids, sums, start, stop, self.scratch, self.tile)
+            self.take(s_hidden, t_hidden, token_ids, sums, start, stop)
         online = Online(0, self.wanted, self.teacher is not None, s_hidden)
         for name, value in zip(ONLINE_SUMS, sums, strict=True):
             setattr(online, name, value)
         per_row = online.finish()
+        if self.held and self.held[0].dtype == torch.float16 and "reverse_kl" in per_row:
+            per_row["held_kl"] = sums[ONLINE_SUMS.index("pd_held")] / online.p - per_row["s_log"] + per_row["t_log"]
         if self.second:
             per_row |= self.further(per_row)
         return per_row
@@ -578,14 +660,12 @@ class _Scorer:
         sums: Tensor,
         start: int,
         stop: int,
-        scratch: list[Tensor],
-        tile: Tile,
     ) -> None:
         """Project one tile and add it to the sums."""
         rows, fields, student, teacher = len(s_hidden), self.fields, self.student, self.teacher
-        s = t = _projected(s_hidden, student.weight[start:stop].to(s_hidden.dtype), scratch[0])
+        s = t = _projected(s_hidden, student.weight[start:stop].to(s_hidden.dtype), self.scratch[0])
         if teacher is not None and t_hidden is not None:
-            t = _projected(t_hidden, teacher.weight[start:stop].to(t_hidden.dtype), scratch[1])
+            t = _projected(t_hidden, teacher.weight[start:stop].to(t_hidden.dtype), self.scratch[1])
         both = teacher is not None
         squares = both and "gradient_norm" in fields
         _online_kernel[(rows,)](
@@ -610,6 +690,8 @@ class _Scorer:
             T_BIAS=teacher is not None and teacher.bias is not None,
             S_CAPPED=student.softcap is not None,
             T_CAPPED=teacher is not None and teacher.softcap is not None,
+            S_SCALED=_scales(student)[0] != 1.0,
+            T_SCALED=_scales(teacher)[0] != 1.0,
             TOKENS=token_ids is not None,
             ENTROPY="entropy" in fields,
             TEACHER_ENTROPY=both and "teacher_entropy" in fields,
@@ -618,8 +700,9 @@ class _Scorer:
             SQUARES=squares,
             HOLD=bool(self.held),
             HOLD_HALF=bool(self.held) and self.held[0].dtype == torch.float16,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
+            FULL=(stop - start) % self.tile.block == 0,
+            BLOCK=self.tile.block,
+            num_warps=self.tile.warps,
         )
 
     def further(self, per_row: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -656,7 +739,7 @@ class _Scorer:
             kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, self.references, self.tile
         )
         hidden = self.s_hidden[rows]
-        for start, stop in _spans(self.vocabulary, _aligned_down(self.vocabulary // 4)):
+        for start, stop in _spans(self.vocabulary, _even_columns(self.vocabulary, math.ceil(self.vocabulary / 4), 64)):
             weight = self.student.weight[start:stop].to(hidden.dtype)
             gradients.add(gradient[:, start:stop], hidden, weight, rows, start)
 
@@ -703,6 +786,8 @@ def _form_gradient(
         T_BIAS=teacher.bias is not None,
         S_CAPPED=student.softcap is not None,
         T_CAPPED=teacher.softcap is not None,
+        S_SCALED=_scales(student)[0] != 1.0,
+        T_SCALED=_scales(teacher)[0] != 1.0,
         HELD=references is not None,
         BLOCK=tile.block,
         num_warps=tile.warps,
@@ -728,12 +813,17 @@ class _Gradients:
         if bias is not None and needs[2]:
             self.bias = torch.zeros(bias.shape, device=device)
         self.rows_of_weight = 0
+        self.beside = torch.cuda.Stream(device) if TWO_STREAMS and hidden.is_cuda and needs[0] and needs[1] else None
 
     def add(self, gradient: Tensor, hidden: Tensor, weight: Tensor, rows: slice, start: int) -> None:
         """Add the products of one tile: `rows` of the hidden states, the vocabulary from `start`."""
         stop = start + gradient.shape[1]
-        if self.hidden is not None:
-            _add_product(self.hidden[rows], gradient, weight)
+        if self.beside is not None:
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):
+                self._add_to_hidden(gradient, weight, rows)
+        else:
+            self._add_to_hidden(gradient, weight, rows)
         if self.weight is not None:
             if start >= self.rows_of_weight:  # the first block of tokens: nothing to add to
                 _product(self.weight[start:stop], gradient.t(), hidden)
@@ -742,6 +832,12 @@ class _Gradients:
                 _add_product(self.weight[start:stop], gradient.t(), hidden)
         if self.bias is not None:
             self.bias[start:stop] += gradient.sum(0, dtype=torch.float32)
+        if self.beside is not None:  # the tile's memory is the next one's
+            torch.cuda.current_stream().wait_stream(self.beside)
+
+    def _add_to_hidden(self, gradient: Tensor, weight: Tensor, rows: slice) -> None:
+        if self.hidden is not None:
+            _add_product(self.hidden[rows], gradient, weight)
 
     def rescale(self, peak: Tensor | None) -> None:
         if peak is not None:
@@ -763,12 +859,22 @@ class _Gradients:
             raise NonFiniteLogitsError(token, f"token {token} of {len(incoming)}", error.cause) from None
 
 
+def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient · factor, in its place; the host does not ask whether the factor is 1, which it mostly is."""
+    size, block = gradient.numel(), 4096
+    if size:
+        _scale_kernel[(math.ceil(size / block),)](gradient, factor.float(), size, BLOCK=block)
+    return gradient
+
+
 def _of_rows(
     kind: str, beta: float, per_row: dict[str, Tensor], factor: Tensor, peak: Tensor | None, student: Projection
 ) -> Tensor:
     """[6, R] of the gradient kernel: the normalisers, the mean log ratio that it subtracts, and the factor."""
     factor = (factor if peak is None else factor / peak) * student.scale
-    mean = per_row["reverse_kl" if kind == "reverse_kl" else "s_max"]  # of forward_kl none
+    mean = per_row["s_max"]  # of forward_kl none
+    if kind == "reverse_kl":
+        mean = per_row.get("held_kl", per_row["reverse_kl"])
     if kind == "jsd":
         factor, mean = factor * (1 - beta), per_row["s_to_mixture"]
     return torch.stack([*(per_row[name] for name in NORMALISERS), mean, factor])
@@ -807,13 +913,21 @@ def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, summed in float32."""
     if left.is_cuda and left.dtype in HALF:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        if MIXED_ADDMM:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        else:
+            total += torch.mm(left, right, out_dtype=torch.float32)
     else:
         total.addmm_(left.float(), right.float())
 
 
 def _bias(head: Projection | None, start: int, otherwise: Tensor) -> Tensor:
     return otherwise if head is None or head.bias is None else head.bias[start:]
+
+
+def _dense(head: Projection) -> Projection:
+    """With a bias whose entries lie one after another, as the kernels read it: a view's do not."""
+    return head if head.bias is None else replace(head, bias=head.bias.contiguous())
 
 
 def _scales(head: Projection | None) -> tuple[float, float]:
@@ -838,17 +952,42 @@ def _aligned_up(columns: int) -> int:
     return math.ceil(columns / 64) * 64
 
 
-def _aligned_down(columns: int) -> int:
-    return max(64, columns // 64 * 64)
+def _even_columns(vocabulary: int, most: int, multiple: int) -> int:
+    """The step over the vocabulary, a multiple, that takes as few tiles as `most` does, of nearly equal width."""
+    return math.ceil(_even(vocabulary, most) / multiple) * multiple
+
+
+def _full_waves(rows: int, most: int, multiple: int, device: torch.device) -> int:
+    """Up to `most` columns, a multiple, for a projection that keeps the multiprocessors busy to its end.
+
+    Of its pieces, 128 × 256 each, a GPU of 132 multiprocessors computes 133 in the time of 264.
+    """
+    if device.type != "cuda":
+        return most
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def busy(columns: int) -> float:
+        pieces = math.ceil(rows / 128) * math.ceil(columns / 256)
+        return pieces / (math.ceil(pieces / processors) * processors)
+
+    # from half as wide on: narrower tiles are read and launched more often than full waves are worth
+    return max(range(most, max(multiple, most // 2) - 1, -multiple), key=busy)
+
+
+def _workspace(device: torch.device) -> int:
+    """Bytes of logits and of their gradients that are held at a time: of a model of GPU always the same."""
+    if device.type != "cuda":
+        return INTERPRETED_WORKSPACE
+    return int(torch.cuda.get_device_properties(device).total_memory * WORKSPACE_SHARE)
 
 
 def _rows_held(hidden: Tensor, vocabulary: int, spare: int = 0) -> int:
     """Tokens whose logits are held at a time: all where they fit into the workspace and `spare` bytes."""
-    tokens = len(hidden)
+    tokens, workspace = len(hidden), _workspace(hidden.device)
     of_token = 2 * vocabulary * (2 if hidden.dtype in HALF else 4)
-    if tokens * of_token <= WORKSPACE + spare:
+    if tokens * of_token <= workspace + spare:
         return max(tokens, 1)
-    return _rows(tokens, max(1, WORKSPACE // of_token))
+    return _rows(tokens, max(1, workspace // of_token))
 
 
 def _rows(tokens: int, most: int) -> int:
@@ -856,48 +995,3 @@ def _rows(tokens: int, most: int) -> int:
     if most < 128:
         return _even(tokens, most)
     return max(1, min(tokens, math.ceil(_even(tokens, most // 128 * 128) / 128) * 128))
-
-
-def _tile(scorer: _Scorer) -> Tile:
-    """The tile shape for a kind of input, timed once in a process."""
-    s_hidden, t_hidden = scorer.s_hidden, scorer.t_hidden
-    if not s_hidden.is_cuda or torch.are_deterministic_algorithms_enabled():
-        return TILE
-    if len(s_hidden) < TILE.tokens or scorer.vocabulary < TILE.columns:
-        return TILE
-    key = (
-        torch.cuda.get_device_name(s_hidden.device),
-        s_hidden.dtype,
-        s_hidden.shape[1],
-        None if t_hidden is None else (t_hidden.dtype, t_hidden.shape[1]),
-    )
-    if key not in _found:
-        _found[key] = _search(scorer)
-    return _found[key]
-
-
-def _search(scorer: _Scorer) -> Tile:
-    """Time the first tile in each candidate shape; what is computed is thrown away."""
-    able = [tile for tile in CANDIDATES if tile.tokens <= len(scorer.s_hidden) and tile.columns <= scorer.vocabulary]
-    most, device = max(tile.tokens * _aligned_up(tile.columns) for tile in able), scorer.s_hidden.device
-    scratch = [torch.empty(most, device=device) for _ in range(1 if scorer.teacher is None else 2)]
-    times = {}
-    for tile in able:
-        s_hidden = scorer.s_hidden[: tile.tokens]
-        t_hidden = None if scorer.t_hidden is None else scorer.t_hidden[: tile.tokens]
-        sums = torch.empty(len(ONLINE_SUMS), tile.tokens, device=device)
-        run = partial(scorer.take, s_hidden, t_hidden, None, sums, 0, tile.columns, scratch, tile)
-        times[tile] = _milliseconds(run) / (tile.tokens * tile.columns)
-    best = min(times, key=times.__getitem__)
-    return best if times[best] < WORTHWHILE * times[TILE] else TILE
-
-
-def _milliseconds(run: Callable[[], None], repeats: int = 5) -> float:
-    run()  # compiles
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return min(begin.elapsed_time(end) for begin, end in events)

@@ -14,7 +14,7 @@ from .checks import rounded
 from .tiles import NEGATIVE, accumulation_dtype, without_infinities
 
 
-def logits(head: Head, vocabulary: int, temperature: float = 1.0) -> Tensor:
+def logits(head: Head, vocabulary: int, temperature: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
     """Logits over the first `vocabulary` rows of the lm_head, float32 (float64 where the hidden states are).
 
     z = softcap · tanh(logit_scale · (hidden @ weight.T + bias) / softcap) / temperature
@@ -25,12 +25,14 @@ def logits(head: Head, vocabulary: int, temperature: float = 1.0) -> Tensor:
         head: hidden states [N, H] and lm_head [V, H].
         vocabulary: rows to use, the vocabulary that student and teacher share.
         temperature: divides the logits, after the softcap.
+        dtype: float64 to compute in it whatever the hidden states are.
 
     Example:
         >>> logits(Head(torch.ones(1, 2, dtype=torch.bfloat16), torch.eye(2)), vocabulary=2)
         tensor([[1., 1.]])
     """
-    z = _Projected.apply(head.hidden, head.weight, head.bias)[:, :vocabulary] * head.logit_scale
+    dtype = accumulation_dtype(head.hidden) if dtype is None else dtype
+    z = _Projected.apply(head.hidden, head.weight, head.bias, dtype)[:, :vocabulary] * head.logit_scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     return z / temperature
@@ -40,9 +42,8 @@ class _Projected(torch.autograd.Function):
     """hidden @ weight.T + bias and its gradient, both outside of autocast."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
-        dtype = accumulation_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             z = hidden.to(dtype) @ weight.to(dtype).T
             return z if bias is None else z + bias.to(dtype)
@@ -55,20 +56,22 @@ class _Projected(torch.autograd.Function):
             of_weight = of_z.T @ hidden.to(of_z.dtype) if ctx.needs_input_grad[1] else None
             of_bias = of_z.sum(0) if ctx.needs_input_grad[2] else None
         gradients = zip((of_hidden, of_weight, of_bias), (hidden, weight, bias), strict=True)
-        return tuple(rounded(gradient, like, hidden) for gradient, like in gradients)
+        return (*(rounded(gradient, like, hidden) for gradient, like in gradients), None)
 
 
-def log_probabilities(head: Head, vocabulary: int, temperature: float = 1.0) -> Tensor:
+def log_probabilities(
+    head: Head, vocabulary: int, temperature: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
     """log P [N, vocabulary] of a head, exactly −∞ where a logit is −∞ (or so low that the engine takes it for that).
 
     Args:
-        head, vocabulary, temperature: as in `logits`.
+        head, vocabulary, temperature, dtype: as in `logits`.
 
     Example:
         >>> log_probabilities(Head(torch.ones(1, 1), torch.tensor([[0.0], [0.0], [-math.inf]])), 3).exp()
         tensor([[0.5000, 0.5000, 0.0000]])
     """
-    z = logits(head, vocabulary, temperature)
+    z = logits(head, vocabulary, temperature, dtype)
     return torch.log_softmax(z.masked_fill(z <= NEGATIVE, -math.inf), -1)
 
 
@@ -90,7 +93,7 @@ def token_scores(
     """
     vocabulary = student.weight.shape[0] if teacher is None else min(student.weight.shape[0], teacher.weight.shape[0])
     log_s = log_probabilities(student, vocabulary, temperature)
-    log_t = None if teacher is None else log_probabilities(teacher, vocabulary, temperature)
+    log_t = None if teacher is None else log_probabilities(teacher, vocabulary, temperature, log_s.dtype)
     return of_logprobs(log_s, log_t, divergence, beta, token_ids, fields)
 
 

@@ -48,13 +48,16 @@ def top_tokens(head: Head, k: int = 5, temperature: float = 1.0, vocabulary: int
         raise ValueError(f"k must be between 1 and the vocabulary, {vocabulary} tokens, got {k}.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
-    ids, best, normaliser = _top(head, k, temperature, vocabulary)
+    ids, best, normaliser = _top(head, k, temperature, vocabulary, head.hidden)
     return TopTokens(ids, (best - normaliser[:, None]).exp_().masked_fill_(best <= NEGATIVE, 0.0))
 
 
-def _top(head: Head, k: int, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k likeliest tokens, the likeliest first, and their logits, [N, k] each, and the log-normalisers [N]."""
-    hidden, dtype = head.hidden.detach(), accumulation_dtype(head.hidden)
+def _top(head: Head, k: int, temperature: float, vocabulary: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The k likeliest tokens, the likeliest first, and their logits, [N, k] each, and the log-normalisers [N].
+
+    They are computed in the precision that hidden states `like` these have.
+    """
+    hidden, dtype = head.hidden.detach(), accumulation_dtype(like)
     projection = Projection.of(head, vocabulary, temperature)
     tokens, columns = _tile_shape(hidden, vocabulary)
     ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
@@ -62,7 +65,7 @@ def _top(head: Head, k: int, temperature: float, vocabulary: int) -> tuple[Tenso
     normalisers = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for row, end in _spans(len(hidden), tokens):
-            operand = _operand(hidden[row:end], head.hidden)
+            operand = _operand(hidden[row:end], like)
             best = hidden.new_zeros(end - row, 0, dtype=dtype)
             where = ids.new_zeros(end - row, 0)
             normaliser = hidden.new_full((end - row,), -math.inf, dtype=dtype)
@@ -97,7 +100,7 @@ def top_statistics(
     k = min(LIKELIEST, vocabulary)
     dtype = accumulation_dtype(student.hidden)
     (ids_s, best_s, _), (ids_t, best_t, normaliser_t) = (
-        _top(head, k, temperature, vocabulary) for head in (student, teacher)
+        _top(head, k, temperature, vocabulary, student.hidden) for head in (student, teacher)
     )
     # where fewer than k tokens can be said, those whose logit is −∞ are nobody's likeliest
     says_s, says_t = best_s > NEGATIVE, best_t > NEGATIVE

@@ -122,42 +122,40 @@ def rounded(gradient: Tensor | None, like: Tensor | None, hidden: Tensor, incomi
         hidden: [N, H], hidden states of the tokens.
         incoming: [N] of a backward; None: the loss's own weights.
     """
-    if gradient is None or like is None:
-        return None
-    out = gradient.to(like.dtype)
-    if like.dtype != torch.float16:
-        return out
-    beyond = out.isinf() & gradient.isfinite()
+    gradient = in_range(gradient, like, hidden, incoming)
+    return None if gradient is None or like is None else gradient.to(like.dtype)
+
+
+def in_range(gradient: Tensor | None, like: Tensor | None, hidden: Tensor, incoming: Tensor | None = None) -> Any:
+    """The gradient as it is, where `rounded` of the same arguments is finite."""
+    if gradient is None or like is None or like.dtype != torch.float16:
+        return gradient
+    # half a step above the largest float16 rounding begins to give ∞
+    beyond = (gradient.abs() >= 65520) & gradient.isfinite()
     if not bool(beyond.any()) or (incoming is not None and bool(incoming.abs().amax() > 1)):
-        return out
+        return gradient
     token = _beyond(gradient, beyond, hidden)
     raise NonFiniteLogitsError(token, f"token {token} of {len(hidden)}", _OUT_OF_RANGE)
 
 
 def scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient · factor, in place; a factor that float16 cannot hold, as of a scaled loss, is taken in two halves."""
-    if gradient.dtype != torch.float16:
-        return gradient.mul_(factor.to(gradient.dtype))
-    root = factor.float().abs().sqrt()
-    rest = factor.float() / root.clamp(min=torch.finfo(torch.float32).tiny)
-    return gradient.mul_(root.half()).mul_(rest.half())
+    """gradient · factor, in place: the product of the factor as it is, rounded once to the gradient's dtype.
 
+    Args:
+        gradient: any shape, float.
+        factor: a scalar; torch would round one of no dimension to a half-precision gradient's dtype first.
 
-class InRange(torch.autograd.Function):
-    """A float16 tensor whose gradient, formed in float16 too, must be finite."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, hidden: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (gradient,), (hidden,) = grads, ctx.saved_tensors
-        if not bool(gradient.isfinite().all()):
-            token = _beyond(gradient, gradient.isfinite().logical_not(), hidden)
-            raise NonFiniteLogitsError(token, f"token {token} of {len(hidden)}", _OUT_OF_RANGE)
-        return gradient, None
+    Example:
+        >>> scaled_(torch.full((2,), 3.0, dtype=torch.bfloat16), torch.tensor(1.003))  # in bfloat16 the factor is 1
+        tensor([3.0156, 3.0156], dtype=torch.bfloat16)
+    """
+    wide = factor.detach().to(torch.promote_types(gradient.dtype, torch.float32)).reshape(1)
+    if gradient.is_cuda or gradient.dtype == wide.dtype:
+        return gradient.mul_(wide)
+    # a CPU makes a float32 copy of what it multiplies: of a piece at a time
+    for piece in gradient.view(-1).split(2**20):
+        piece.mul_(wide)
+    return gradient
 
 
 def _beyond(gradient: Tensor, beyond: Tensor, hidden: Tensor) -> int:

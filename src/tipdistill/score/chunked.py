@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from ..types import Head
-from .checks import rounded, scaled_
+from .checks import in_range, rounded, scaled_
 from .sums import SECOND_PASS, STATISTICS, Online, SecondPass
-from .tiles import Gradients, Projection, _even, _like, _operand, _spans, accumulation_dtype
+from .tiles import Gradients, Projection, _even, _like, _operand, _spans, accumulation_dtype, without_infinities
 
 # Most tokens of a tile, and its elements. Tall, since both lm_heads are read once per row of tiles; on the CPU no
 # larger than what stays in a core's cache, on a GPU large enough to fill it.
@@ -140,6 +140,9 @@ def statistics(
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
+_OF_GRADIENT = ("s_max", "s_log", "t_max", "t_log", "reverse_kl", "s_to_mixture")
+
+
 class TokenDivergence(torch.autograd.Function):
     """[N] divergences whose backward projects again the rows with a gradient, and no others."""
 
@@ -168,26 +171,10 @@ class TokenDivergence(torch.autograd.Function):
         dtype = accumulation_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             index = grad.nonzero()[:, 0]
-            gradients = Gradients.zeros(hidden[index], weight, bias, ctx.needs_input_grad[:3])
-            of_rows = {
-                name: ctx.of_rows[name][index].to(dtype)
-                for name in ("s_max", "s_log", "t_max", "t_log", "reverse_kl", "s_to_mixture")
-                if name in ctx.of_rows
-            }
-            vocabulary = len(s_head.weight)
-            tokens, columns = _tile_shape(index, vocabulary)
-            for row, end in _spans(len(index), tokens):
-                s_hidden = _operand(hidden[index[row:end]], hidden)
-                t_hidden = _operand(teacher_hidden[index[row:end]], teacher_hidden).to(s_hidden)
-                piece = {name: value[row:end] for name, value in of_rows.items()}
-                factor = grad[index[row:end]].to(dtype)
-                for start, stop in _spans(vocabulary, columns):
-                    s_rows = s_head.rows(start, stop, s_hidden)
-                    s = s_head.logits(s_hidden, s_rows, start)
-                    t = t_head.logits(t_hidden, t_head.rows(start, stop, t_hidden), start)
-                    gradient = _gradient_tile(ctx.kind, ctx.beta, s, t, piece, factor, s_head)
-                    gradients.add(gradient, s_hidden, s_rows, row, start)
-                    del s, t, gradient  # their memory is the next tile's
+            of_rows = {name: value[index] for name, value in ctx.of_rows.items() if name in _OF_GRADIENT}
+            rows = (hidden[index], teacher_hidden[index], of_rows, grad[index].to(dtype))
+            gradients = Gradients.zeros(rows[0], weight, bias, ctx.needs_input_grad[:3])
+            _differentiate(ctx.kind, ctx.beta, s_head, t_head, *rows, gradients)
             grad_hidden = None
             if gradients.hidden is not None:
                 of_all = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
@@ -199,6 +186,41 @@ class TokenDivergence(torch.autograd.Function):
             rounded(gradients.bias, bias, hidden, grad),
             *(None,) * 6,
         )
+
+
+def _differentiate(
+    kind: str,
+    beta: float,
+    s_head: Projection,
+    t_head: Projection,
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    of_rows: dict[str, Tensor],
+    factor: Tensor,
+    gradients: Gradients,
+    bounded: bool = False,
+) -> None:
+    """Project rows again, whose normalisers are known, and add Σ factor · ∂divergence to `gradients`.
+
+    A weight of −∞ makes 0 · ∞ of the hidden states' gradient. No look at all weights is spent on that: where the
+    gradient turns out NaN it is formed again, `bounded`, with 0 for such weights.
+    """
+    tokens, columns = _tile_shape(hidden, len(s_head.weight))
+    for row, end in _spans(len(hidden), tokens):
+        s_hidden = _operand(hidden[row:end], hidden)
+        t_hidden = _operand(teacher_hidden[row:end], teacher_hidden).to(s_hidden)
+        piece = {name: value[row:end] for name, value in of_rows.items()}
+        for start, stop in _spans(len(s_head.weight), columns):
+            s_rows = s_head.rows(start, stop, s_hidden)
+            s = s_head.logits(s_hidden, s_rows, start)
+            t = t_head.logits(t_hidden, t_head.rows(start, stop, t_hidden), start)
+            gradient = _gradient_tile(kind, beta, s, t, piece, factor[row:end], s_head)
+            gradients.add(gradient, s_hidden, without_infinities(s_rows) if bounded else s_rows, row, start)
+            del s, t, gradient  # their memory is the next tile's
+    if not bounded and gradients.hidden is not None and not bool(gradients.hidden.isfinite().all()):
+        gradients.hidden.zero_()
+        again = Gradients(gradients.hidden, None, None)
+        _differentiate(kind, beta, s_head, t_head, hidden, teacher_hidden, of_rows, factor, again, bounded=True)
 
 
 @dataclass
@@ -333,18 +355,23 @@ class FusedLoss(torch.autograd.Function):
                         of_rows |= further.finish()
                     pieces.append(of_rows)
                 scored = rows
-        if pieces:
-            of_rows = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        else:  # a rank without a kept token: a loss of 0 that still reaches the graph
-            of_rows = dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=hidden.device))
-        # the hidden states' is rounded only when handed out: for want of range, float16 is scaled in the backward
-        rounded(gradients.hidden if hidden.dtype == torch.float16 else None, hidden, hidden)
+            if pieces:
+                of_rows = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            else:  # a rank without a kept token: a loss of 0 that still reaches the graph
+                of_rows = dict.fromkeys(STATISTICS, torch.zeros(0, dtype=dtype, device=hidden.device))
+            if gradients.hidden is not None and not bool(gradients.hidden.isfinite().all()):
+                gradients.hidden.zero_()
+                again = Gradients(gradients.hidden, None, None)
+                rows = (hidden, teacher_hidden, of_rows, factor.to(dtype))
+                _differentiate(kind, beta, s_head, t_head, *rows, again, bounded=True)
+        # rounded only when handed out, multiplied by what comes in; a float16 that cannot hold one is named here
         ctx.gradients = [
-            gradients.hidden,
-            rounded(gradients.weight, weight, hidden),
-            rounded(gradients.bias, bias, hidden),
+            in_range(value, like, hidden)
+            for value, like in zip(
+                (gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True
+            )
         ]
-        ctx.dtype = hidden.dtype
+        ctx.dtypes = [None if like is None else like.dtype for like in (hidden, weight, bias)]
         normaliser = of_rows["s_log"] + of_rows["t_log"]
         divergence = of_rows[kind]
         statistics = [of_rows[name] for name in fields]
@@ -359,5 +386,10 @@ class FusedLoss(torch.autograd.Function):
                 "again for a second backward, or use token_scores and selected_loss."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        of_hidden, *rest = (None if value is None else scaled_(value, grads[0]) for value in gradients)
-        return (None if of_hidden is None else of_hidden.to(ctx.dtype), *rest, *(None,) * 8)
+        return (
+            *(
+                None if value is None else scaled_(value, grads[0]).to(dtype)
+                for value, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ),
+            *(None,) * 8,
+        )

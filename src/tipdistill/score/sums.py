@@ -16,8 +16,6 @@ from .reference import bounded_ratio
 from .tiles import NEGATIVE, accumulation_dtype
 
 LOG2_E = math.log2(math.e)
-# In a row that holds a NEGATIVE, a sum that meets it with any weight worth the name is infinite.
-INFINITE = 1e6
 
 ONLINE = (
     "entropy",
@@ -48,7 +46,8 @@ class Online:
     """Running sums of R rows over the vocabulary, relative to running maxima.
 
     With a = z_S − max z_S, b = z_T − max z_T, d = a − b, p = exp a, q = exp b, the sums are Σp, Σpa, Σpd, Σq, Σqb, Σqd
-    and Σp², Σp²d, Σp²d². When a maximum rises, every sum is moved to the new reference in closed form.
+    and Σp², Σp²(d − c), Σp²(d − c)² about c, the d of the likeliest token so far: where the student is certain, the
+    gradient is far below d. When a maximum rises, every sum is moved to the new reference in closed form.
     """
 
     def __init__(self, rows: int, fields: Sequence[str], teacher: bool, like: Tensor) -> None:
@@ -63,21 +62,24 @@ class Online:
         self.q, self.qb, self.qd = zeros(), zeros(), zeros()
         self.pp, self.ppd, self.ppdd = zeros(), zeros(), zeros()
         self.s_token, self.t_token = zeros(), zeros()
+        self.centre: Tensor | float = 0.0
+        # the least logit of each model where the other's is no −∞: at NEGATIVE, one forbids what the other can say
         self.s_least, self.t_least = zeros(), zeros()
 
     def update(self, s: Tensor, t: Tensor | None, a: Tensor, b: Tensor, scratch: Tensor) -> None:
         """Take one tile of logits [R, C]; `a` (may be s) ends as p, `b` (may be t) as d, relative to the new maxima."""
-        s_max = s.amax(1)
-        t_max = s_max if t is None else t.amax(1)
+        # never as low as NEGATIVE, so that tokens which are forbidden weigh nothing even before another is met
+        s_max = s.amax(1).clamp_(min=NEGATIVE / 2)
+        t_max = s_max if t is None else t.amax(1).clamp_(min=NEGATIVE / 2)
         if not self.first:
             s_max, t_max = torch.maximum(s_max, self.s_max), torch.maximum(t_max, self.t_max)
             self._move(self.s_max - s_max, self.t_max - t_max)
         self.s_max, self.t_max, self.first = s_max, t_max, False
-        # which rows hold a logit of −∞: where it meets the other model's probability, the divergence is infinite
-        if "forward_kl" in self.fields:
-            self.s_least = torch.minimum(self.s_least, s.amin(1))
-        if t is not None and ("reverse_kl" in self.fields or "gradient_norm" in self.fields):
-            self.t_least = torch.minimum(self.t_least, t.amin(1))
+        if t is not None:
+            if "forward_kl" in self.fields:
+                self.s_least = _least_beside(s, t, self.s_least)
+            if "reverse_kl" in self.fields or "gradient_norm" in self.fields:
+                self.t_least = _least_beside(t, s, self.t_least)
 
         torch.sub(s, s_max[:, None], out=a)
         if t is not None:
@@ -100,10 +102,14 @@ class Online:
         if "reverse_kl" in self.fields or "gradient_norm" in self.fields:
             self.pd += _products(p, d, out=scratch)
         if "gradient_norm" in self.fields:
+            likeliest, column = p.max(1)
+            # of two tiles' likeliest the one that is now at the maximum, 1; where neither is, the one that was
+            self._recentre(torch.where(likeliest >= 1, d.gather(1, column[:, None])[:, 0], self.centre))
             squared = torch.square(p, out=scratch)
             self.pp += squared.sum(1)
-            self.ppd += torch.linalg.vecdot(squared, d)
-            self.ppdd += torch.linalg.vecdot(squared.mul_(d), d)
+            about = d - self.centre[:, None]
+            self.ppd += torch.linalg.vecdot(squared, about)
+            self.ppdd += torch.linalg.vecdot(squared.mul_(about), about)
 
     def take_tokens(self, s: Tensor, t: Tensor | None, token_ids: Tensor, start: int, stop: int) -> None:
         """Remember the logits of the sampled tokens that lie in the columns [start, stop)."""
@@ -116,11 +122,10 @@ class Online:
 
     def _move(self, s_shift: Tensor, t_shift: Tensor) -> None:
         s_factor, shift = s_shift.exp(), s_shift - t_shift
-        if "gradient_norm" in self.fields:
+        if "gradient_norm" in self.fields:  # d and its centre move together
+            self.centre = self.centre + shift
             squared = s_factor.square()
-            self.ppdd = squared * (self.ppdd + 2 * shift * self.ppd + shift.square() * self.pp)
-            self.ppd = squared * (self.ppd + shift * self.pp)
-            self.pp = squared * self.pp
+            self.ppdd, self.ppd, self.pp = squared * self.ppdd, squared * self.ppd, squared * self.pp
         self.pa = s_factor * (self.pa + s_shift * self.p)
         self.pd = s_factor * (self.pd + shift * self.p)
         self.p = s_factor * self.p
@@ -130,18 +135,24 @@ class Online:
             self.qd = t_factor * (self.qd + shift * self.q)
             self.q = t_factor * self.q
 
+    def _recentre(self, centre: Tensor) -> None:
+        shift = self.centre - centre
+        self.ppdd = self.ppdd + shift * (2 * self.ppd + shift * self.pp)
+        self.ppd = self.ppd + shift * self.pp
+        self.centre = centre
+
     def finish(self) -> dict[str, Tensor]:
         """Log-normalisers (as maximum and log-sum, apart so that large logits lose nothing) and the statistics."""
-        # A row whose logits are all −∞ is no distribution.
-        s_log = self.p.log().masked_fill(self.s_max <= NEGATIVE, math.nan)
+        s_log = self.p.log().masked_fill(_out_of_range(self.s_max), math.nan)
         statistics = {"s_max": self.s_max, "s_log": s_log}
         statistics["entropy"] = s_log - self.pa / self.p
         statistics["student_logprob"] = _infinite(self.s_token - self.s_max - s_log, self.s_token)
         if self.teacher:
-            t_log = self.q.log().masked_fill(self.t_max <= NEGATIVE, math.nan)
+            t_log = self.q.log().masked_fill(_out_of_range(self.t_max), math.nan)
             mean_d = self.pd / self.p
             reverse_kl = -_infinite(s_log - t_log - mean_d, self.t_least).clamp(max=0)
-            square = self.ppdd - 2 * mean_d * self.ppd + mean_d.square() * self.pp
+            mean = mean_d - self.centre
+            square = self.ppdd - mean * (2 * self.ppd - mean * self.pp)
             gradient_norm = square.clamp(min=0).sqrt() / self.p
             statistics |= {
                 "t_max": self.t_max,
@@ -156,9 +167,22 @@ class Online:
         return {name: value for name, value in statistics.items() if name in self.fields or name not in ONLINE}
 
 
+def _least_beside(logits: Tensor, other: Tensor, least: Tensor) -> Tensor:
+    """The least of `least` and of each row's logits where the other model's is no −∞; exact where it is NEGATIVE."""
+    lowest = logits.amin(1)
+    if not logits.is_cuda and not bool((lowest <= NEGATIVE).any()):
+        return torch.minimum(least, lowest)
+    return torch.minimum(least, torch.where(other > NEGATIVE, logits, 0.0).amin(1))
+
+
+def _out_of_range(highest: Tensor) -> Tensor:
+    """Rows without a distribution: all logits are −∞, or one is so large that differences of such may overflow."""
+    return (highest <= NEGATIVE / 2) | (highest >= -NEGATIVE)
+
+
 def _infinite(value: Tensor, least: Tensor) -> Tensor:
-    """−∞ where a sum met a logit of −∞; finite logits may give as large a sum."""
-    return torch.where((value < -INFINITE) & (least <= NEGATIVE), -math.inf, value)
+    """−∞ where a token that one model can say is −∞ to the other."""
+    return torch.where(least <= NEGATIVE, -math.inf, value)
 
 
 def _log_probabilities(s: Tensor, t: Tensor, normalisers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..types import Head
 
-# Stands for a logit of −∞: its square is finite and its exponential 0, so that sums stay free of NaN.
+# Stands for a logit of −∞, and so does whatever is lower: its square is finite and its exponential 0, so that sums stay
+# free of NaN. A logit as far above 0 is refused, with NaN and +∞.
 NEGATIVE = -1e18
 
 # On a CPU torch.mm is the BLAS it was built with; oneDNN, which torch ships beside it, takes a tenth less time for a
@@ -103,6 +104,16 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:  # half-precision operands, float32 total
         total.add_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))
+
+
+def without_infinities(weight: Tensor) -> Tensor:
+    """0 for weights of ±∞: a token whose logit they make −∞ has a gradient of 0, and 0 · ∞ is none.
+
+    Example:
+        >>> without_infinities(torch.tensor([1.0, -math.inf]))
+        tensor([1., 0.])
+    """
+    return weight.masked_fill(weight.isinf(), 0.0)
 
 
 def _like(tile: Tensor, memory: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..types import Head, TopTokens
 from .chunked import _tile_shape
-from .sums import INFINITE
 from .tiles import NEGATIVE, Projection, _operand, _spans, accumulation_dtype
 
 LIKELIEST, LIKELIEST_OF_TEACHER = 16, 5
@@ -49,14 +48,24 @@ def top_tokens(head: Head, k: int = 5, temperature: float = 1.0, vocabulary: int
         raise ValueError(f"k must be between 1 and the vocabulary, {vocabulary} tokens, got {k}.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
-    hidden, dtype = head.hidden.detach(), accumulation_dtype(head.hidden)
+    ids, best, normaliser = _top(head, k, temperature, vocabulary, head.hidden)
+    return TopTokens(ids, (best - normaliser[:, None]).exp_().masked_fill_(best <= NEGATIVE, 0.0))
+
+
+def _top(head: Head, k: int, temperature: float, vocabulary: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The k likeliest tokens, the likeliest first, and their logits, [N, k] each, and the log-normalisers [N].
+
+    They are computed in the precision that hidden states `like` these have.
+    """
+    hidden, dtype = head.hidden.detach(), accumulation_dtype(like)
     projection = Projection.of(head, vocabulary, temperature)
     tokens, columns = _tile_shape(hidden, vocabulary)
     ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
-    probability = torch.empty(len(hidden), k, dtype=dtype, device=hidden.device)
+    logits = torch.empty(len(hidden), k, dtype=dtype, device=hidden.device)
+    normalisers = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for row, end in _spans(len(hidden), tokens):
-            operand = _operand(hidden[row:end], head.hidden)
+            operand = _operand(hidden[row:end], like)
             best = hidden.new_zeros(end - row, 0, dtype=dtype)
             where = ids.new_zeros(end - row, 0)
             normaliser = hidden.new_full((end - row,), -math.inf, dtype=dtype)
@@ -67,9 +76,8 @@ def top_tokens(head: Head, k: int = 5, temperature: float = 1.0, vocabulary: int
                 best, where = torch.cat([best, largest.values], 1), torch.cat([where, largest.indices + start], 1)
                 best, order = best.topk(min(k, best.shape[1]))
                 where = where.gather(1, order)
-            ids[row:end] = where
-            probability[row:end] = (best - normaliser[:, None]).exp_().masked_fill_(best <= NEGATIVE, 0.0)
-    return TopTokens(ids, probability)
+            ids[row:end], logits[row:end], normalisers[row:end] = where, best, normaliser
+    return ids, logits, normalisers
 
 
 @torch.no_grad()
@@ -91,28 +99,33 @@ def top_statistics(
     """
     k = min(LIKELIEST, vocabulary)
     dtype = accumulation_dtype(student.hidden)
-    of_s, of_t = (top_tokens(head, k, temperature, vocabulary) for head in (student, teacher))
-    shared = (of_t.token_ids[:, :, None] == of_s.token_ids[:, None, :]).any(2)  # of the teacher's tokens
+    (ids_s, best_s, _), (ids_t, best_t, normaliser_t) = (
+        _top(head, k, temperature, vocabulary, student.hidden) for head in (student, teacher)
+    )
+    # where fewer than k tokens can be said, those whose logit is −∞ are nobody's likeliest
+    says_s, says_t = best_s > NEGATIVE, best_t > NEGATIVE
+    same = (ids_t[:, :, None] == ids_s[:, None, :]) & says_t[:, :, None] & says_s[:, None, :]
+    shared = same.any(2)  # of the teacher's tokens
     statistics: dict[str, Tensor] = {}
     if "top16_overlap" in names:
-        statistics["top16_overlap"] = shared.sum(1).to(dtype) / k
+        statistics["top16_overlap"] = shared.sum(1).to(dtype) / says_s.sum(1)
     if "argmax_in_top5" in names:
-        best = of_t.token_ids[:, : min(LIKELIEST_OF_TEACHER, k)] == of_s.token_ids[:, :1]
-        statistics["argmax_in_top5"] = best.any(1).to(dtype)
+        statistics["argmax_in_top5"] = same[:, : min(LIKELIEST_OF_TEACHER, k), 0].any(1).to(dtype)
     if not {"top16_forward_kl", "top16_teacher_mass"}.isdisjoint(names):
-        union = torch.cat([of_s.token_ids, of_t.token_ids], 1)
+        union = torch.cat([ids_s, ids_t], 1)
         log_s, log_t = (_logits_of(head, union, temperature, dtype) for head in (student, teacher))
         if "top16_teacher_mass" in names:
-            beside_the_likeliest = (log_t[:, :k] - log_t[:, k, None]).exp().sum(1)
-            statistics["top16_teacher_mass"] = (of_t.probability[:, 0] * beside_the_likeliest).clamp(max=1)
+            beside_the_likeliest = (log_t[:, :k] - log_t[:, k, None]).exp().mul_(says_s).sum(1)
+            highest = (best_t[:, 0] - normaliser_t).exp()
+            statistics["top16_teacher_mass"] = (highest * beside_the_likeliest).clamp(max=1)
         if "top16_forward_kl" in names:
-            impossible = log_s.amin(1) <= NEGATIVE
-            twice = torch.cat([torch.zeros_like(shared), shared], 1)
-            log_s, log_t = (log.masked_fill(twice, -math.inf).log_softmax(1) for log in (log_s, log_t))
-            t = log_t.exp()
-            terms = t * (log_t - log_s).masked_fill(t == 0, 0.0)
-            divergence = terms.sum(1).clamp(min=0)
-            statistics["top16_forward_kl"] = divergence.masked_fill(impossible & (divergence > INFINITE), math.inf)
+            once = torch.cat([says_s, says_t & ~shared], 1)
+            impossible = (once & (log_s <= NEGATIVE) & (log_t > NEGATIVE)).any(1)
+            log_s, log_t = (
+                log.masked_fill(~once, -math.inf).log_softmax(1).clamp(min=NEGATIVE) for log in (log_s, log_t)
+            )
+            divergence = (log_t.exp() * (log_t - log_s)).sum(1).clamp(min=0)
+            statistics["top16_forward_kl"] = divergence.masked_fill(impossible, math.inf)
     return {name: statistics[name] for name in names}
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from ..types import TokenScores
 from . import reference
-from .reference import _weighted
-from .sums import INFINITE
 from .tiles import NEGATIVE
 
 EXACT, LOWER_BOUND, REFUSED = "exact", "lower bound", "refused"
@@ -229,11 +227,8 @@ def lower_bounds(
         0.1308
     """
     bounds = [name for name in fields if OF_TOP_K[name].gives == LOWER_BOUND]
-    scores = dict(reference.of_logprobs(log_p, log_q, divergence, beta, None, bounds).present())
-    for name, log in (("reverse_kl", log_q), ("forward_kl", log_p)):  # one that met a forbidden token is infinite
-        if name in scores:
-            scores[name] = scores[name].masked_fill((scores[name] > INFINITE) & _forbids(log), math.inf)
-    return TokenScores(**scores)
+    log_p, log_q = (log.masked_fill(_forbidden(log), -math.inf) for log in (log_p, log_q))
+    return reference.of_logprobs(log_p, log_q, divergence, beta, None, bounds)
 
 
 def gradient_norm(log_p: Tensor, log_q: Tensor, of_tail: Tensor) -> Tensor:
@@ -256,12 +251,17 @@ def gradient_norm(log_p: Tensor, log_q: Tensor, of_tail: Tensor) -> Tensor:
     # the tail's share of the gradient is spread over its tokens ∝ P_S; a tail without any has none
     within = of_tail.norm(dim=1) / p[:, -1].clamp(min=torch.finfo(p.dtype).tiny)
     norm = torch.cat([excess[:, :-1], (excess[:, -1] * within)[:, None]], 1).norm(dim=1)
-    return norm.masked_fill((divergence[:, 0] > INFINITE) & _forbids(log_q), math.inf)
+    return norm.masked_fill((_forbidden(log_q) & ~_forbidden(log_p)).any(1), math.inf)
 
 
-def _forbids(log: Tensor) -> Tensor:
-    """bool [n]: an outcome's logit was −∞; what is added to `NEGATIVE` is far smaller."""
-    return log.detach().amin(1) < NEGATIVE / 2
+def _forbidden(log: Tensor) -> Tensor:
+    """bool [n, k + 1]: the outcome's logit was −∞; what is added to `NEGATIVE` is far smaller."""
+    return log.detach() < NEGATIVE / 2
+
+
+def _weighted(probability: Tensor, value: Tensor) -> Tensor:
+    """probability · value with 0 · ±∞ = 0, the limit of p log p."""
+    return probability * value.masked_fill(probability == 0, 0.0)
 
 
 def of_ranks(student: Tensor, likeliest: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:

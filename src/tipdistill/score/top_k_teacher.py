@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from ..types import Head, TeacherLogprobs, TokenScores
 from . import reference
 from .checks import NonFiniteLogitsError
-from .reference import _weighted
 from .tiles import NEGATIVE, _spans
 from .top_k_outcomes import (
     OF_TOP_K,
+    _weighted,
     check_fields,
     gradient_norm,
     lower_bounds,
@@ -329,8 +329,7 @@ def _of_head(
 ) -> TokenScores:
     """Statistics of one tile, from full logits of the student; "divergence" is differentiable."""
     dtype = _computed_in(student.hidden)
-    head = Head(student.hidden.to(dtype), student.weight.to(dtype), student.bias, student.logit_scale, student.softcap)
-    logits = reference.logits(head, len(head.weight), temperature)
+    logits = reference.logits(student, len(student.weight), temperature)
     finite = torch.isfinite(logits.detach().amax(-1))
     if not bool(finite.all()):
         raise NonFiniteLogitsError(int((~finite).nonzero()[0, 0]), "")

@@ -72,13 +72,14 @@ TILE = Tile(2048, 8192, 2048, 8)
 # Rows of the kernels' sums; the names are those of `Online` and `SecondPass`, which turn them into statistics.
 ONLINE_SUMS = (
     *("s_max", "p", "pa", "pd", "t_max", "q", "qb", "qd", "pp", "ppd", "ppdd"),
-    *("s_token", "t_token", "s_least", "t_least", "pd_held"),
+    *("s_token", "t_token", "s_least", "t_least", "pd_held", "centre"),
 )
 SECOND_SUMS = ("s_to_mixture", "t_to_mixture", "root", "gg", "sgg", "sg")
 NORMALISERS = ("s_max", "s_log", "t_max", "t_log")
 OF_GRADIENT = (*NORMALISERS, "reverse_kl", "s_to_mixture")  # and "held_kl", the reverse KL of held logits
 
 _NEGATIVE = tl.constexpr(NEGATIVE)
+_LOWEST_MAXIMUM = tl.constexpr(NEGATIVE / 2)
 _LOWEST_HALF = tl.constexpr(-65504.0)  # the lowest float16
 _HIGHEST_HALF = tl.constexpr(65504.0)
 
@@ -164,8 +165,10 @@ def _online_kernel(
     t_tile += row * tile_stride
     sums += row
     later = start > 0  # there are sums of earlier tiles
-    s_max = tl.load(sums, mask=later, other=_NEGATIVE)
-    t_max = tl.load(sums + 4 * sums_stride, mask=later & TEACHER, other=_NEGATIVE)
+    # never as low as a logit of −∞, so that forbidden tokens weigh nothing even before another is met
+    s_max = tl.load(sums, mask=later, other=_LOWEST_MAXIMUM)
+    t_max = tl.load(sums + 4 * sums_stride, mask=later & TEACHER, other=_LOWEST_MAXIMUM)
+    centre = tl.load(sums + 16 * sums_stride, mask=later & SQUARES, other=0.0)  # d of the likeliest token so far
     p_sum = _started(sums, 1 * sums_stride, later, BLOCK)
     pa = _started(sums, 2 * sums_stride, later & ENTROPY, BLOCK)
     pd = _started(sums, 3 * sums_stride, later & REVERSE, BLOCK)
@@ -210,18 +213,25 @@ def _online_kernel(
             shift = s_shift - t_shift
             if REVERSE:
                 pd = s_factor * (pd + shift * p_sum) + p * d
-                t_least = tl.minimum(t_least, tl.where(inside, t, 0.0))
-            if SQUARES:
+                t_least = tl.minimum(t_least, tl.where(s > _NEGATIVE, t, 0.0))
+            if SQUARES:  # about the centre, as in `Online`
+                likeliest = (s == s_max) & inside
+                ties = tl.sum(tl.where(likeliest, 1.0, 0.0), axis=0)
+                here = tl.sum(tl.where(likeliest, d, 0.0), axis=0) / tl.maximum(ties, 1.0)
+                moved = tl.where(ties > 0, here, centre + shift)
+                recentred = centre + shift - moved
+                centre = moved
                 squared = p * p
                 square = s_factor * s_factor
-                ppdd = square * (ppdd + 2.0 * shift * ppd + shift * shift * pp) + squared * d * d
-                ppd = square * (ppd + shift * pp) + squared * d
+                about = d - centre
+                ppdd = square * (ppdd + recentred * (2.0 * ppd + recentred * pp)) + squared * about * about
+                ppd = square * (ppd + recentred * pp) + squared * about
                 pp = square * pp + squared
             if TEACHER_ENTROPY:
                 qb = t_factor * (qb + t_shift * q_sum) + q * b
             if FORWARD:
                 qd = t_factor * (qd + shift * q_sum) + q * d
-                s_least = tl.minimum(s_least, tl.where(inside, s, 0.0))
+                s_least = tl.minimum(s_least, tl.where(t > _NEGATIVE, s, 0.0))
             q_sum = t_factor * q_sum + q
             if HOLD:
                 larger = tl.maximum(a, b)
@@ -259,6 +269,7 @@ def _online_kernel(
         tl.store(sums + 8 * sums_stride, tl.sum(pp, axis=0))
         tl.store(sums + 9 * sums_stride, tl.sum(ppd, axis=0))
         tl.store(sums + 10 * sums_stride, tl.sum(ppdd, axis=0))
+        tl.store(sums + 16 * sums_stride, centre)
     if HOLD_HALF and REVERSE:
         tl.store(sums + 15 * sums_stride, tl.sum(pd_held, axis=0))
     if TOKENS:

@@ -35,7 +35,7 @@ from .policy import sampled_with
 from .records import Choice
 from .score import token_scores
 from .score.forward import last_hidden_states
-from .score.models import head
+from .score.models import head, lm_head_dtype
 from .select import kept_counts, needs_teacher, quadrants, resolve_rule, rule_fields, select
 from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
@@ -534,8 +534,9 @@ class TIPTrainer(ResumableTrainer):
                 torch.cat([tokens["prompt_mask"], tokens["completion_mask"]], dim=1),
                 tokens["completion_ids"].shape[1],
                 **multimodal,
-            )
-        return hidden[mask]
+            )[mask]
+            # the lm_head is multiplied outside: in the dtype that autocast would take there
+            return hidden.to(lm_head_dtype(hidden))
 
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal):
         states = last_hidden_states(unwrapped_model, input_ids, attention_mask, **multimodal)

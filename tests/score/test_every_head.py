@@ -368,7 +368,9 @@ def tiles(small):
                 stack.enter_context(patch.object(chunked, name, value))
         if kernels is not None:
             shape = kernels.Tile(4, 64, 32, 1) if small else kernels.Tile(8, 256, 256, 1)
-            stack.enter_context(patch.object(kernels, "TILE", shape))
+            for name in ("TILE", "FEW"):
+                stack.enter_context(patch.object(kernels, name, shape))
+            stack.enter_context(patch.object(kernels, "WIDE", shape.block))
             if small:
                 stack.enter_context(patch.object(kernels, "_rows_held", lambda hidden, *_: max(1, min(2, len(hidden)))))
         yield

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is built for Linux")
 
 POINTERS = {
     **dict.fromkeys(("s_tile", "t_tile", "s_bias", "t_bias", "sums", "references", "of_rows"), "*fp32"),
-    **dict.fromkeys(("s_held", "t_held"), "*fp16"),
+    **dict.fromkeys(("larger_held", "difference_held"), "*fp16"),
     "token_ids": "*i64",
 }
 ALIGNED = ("start", "width", "tile_stride", "held_stride", "stride", "gradient_stride")  # what a full tile's are

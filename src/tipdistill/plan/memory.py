@@ -128,7 +128,14 @@ class Setup:
 
 
 def fused_workspace(
-    rows: int, vocabulary: int, student: int, teacher: int, dtype: torch.dtype, device: str, lends: bool = True
+    rows: int,
+    vocabulary: int,
+    student: int,
+    teacher: int,
+    dtype: torch.dtype,
+    device: str,
+    lends: bool = True,
+    memory: int = 80 * 2**30,
 ) -> int:
     """Bytes that `fused_divergence_loss` (reverse KL) holds beside its gradients: blocks of rows, tiles and scratch.
 
@@ -139,6 +146,7 @@ def fused_workspace(
         dtype: of the hidden states.
         device: "cpu" (chunked) or "cuda" (triton).
         lends: whether the lm_head is trained, so that its gradient's memory can hold the first rows.
+        memory: bytes of the GPU, of which the kernels hold logits in a share.
 
     Example:
         >>> fused_workspace(10**6, 50_000, 512, 1024, torch.float32, "cpu") / 2**20 < 52
@@ -153,11 +161,13 @@ def fused_workspace(
         tiles = (3 if lent else 1) * most * columns * 4  # scratch, and a lent block's logits before they are moved
         return 2 * lent_rows * vocabulary * 4 + tiles + operands
     of_token = 2 * vocabulary * (4 if dtype == torch.float32 else 2)
-    return min(rows * of_token, chunked.GPU_WORKSPACE) + _GPU_SCRATCH
+    held = int(memory * GPU_WORKSPACE_SHARE) + (4 * vocabulary * student if lends else 0)
+    return min(rows * of_token, held) + _GPU_SCRATCH
 
 
-# Two float32 tiles of triton.TILE.
-_GPU_SCRATCH = 2 * 2048 * 8192 * 4
+# Of triton.py, which cannot be imported everywhere; a test compares them: its WORKSPACE_SHARE, and two tiles of float32.
+GPU_WORKSPACE_SHARE = 1 / 16
+_GPU_SCRATCH = 2 * 4096 * 4096 * 4
 
 
 def scoring_workspace(rows: int, vocabulary: int, widths: int, dtype: torch.dtype, device: str) -> int:
@@ -341,7 +351,7 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
     dtype = torch.float32 if forward.width == setup.student_sizes.width * 4 else torch.bfloat16
     own, its = setup.student_sizes.width, setup.teacher_sizes.width
     lends = setup.student.lora is None
-    workspace = fused_workspace(setup.kept, vocabulary, own, its, dtype, setup.device, lends)
+    workspace = fused_workspace(setup.kept, vocabulary, own, its, dtype, setup.device, lends, setup.memory)
     teacher = 0
     teacher_rows = setup.kept * _teacher_width(setup)
     if not _caches(setup) and setup.teacher_place != "server":

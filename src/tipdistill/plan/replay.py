@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 
+from ..score.models import lm_head_dtype
 from ..score.tiles import Gradients
 from .models import build, config_of, on_paper
 
@@ -222,7 +223,7 @@ def _forward(compute: Compute, sequences: int, tokens: int, padded: bool, cached
             if cached:
                 stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             inside = alive.bytes - hidden.nbytes - stored
-            width = hidden.shape[-1] * hidden.itemsize
+            width = hidden.shape[-1] * lm_head_dtype(hidden).itemsize
         # what is left when everything else has gone is autocast's cache; `inside` also holds rope's few columns
         casts = sum(weight.numel() * 2 for weight in weights if weight.ndim > 1) if compute.autocast else 0
         casts = min(casts, inside) if compute.dtype == torch.float32 else 0
@@ -364,10 +365,11 @@ def _training(
                 if teacher:
                     torch.empty(teacher, dtype=torch.uint8)
                 of_teacher = torch.empty(teacher_rows, dtype=torch.uint8)
-            saved = tensors.bytes - of_teacher.nbytes
-            index = torch.zeros(rows, dtype=torch.long)
-            # hidden[mask] holds the indices of the kept rows, one tensor per axis
-            kept = hidden[index, index]
+                saved = tensors.bytes - of_teacher.nbytes
+                index = torch.zeros(rows, dtype=torch.long)
+                # hidden[mask] holds the indices of the kept rows, one tensor per axis
+                kept = hidden[index, index]
+                kept = kept.to(lm_head_dtype(kept))
             with torch.autocast("cpu", enabled=False):
                 loss = _HeadOnPaper.apply(kept, head.weight, head.bias, workspace)
             del hidden, kept, index, of_teacher

@@ -60,6 +60,23 @@ def head_of(model: Any, hidden: Tensor) -> Head:
     return head(model, model.get_output_embeddings(), hidden)
 
 
+def lm_head_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype that a linear layer would multiply hidden states in here: float32 ones are lowered by autocast.
+
+    The engine multiplies without autocast. It lowers the weight tile by tile, so that a float32 weight is never copied
+    and has a float32 gradient.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     lm_head_dtype(torch.zeros(1))
+        torch.bfloat16
+    """
+    device = hidden.device.type
+    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
 def head(model: Any, layer: Any, hidden: Tensor) -> Head:
     """Hidden states with an lm_head, and what the model's own forward does to the logits.
 

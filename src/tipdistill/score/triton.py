@@ -56,7 +56,7 @@ MIXED_ADDMM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a scratch tile, and how a kernel goes over a row of it.
+    """Shape of a scratch tile, and the columns that a program takes at a time, with so many warps.
 
     The same for every rank and every run, since the shape sets the order in which floats are added.
     """
@@ -67,7 +67,12 @@ class Tile:
     warps: int
 
 
-TILE = Tile(2048, 8192, 2048, 8)
+# Many tokens fill a GPU with one warp each, which waits for no other; of fewer, each gets four. What was counted of the
+# compiled kernels stands in docs/engine.md.
+TILE = Tile(4096, 4096, 256, 1)
+FEW = Tile(4096, 4096, 1024, 4)
+# Columns and warps of the kernels that write an element for each that they read.
+WIDE, WIDE_WARPS = 2048, 8
 
 # Rows of the kernels' sums; the names are those of `Online` and `SecondPass`, which turn them into statistics.
 ONLINE_SUMS = (
@@ -307,6 +312,7 @@ def _second_kernel(
     MIXTURE: tl.constexpr,
     HELLINGER: tl.constexpr,
     CURVATURE: tl.constexpr,
+    HELD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One token, all columns: the sums of `SecondPass` from held logits and the normalisers."""
@@ -330,12 +336,13 @@ def _second_kernel(
     for offset in range(0, width, BLOCK):
         columns = offset + tl.arange(0, BLOCK)
         inside = columns < width
-        reference = 2 * (offset // BLOCK)
+        reference = references + 2 * (columns // HELD_BLOCK)
         larger = tl.load(larger_held + columns, mask=inside, other=0.0).to(tl.float32)
         difference = tl.load(difference_held + columns, mask=inside, other=0.0).to(tl.float32)
         log_s, log_t = _held(larger, difference)
-        s_zero = (tl.load(references + reference) - s_max) - s_log  # log-probabilities that a = 0 and b = 0 stand for
-        t_zero = (tl.load(references + reference + 1) - t_max) - t_log
+        # log-probabilities that a = 0 and b = 0 stand for
+        s_zero = (tl.load(reference, mask=inside, other=0.0) - s_max) - s_log
+        t_zero = (tl.load(reference + 1, mask=inside, other=0.0) - t_max) - t_log
         log_s += s_zero
         log_t += t_zero
         p = tl.where(inside, tl.exp(log_s), 0.0)
@@ -401,6 +408,7 @@ def _gradient_kernel(
     S_SCALED: tl.constexpr,
     T_SCALED: tl.constexpr,
     HELD: tl.constexpr,
+    HELD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One token, one block of columns: factor · ∂D/∂(hidden @ weight.T), as in `chunked._gradient_tile`.
@@ -409,8 +417,7 @@ def _gradient_kernel(
     `gradient` may be the memory of `s_logits` where an element takes the same bytes.
     """
     row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     s_logits += row * stride
     t_logits += row * stride
@@ -419,9 +426,10 @@ def _gradient_kernel(
     mean = tl.load(of_rows + 4 * rows + row)
     factor = tl.load(of_rows + 5 * rows + row)
     if HELD:
-        reference = references + 2 * (row * blocks + block)
-        s_zero = (tl.load(reference) - s_max) - s_log  # log-probabilities that a = 0 and b = 0 stand for
-        t_zero = (tl.load(reference + 1) - t_max) - t_log
+        reference = references + 2 * (row * blocks + columns // HELD_BLOCK)
+        # log-probabilities that a = 0 and b = 0 stand for
+        s_zero = (tl.load(reference, mask=inside, other=0.0) - s_max) - s_log
+        t_zero = (tl.load(reference + 1, mask=inside, other=0.0) - t_max) - t_log
         larger = tl.load(s_logits + columns, mask=inside, other=0.0).to(tl.float32)
         difference = tl.load(t_logits + columns, mask=inside, other=0.0).to(tl.float32)
         log_s, log_t = _held(larger, difference)
@@ -532,7 +540,7 @@ class TokenDivergence(torch.autograd.Function):
                     s = _projected(s_hidden, s_rows, s_tile)
                     t = _projected(t_hidden, t_head.weight[start:stop].to(t_hidden.dtype), t_tile)
                     gradient = _view(tile, *s.shape)
-                    _form_gradient(ctx.kind, ctx.beta, s, t, gradient, of_rows, s_head, t_head, start, None, TILE)
+                    _form_gradient(ctx.kind, ctx.beta, s, t, gradient, of_rows, s_head, t_head, start)
                     gradients.add(gradient, s_hidden, s_rows, slice(None), start)
                 gradients.rescale(peak)
             of_kept, of_weight, of_bias = gradients.finish(s_hidden, grad, index)
@@ -627,9 +635,10 @@ class _Scorer:
         self.vocabulary = len(student.weight)
         self.held: list[Tensor] = []
         self.references: Tensor | None = None
-        self.tile = TILE
-        block, device = self.tile.block, s_hidden.device
-        self.tokens = hold or _rows(len(s_hidden), self.tile.tokens)
+        device = s_hidden.device
+        self.tokens = hold or _rows(len(s_hidden), TILE.tokens)
+        self.tile = TILE if self.tokens >= TILE.tokens else FEW
+        block = self.tile.block
         self.blocks = math.ceil(self.vocabulary / block)
         # whole blocks: the held logits of a block share one reference
         most = max(1, self.tile.tokens * self.tile.columns // (self.tokens * block)) * block
@@ -733,8 +742,9 @@ class _Scorer:
             MIXTURE="jsd" in self.fields,
             HELLINGER="hellinger" in self.fields,
             CURVATURE="signal_to_curvature" in self.fields,
-            BLOCK=self.tile.block,
-            num_warps=self.tile.warps,
+            HELD_BLOCK=self.tile.block,
+            BLOCK=WIDE,
+            num_warps=WIDE_WARPS,
         )
         further = SecondPass(per_row, self.second, self.beta)
         for name, value in zip(SECOND_SUMS, sums, strict=True):
@@ -746,9 +756,8 @@ class _Scorer:
         assert self.teacher is not None
         s, t = (tile[: of_rows.shape[1], : self.vocabulary] for tile in self.held)
         gradient = s.view(self.s_hidden.dtype)
-        _form_gradient(
-            kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, self.references, self.tile
-        )
+        held = (self.references, self.blocks, self.tile.block)
+        _form_gradient(kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, held)
         hidden = self.s_hidden[rows]
         for start, stop in _spans(self.vocabulary, _even_columns(self.vocabulary, math.ceil(self.vocabulary / 4), 64)):
             weight = self.student.weight[start:stop].to(hidden.dtype)
@@ -769,13 +778,15 @@ def _form_gradient(
     student: Projection,
     teacher: Projection,
     start: int,
-    references: Tensor | None,
-    tile: Tile,
+    held: tuple[Tensor | None, int, int] = (None, 0, 1),
 ) -> None:
-    """Fill `gradient` [R, C] from held logits (`references` given) or from a projected tile of columns from `start`."""
+    """Fill `gradient` [R, C] from held logits or from a projected tile of columns from `start`.
+
+    `held`: the references, how many a row has, and of how many columns each is.
+    """
     rows, width = s.shape
-    blocks = math.ceil(width / tile.block)
-    _gradient_kernel[(rows, blocks)](
+    references, blocks, held_block = held
+    _gradient_kernel[(rows, math.ceil(width / WIDE))](
         s,
         t,
         gradient,
@@ -800,8 +811,9 @@ def _form_gradient(
         S_SCALED=_scales(student)[0] != 1.0,
         T_SCALED=_scales(teacher)[0] != 1.0,
         HELD=references is not None,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        HELD_BLOCK=held_block,
+        BLOCK=WIDE,
+        num_warps=WIDE_WARPS,
     )
 
 

@@ -48,15 +48,16 @@ def top_k(score: Tensor, group: Tensor, counts: Tensor) -> Tensor:
         >>> top_k(torch.tensor([1.0, 2.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1])).tolist()
         [False, True, False, True]
     """
-    return ranks(score, group) < counts[group]
+    return ranks(score, group, len(counts)) < counts[group]
 
 
-def ranks(score: Tensor, group: Tensor) -> Tensor:
+def ranks(score: Tensor, group: Tensor, groups: int | None = None) -> Tensor:
     """Place of each token among those of its group, 0 for the highest score; of equal scores the earlier token wins.
 
     Args:
         score: float [N], finite.
         group: int64 [N] in [0, G), in any order.
+        groups: G; None: looked up, for which a GPU's host waits.
 
     Returns:
         int64 [N].
@@ -68,7 +69,8 @@ def ranks(score: Tensor, group: Tensor) -> Tensor:
     # + 0.0 makes −0.0 equal to 0.0 for every device's sort
     order = torch.argsort(score + 0.0, descending=True, stable=True)
     order = order[torch.argsort(group[order], stable=True)]
-    sizes = torch.bincount(group)
+    groups = (int(group.max()) + 1 if len(group) else 0) if groups is None else groups
+    sizes = torch.zeros(groups, dtype=torch.int64, device=group.device).index_add_(0, group, torch.ones_like(group))
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(score), device=score.device) - starts[group[order]]
@@ -143,7 +145,7 @@ def inclusion(weight: Tensor, order: Tensor, group: Tensor, counts: Tensor) -> T
         >>> inclusion(weight, order, torch.zeros(3, dtype=torch.int64), torch.tensor([2])).tolist()
         [1.0, 0.5, 0.5]
     """
-    first_out = ranks(order, group) == counts[group]
+    first_out = ranks(order, group, len(counts)) == counts[group]
     bound = torch.full((len(counts),), math.inf, dtype=torch.float64, device=order.device)
     bound[group[first_out]] = -order[first_out]
     return (weight.double().clamp(min=LEAST) * bound[group]).clamp(max=1)

@@ -18,6 +18,8 @@ from .rule import DRAWN, SCOPES, Rule
 
 __all__ = ["RULES", "draw", "kept_counts", "select"]
 
+SCORE = "the rule's score"  # in messages
+
 
 @torch.no_grad()
 def select(
@@ -75,9 +77,16 @@ def select(
     _check_rollout(rollout, some)
     # half precision has too few steps to rank by
     scores = scores.map(lambda value: value if value.dtype == torch.float64 else value.float())
-    _check_statistics(scores, resolved.fields, rollout)
-    score = resolved.score(scores, Order.of(rollout)) if resolved.ordered else resolved.score(scores)
+    _check_shapes(scores, rollout)
+    read = {f"statistic '{name}'": value for name, value in scores.present() if _reads(resolved, name)}
+    try:
+        score = resolved.score(scores, Order.of(rollout)) if resolved.ordered else resolved.score(scores)
+    except Exception:
+        if read:
+            _check_numbers(read, rollout, resolved)  # they may be why
+        raise
     _check_score(score, resolved, rollout)
+    _check_numbers({**read, SCORE: score}, rollout, resolved)
     if resolved.budget == "weight":
         return Selection(mask=score > 0, weight=score.detach().float(), score=score.detach().float())
     if resolved.budget == "all" or retention == 1:
@@ -190,15 +199,17 @@ def _check_rollout(rollout: Any, some: Tensor) -> None:
         raise ValueError(f"rollout is on {rollout.device}, the scores on {some.device}: rollout.to(scores' device).")
 
 
-def _check_statistics(scores: TokenScores, fields: tuple[str, ...] | None, rollout: Tensor) -> None:
+def _reads(rule: Rule, name: str) -> bool:
+    return rule.fields is None or name in rule.fields
+
+
+def _check_shapes(scores: TokenScores, rollout: Tensor) -> None:
     for name, value in scores.present():
         if value.shape != rollout.shape or value.ndim != 1:
             raise ValueError(
                 f"statistic '{name}' has shape {list(value.shape)}, for {len(scores)} tokens it must be "
                 f"[{len(scores)}]: give real completion tokens, flattened, e.g. entropy[mask]."
             )
-        if fields is None or name in fields:
-            _check_finite(f"statistic '{name}'", value, rollout)
 
 
 def _check_score(score: Any, rule: Rule, rollout: Tensor) -> None:
@@ -207,11 +218,18 @@ def _check_score(score: Any, rule: Rule, rollout: Tensor) -> None:
         raise ValueError(f"a rule must return one float score per token, [{len(rollout)}]; this one returned {given}.")
     if score.device != rollout.device:
         raise ValueError(f"the rule's score is on {score.device}, the statistics on {rollout.device}.")
-    _check_finite("the rule's score", score, rollout)
-    if rule.budget in (*DRAWN, "weight") and bool((score < 0).any()):
-        raise ValueError(
-            f"a {rule.budget} rule's score must be ≥ 0: tokens are drawn, or weighed, in proportion to it."
-        )
+
+
+def _check_numbers(values: dict[str, Tensor], rollout: Tensor, rule: Rule) -> None:
+    """Refuse what only the numbers show, after one look: on a GPU each look waits for the device."""
+    bad = torch.stack([~torch.isfinite(value).all() for value in values.values()])
+    if rule.budget in (*DRAWN, "weight") and SCORE in values:
+        bad = torch.cat([bad, (values[SCORE] < 0).any()[None]])
+    if not bool(bad.any()):
+        return
+    for name, value in values.items():
+        _check_finite(name, value, rollout)
+    raise ValueError(f"a {rule.budget} rule's score must be ≥ 0: tokens are drawn, or weighed, in proportion to it.")
 
 
 def _check_finite(name: str, value: Tensor, rollout: Tensor) -> None:

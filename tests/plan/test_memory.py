@@ -160,7 +160,7 @@ def test_the_workspace_is_the_engine_s():
     triton = pytest.importorskip("tipdistill.score.triton")
     tiles = 2 * triton.TILE.tokens * triton.TILE.columns * 4
     of_token = 2 * 150_000 * 2
-    for rows, memory, held in ((1000, 80 * 2**30, 1000 * of_token), (10**6, 2**36, 2**36 * triton.WORKSPACE_SHARE)):
-        taken = fused_workspace(rows, 150_000, 2560, 4096, torch.bfloat16, "cuda", lends=False, memory=memory)
+    for rows, gpu, held in ((1000, 80 * 2**30, 1000 * of_token), (10**6, 2**36, 2**36 * triton.WORKSPACE_SHARE)):
+        taken = fused_workspace(rows, 150_000, 2560, 4096, torch.bfloat16, "cuda", lends=False, memory=gpu)
         assert taken == held + tiles
     assert CASES["Soft-OR 0.5"].setup().kept == 8 * 64

@@ -1,4 +1,4 @@
-"""impl="triton" three ways: a float64 reference, the naive computation in low precision, ours.
+"""What is particular to impl="triton"; `test_every_head.py` holds all implementations to one table.
 
 Where there is no GPU the kernels are interpreted (`conftest.py`), element by element in Python: the sizes are tiny, and
 so are the tiles, so that every case meets several blocks, several tiles and rows that fill none of them.
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from heads import FIELDS, HEADS, error, gradients, incoming_of, leaves, make_head, make_pair, reference, to, tokens_of
+from heads import FIELDS, HEADS, error, gradients, leaves, make_head, make_pair, reference, to, tokens_of
 from measure import matmul_flops
 
 import tipdistill as tip
@@ -71,26 +71,6 @@ def fused(student, teacher, weight, impl="triton", **options):
     loss = tip.fused_divergence_loss(student, teacher, weight, impl=impl, **options)
     loss.backward()
     return loss.detach(), [None if tensor is None else tensor.grad for tensor in tensors]
-
-
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_gradients_of_awkward_sizes(size, kind):
-    student, teacher = pair(*size)
-    incoming = incoming_of(size[0]).index_fill(0, torch.tensor([0]), 1.5).to(DEVICE)
-    options = {"divergence": kind, **OPTIONS}
-    found = gradients(student, teacher, incoming.float(), impl="triton", **options)
-    exact = gradients(*doubles(student, teacher), incoming, impl="reference", **options)
-    loss, at_once = fused(student, teacher, incoming.abs().float(), **options)
-    loss_exact, at_once_exact = fused(*doubles(student, teacher), incoming.abs(), impl="reference", **options)
-    torch.testing.assert_close(loss.double(), loss_exact, rtol=1e-5, atol=1e-7)
-    for value, truth in zip(found[:2], exact[:2], strict=True):
-        assert value.shape == truth.shape
-        # the backward projects in tiles of another shape than the scoring did, so a logit of 10 differs by its last
-        # bit, 1e-6, and a P_S − P_T of 0.03 by 3e-5 of itself
-        assert error(value, truth) < 1e-4
-    for value, truth in zip(at_once[:2], at_once_exact[:2], strict=True):
-        assert error(value, truth) < 1e-5  # projected once
 
 
 def test_a_gradient_of_one_in_a_million_survives_float16():
@@ -257,6 +237,92 @@ def test_a_row_of_nothing_but_minus_infinity_is_refused():
         scores_of(student)
 
 
+# Half precision.
+
+
+def near(dtype, log_ratio, rows=8, vocabulary=1000, width=16):
+    """A student, and a teacher whose log-probabilities differ from its own by about `log_ratio` nats."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    hidden, weight = draw(rows, width).to(dtype), (draw(vocabulary, width) * 3 / width**0.5).to(dtype)
+    # the student's head, and as many columns again that make the difference
+    beside, other = (draw(rows, width) * log_ratio / width**0.5).to(dtype), draw(vocabulary, width).to(dtype)
+    wide = Head(torch.cat([hidden, beside], 1), torch.cat([weight, other], 1))
+    return on_device(Head(hidden, weight)), on_device(wide)
+
+
+@pytest.fixture
+def real_tiles(monkeypatch):
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("log_ratio", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_gradient_near_agreement_keeps_its_digits(kind, log_ratio, real_tiles):
+    student, teacher = near(torch.bfloat16, log_ratio)
+    exact = fused(*doubles(student, teacher), None, impl="reference", divergence=kind)[1]
+    for value, truth in zip(fused(student, teacher, None, divergence=kind)[1][:2], exact[:2], strict=True):
+        assert error(value, truth) <= torch.finfo(torch.bfloat16).eps  # 0.8 %; a and b held apart: 3.6 % at 0.01
+
+
+def test_a_student_that_is_certain_has_next_to_no_gradient(real_tiles):
+    """All that is left is what the unlikely tokens' ratios differ by; the likely one's rounding, 0.06, must not be."""
+    logits = torch.zeros(1, 40).index_fill_(1, torch.tensor([3]), 30.0)
+    student = to(one_hot_head(logits.tolist()), torch.bfloat16)
+    teacher = to(one_hot_head((torch.arange(40)[None] * -4.0).tolist()), torch.bfloat16)
+    for kind in DIVERGENCES[::2]:
+        value = fused(student, teacher, None, divergence=kind)[1][1]
+        truth = fused(*doubles(student, teacher), None, impl="reference", divergence=kind)[1][1]
+        assert truth.abs().max() < 1e-9
+        # a ratio of 120 nats in float32 is known to 7e-6
+        torch.testing.assert_close(value.double(), truth, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_incoming_scale_is_rounded_with_the_gradient_and_not_before(dtype):
+    student, teacher = near(dtype, 1.0, 4, 50)
+    _, once = fused(student, teacher, None)
+    tensors, own = leaves(student)
+    factor = 1 + 2.0**-10 * 0.9  # bfloat16 has no number between 1 and 1.0078, float16 none to 1.00098
+    (factor * tip.fused_divergence_loss(own, teacher, impl="triton")).backward()
+    exact = fused(*doubles(student, teacher), None, impl="reference")[1]
+    off = [(tensor.grad.double() / factor - truth).norm() for tensor, truth in zip(tensors[:2], exact[:2], strict=True)]
+    before = [(value.double() - truth).norm() for value, truth in zip(once[:2], exact[:2], strict=True)]
+    assert all(after <= 1.5 * first for after, first in zip(off, before, strict=True))
+
+
+def test_gradients_are_scaled_where_they_lie():
+    values = torch.arange(6.0, device=DEVICE)
+    engine._scaled_(values, torch.tensor(1.0, device=DEVICE))
+    assert values.tolist() == [0, 1, 2, 3, 4, 5]
+    engine._scaled_(values, torch.tensor(0.5, device=DEVICE))
+    assert values.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert engine._scaled_(values[:0], torch.tensor(2.0, device=DEVICE)).shape == (0,)
+
+
+# Views.
+
+
+@pytest.mark.parametrize("view", ["column", "expanded", "reversed"])
+def test_views_are_read_as_they_lie(view):
+    student, teacher = pair(6, 37, bias=True)
+    column = torch.stack([student.bias, student.bias + 9], dim=1)[:, 0]
+    bias = {"column": column, "expanded": torch.tensor(0.3).expand(37), "reversed": student.bias.flip(0)}[view]
+    ids = torch.stack([tokens_of(student), torch.zeros(6, dtype=torch.int64)], dim=1)[:, 0].to(DEVICE)
+    ids = ids[:1].expand(6) if view == "expanded" else ids
+    student = replace(student, bias=bias.to(DEVICE))
+    dense = replace(student, bias=student.bias.clone(memory_format=torch.contiguous_format))
+    options = {"token_ids": ids, "fields": ("student_logprob", "teacher_logprob", "reverse_kl")}
+    found, expected = (
+        scores_of(student, teacher, **options),
+        scores_of(dense, teacher, **options | {"token_ids": ids.clone()}),
+    )
+    for (name, value), (_, truth) in zip(found.present(), expected.present(), strict=True):
+        assert torch.equal(value, truth), name
+    for value, truth in zip(fused(student, teacher, None)[1], fused(dense, teacher, None)[1], strict=True):
+        assert torch.equal(value, truth)
+
+
 # What it costs.
 
 
@@ -378,6 +444,51 @@ def test_rows_are_held_together_where_that_costs_no_more_than_a_copy_of_the_weig
     # a workspace of 1 GiB takes 1766: three blocks, in multiples of 128
     assert engine._rows_held(hidden, vocabulary) == 1408
     assert engine._rows_held(hidden[:0], vocabulary) == 1
+
+
+@pytest.mark.parametrize("vocabulary", [2, 63, 64, 50_257, 128_256, 151_936, 256_000])
+@pytest.mark.parametrize(("tiles", "multiple"), [(4, 64), (74, 256), (19, 1024)])
+def test_tiles_of_a_vocabulary_are_as_wide_as_each_other(vocabulary, tiles, multiple):
+    step = engine._even_columns(vocabulary, math.ceil(vocabulary / tiles), multiple)
+    assert step % multiple == 0
+    widths = [stop - start for start, stop in engine._spans(vocabulary, step)]
+    assert sum(widths) == vocabulary
+    assert len(widths) <= tiles
+    assert max(widths) - min(widths) <= multiple * len(widths)  # what is rounded up in all but the last
+
+
+def test_a_projection_s_pieces_fill_whole_waves(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    properties = SimpleNamespace(multi_processor_count=132, total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for rows in (128, 819, 1664, 4096, 8192):
+        most = 4096 * 4096 // rows // 256 * 256
+        columns = engine._full_waves(rows, most, 256, gpu)
+        assert columns % 256 == 0
+        assert most / 2 - 256 <= columns <= most
+
+        def busy(width, rows=rows):
+            pieces = math.ceil(rows / 128) * (width // 256)
+            return pieces / (math.ceil(pieces / 132) * 132)
+
+        assert busy(columns) >= max(busy(most), 0.9 if rows < 8192 else 0.96)
+    assert engine._full_waves(100, 512, 256, torch.device("cpu")) == 512
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_products_are_added_in_float32_before_torch_2_10_too(monkeypatch, mixed):
+    """addmm of halves into float32 came with 2.10; in 2.8 and 2.9 its operands must have one dtype."""
+    called = []
+    monkeypatch.setattr(engine, "MIXED_ADDMM", mixed)
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: called.append("addmm"))
+    monkeypatch.setattr(
+        torch, "mm", lambda left, right, out_dtype: called.append("mm") or left.to(out_dtype) @ right.to(out_dtype)
+    )
+    half = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, to=torch.ones(2, 3).to)
+    total = torch.ones(2, 2)
+    engine._add_product(total, half, torch.ones(3, 2))
+    assert called == (["addmm"] if mixed else ["mm"])
+    assert total.unique().tolist() == ([1.0] if mixed else [4.0])
 
 
 # fused_divergence_loss

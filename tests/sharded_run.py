@@ -5,6 +5,7 @@ without paying for the imports again. `on_cpu` gives FSDP2 and DeepSpeed what ac
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -180,9 +181,19 @@ def main():
     jobs = json.loads(Path(sys.argv[1]).read_text())
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each run meets at a port of its own
-    if any(job["engine"].startswith("zero") for job in jobs):
-        import deepspeed  # noqa: F401
-    import tipdistill.trainer  # noqa: F401
+    # all that a run imports somewhere on its way, seconds of it, is imported once
+    imported = [
+        "tipdistill.trainer",
+        "transformers.models.qwen3.modeling_qwen3",
+        "transformers.models.llama.modeling_llama",
+    ]
+    imported += ["transformers.models.phi.modeling_phi", "torch.distributed.checkpoint.state_dict", "peft"]
+    if importlib.util.find_spec("deepspeed") is not None:  # accelerate imports it wherever it is
+        imported += ["deepspeed"]
+        if any(job["engine"].startswith("zero") for job in jobs):
+            imported += ["torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon"]
+    for name in imported:
+        importlib.import_module(name)
 
     alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     for job in jobs:

@@ -11,6 +11,7 @@ from measure import matmul_flops, peak_bytes
 import tipdistill as tip
 from tipdistill import Head, Selection, TokenScores
 from tipdistill.score import NonFiniteLogitsError, chunked
+from tipdistill.score.checks import scaled_
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -289,3 +290,30 @@ def test_an_infinite_loss_names_its_token(impl):
 def test_weights_that_are_none_are_refused(weight, message):
     with pytest.raises(ValueError, match=message):
         tip.fused_divergence_loss(*make_pair(3, 9), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_incoming_scale_is_not_rounded_to_the_gradients_dtype(dtype):
+    """1.003 is 1 in bfloat16: the gradients of a scaled loss would be those of the loss."""
+    student, teacher = (to(head, dtype) for head in make_pair(9, 101, bias=True))
+    tensors, own = leaves(student)
+    (tip.fused_divergence_loss(own, teacher) * 1.003).backward()
+    exact, own = leaves(to(student, torch.float64))
+    (tip.fused_divergence_loss(own, to(teacher, torch.float64), impl="reference") * 1.003).backward()
+    for tensor, truth in zip(tensors, exact, strict=True):
+        # rounded once: half a step, and the smallest numbers of float16; float32 computed what is rounded
+        allowed = truth.grad.abs() * (torch.finfo(dtype).eps / 2 + 1e-5) + 1e-6 * truth.grad.abs().max() + 2**-25
+        assert bool(((tensor.grad.double() - truth.grad).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("factor", [1.003, 65536.0, 3e-6, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_is_scaled_in_place_with_one_rounding(dtype, factor):
+    gradient = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-2).to(dtype)
+    factor = torch.tensor(factor, dtype=torch.promote_types(dtype, torch.float32))
+    expected = (gradient.double() * factor.double()).to(dtype)
+    found = scaled_(gradient, factor)
+    assert found.data_ptr() == gradient.data_ptr()
+    # a product that float32 rounds first may fall on the other side of a half
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=0)
+    assert (found != expected).float().mean() < 0.02

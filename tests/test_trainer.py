@@ -549,6 +549,29 @@ def test_a_teacher_that_fails_on_kept_rows_names_their_rollout(make, normalizati
         trainer.train()
 
 
+@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+def test_the_advice_for_tokens_that_the_teacher_forbids_trains(make, tiny_model_dir, normalization):
+    def phi(side, forbids):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("phi", side))
+        if forbids:
+            model.lm_head.bias.data[[7, 11]] = -math.inf
+        model.name_or_path = str(tiny_model_dir("phi", side))
+        return model
+
+    def train(student_forbids, **settings):
+        trainer = make(
+            phi("student", student_forbids), phi("teacher", True), max_steps=1, normalization=normalization, **settings
+        )
+        trainer.train()
+        assert all(math.isfinite(loss) for loss in steps(trainer, "loss")[0])
+        assert all(bool(p.isfinite().all()) for name, p in trainer.model.named_parameters() if name != "lm_head.bias")
+
+    with pytest.raises(ValueError, match=r"'reverse_kl' is inf.*Forbid these tokens to both.*beta=0.5.*'entropy'"):
+        train(False, selection_rule="soft_or")
+    train(True, selection_rule="soft_or")
+    train(False, selection_rule="entropy", beta=0.5, record_rollouts=2, score_logging_steps=1)
+
+
 def test_a_completion_of_length_0_is_refused(make, monkeypatch):
     monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, ids, *a: [[1, 2]] * 5 + [[]] * 3)
     with pytest.raises(ValueError, match="rollout 5 of the batch has a completion of length 0"):

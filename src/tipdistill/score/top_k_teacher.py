@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..types import Head, TeacherLogprobs, TokenScores
 from . import reference
-from .checks import NonFiniteLogitsError
+from .checks import NonFiniteLogitsError, check_rows
 from .tiles import NEGATIVE, _spans
 from .top_k_outcomes import (
     OF_TOP_K,
@@ -272,6 +272,7 @@ def served_divergence_loss(
 
     Raises:
         ValueError: as `served_scores`.
+        NonFiniteLogitsError: a divergence is infinite: the token is named.
 
     Example:
         >>> student = Head(torch.zeros(2, 3, requires_grad=True), torch.randn(4, 3))
@@ -315,6 +316,8 @@ def _tile_loss(
     head = Head(hidden, lm_head, bias, head.logit_scale, head.softcap)
     wanted = tuple(dict.fromkeys(("divergence", *fields)))
     scores = _of_head(head, teacher, divergence, wanted, beta, temperature, None)
+    divergences = scores.require("divergence").detach()
+    check_rows(torch.zeros_like(divergences), len(lm_head), divergence=divergences)
     return (scores.require("divergence") * weight).sum(), *(scores.require(name) for name in fields)
 
 
@@ -330,7 +333,8 @@ def _of_head(
     """Statistics of one tile, from full logits of the student; "divergence" is differentiable."""
     dtype = _computed_in(student.hidden)
     logits = reference.logits(student, len(student.weight), temperature)
-    finite = torch.isfinite(logits.detach().amax(-1))
+    logits = logits.masked_fill(logits <= NEGATIVE, -math.inf)
+    finite = logits.detach().amax(-1).abs() < -NEGATIVE
     if not bool(finite.all()):
         raise NonFiniteLogitsError(int((~finite).nonzero()[0, 0]), "")
     if teacher.token_ids is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..text import check_known
+from ..text import STAY_FINITE, check_known
 from ..types import Selection, TokenScores
 from . import budget
 from .order import Order
@@ -240,11 +240,11 @@ def _check_finite(name: str, value: Tensor, rollout: Tensor) -> None:
     number, offender = int(rollout[first]), float(value[first])
     position = int((rollout[:first] == number).sum())
     cause = (
-        "the logits of a model are NaN or infinite"
+        "the logits of a model are NaN or infinite."
         if math.isnan(offender)
-        else "one model gives probability 0 to what the other can say, or has diverged"
+        else f"one model gives probability 0 to what the other can say. {STAY_FINITE}"
     )
     raise ValueError(
-        f"{name} is {offender} in rollout {number}, token {position} (both from 0): {cause}. "
-        f"{int(bad.sum())} of {len(value)} tokens are affected."
+        f"{name} is {offender} in rollout {number}, token {position} (both from 0), as one of "
+        f"{int(bad.sum())} of {len(value)} tokens: {cause}"
     )

@@ -24,12 +24,13 @@ from tipdistill.provenance import environment
 from tipdistill.score import IMPLEMENTATIONS, token_scores
 from tipdistill.select import RULES, kept_counts, needs_teacher, rule_fields, select
 from tipdistill.text import check_known
-from tipdistill.training.monitor import LOGGED_FIELDS
 from tipdistill.types import Head
 
 from . import measure as measuring
 from .measure import Here, Worker, growth, kernels, matmul_rate, peak_bytes, spread, time_split, timed
 
+# Those of training/monitor.py, which takes seconds to import.
+LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
 PEERS = ("plain", "trl", "liger")
 RETENTIONS = (0.5, 0.2, 0.1)
 # Relative errors against float64 from the same inputs: loss and Frobenius norm of the gradients. Float32 sums of 10⁵
@@ -410,6 +411,7 @@ def measure(
     rounds: int,
     say: Callable[[str], None],
     flush: Callable[[dict[str, Any]], None] = lambda entries: None,
+    worker: type[Worker] | type[Here] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Errors, memory, times and ratios of each variant, by name.
 
@@ -417,10 +419,12 @@ def measure(
         settings, variants: what is measured.
         rounds, say: as in `run_head`.
         flush: takes the entries as they stand after each round.
+        worker: a process for each variant, or this one for all, which then share the inputs; None: as the device wants.
     """
+    worker = worker or (Here if settings.device == "cuda" else Worker)
     entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in variants}
     taken: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
-    with _workers(settings, variants) as workers:
+    with _workers(worker, settings, variants) as workers:
         for name in list(workers):
             refusal = _examine(workers[name], entries[name], TOLERANCES[settings.dtype])
             if refusal is not None:
@@ -470,18 +474,18 @@ def summarised(
 
 
 @contextmanager
-def _workers(settings: HeadSettings, variants: list[Variant]) -> Iterator[dict[str, Worker | Here]]:
-    workers: dict[str, Any]
-    if settings.device == "cuda":
-        inputs = HeadInputs(settings)
-        workers = {variant.name: Here(HeadWork, settings, variant, inputs) for variant in variants}
-    else:
-        workers = {variant.name: Worker(HeadWork, settings, variant) for variant in variants}
+def _workers(
+    worker: type[Worker] | type[Here], settings: HeadSettings, variants: list[Variant]
+) -> Iterator[dict[str, Worker | Here]]:
+    shared = (HeadInputs(settings),) if worker is Here else ()
+    workers: dict[str, Worker | Here] = {
+        variant.name: worker(HeadWork, settings, variant, *shared) for variant in variants
+    }
     try:
         yield workers
     finally:
-        for worker in workers.values():
-            worker.close()
+        for work in workers.values():
+            work.close()
 
 
 def _examine(worker: Worker | Here, entry: dict[str, Any], tolerance: float) -> str | None:

@@ -216,16 +216,29 @@ def matmul_rate(hidden: torch.Tensor, weight: torch.Tensor, seconds: float = 0.0
     tokens, columns = (4096, 16384) if hidden.is_cuda else (512, 512)
     left, right = hidden.detach()[:tokens], weight.detach()[:columns]
     flops = 2 * len(left) * len(right) * left.shape[1]
-    best = 0.0
-    for multiply in (lambda: torch.mm(left, right.t()), lambda: tiles.project(left, right)):
-        taken, runs = 0.0, 1
-        multiply()
-        batch = 1  # calls between two looks at the clock, each of which empties a GPU's queue
-        while taken < seconds:
-            taken, runs = timed(partial(_repeat, multiply, batch), left.device.type)[0], batch
-            batch = max(2 * batch, min(64 * batch, math.ceil(1.2 * batch * seconds / max(taken, 1e-9))))
-        best = max(best, flops * runs / taken)
-    return best
+    ways = (lambda: torch.mm(left, right.t()), lambda: tiles.project(left, right))
+    return max(flops / seconds_per_call(multiply, left.device.type, seconds) for multiply in ways)
+
+
+def seconds_per_call(run: Callable[[], Any], device: str, seconds: float = 0.05) -> float:
+    """The time of one of many calls, with as few looks at the clock as can be: each empties a GPU's queue.
+
+    Args:
+        run: what is timed, after one call that is not.
+        device: "cpu" or "cuda".
+        seconds: how long the batch that counts takes at least.
+
+    Example:
+        >>> 0 < seconds_per_call(lambda: sum(range(100)), "cpu", 1e-4) < 1e-3
+        True
+    """
+    run()
+    batch = 1
+    while True:
+        taken = timed(partial(_repeat, run, batch), device)[0]
+        if taken >= seconds:
+            return taken / batch
+        batch = max(2 * batch, min(64 * batch, math.ceil(1.2 * batch * seconds / max(taken, 1e-9))))
 
 
 def _repeat(run: Callable[[], Any], times: int) -> None:

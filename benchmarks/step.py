@@ -339,6 +339,7 @@ def measure_steps(
     steps: int,
     say: Callable[[str], None],
     flush: Callable[[dict[str, Any]], None] = lambda entries: None,
+    worker: type[Worker] | type[measure.Here] = Worker,
 ) -> dict[str, dict[str, Any]]:
     """Times, memory and ratios of each variant, by name.
 
@@ -346,6 +347,7 @@ def measure_steps(
         settings, variants: what is measured.
         rounds, steps, say: as in `run_step`.
         flush: takes the entries as they stand after each training.
+        worker: a process for each training, or this one for all.
     """
     entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in variants}
     taken: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -353,15 +355,15 @@ def measure_steps(
         for variant in variants:
             if "refused" in entries[variant.name]:
                 continue
-            worker = Worker(StepWork, settings, variant, steps)
+            work = worker(StepWork, settings, variant, steps)
             try:
-                run = worker.ask("round")
+                run = work.ask("round")
             except RuntimeError as error:
                 entries[variant.name]["refused"] = str(error).strip().splitlines()[-1]
                 say(f"{variant.name}: {entries[variant.name]['refused']}")
                 continue
             finally:
-                worker.close()
+                work.close()
             taken[variant.name].append(run)
             say(f"round {number + 1} of {rounds}: {variant.name} {run['step']:.3g} s, training {run['training']:.3g} s")
             for each in variants:

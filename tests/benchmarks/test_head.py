@@ -6,6 +6,7 @@ import torch
 from benchmarks import head
 from benchmarks.head import HeadSettings, HeadWork, Variant, run_head, run_scaling, variants_of
 from tipdistill.score import chunked
+from tipdistill.training import monitor
 
 SMALL = {"tokens": 24, "vocabulary": 67, "student_width": 8, "teacher_width": 12, "rollout_length": 7}
 
@@ -123,6 +124,7 @@ def test_without_trl_the_others_are_measured_beside_plain(monkeypatch):
 )
 def test_what_is_timed_is_what_a_training_step_does(variant, of_scores, monkeypatch):
     """Scores without a gradient and with the logged statistics, then the fused loss of the kept rows."""
+    assert head.LOGGED_FIELDS == monitor.LOGGED_FIELDS
     calls = []
 
     def recorded(name):

@@ -56,6 +56,7 @@ def lease(
     command: Callable[[str, Path], Sequence[str]],
     environ: dict[str, str] | None = None,
     shortest: float = SHORTEST,
+    only: Sequence[str] = (),
     say: Callable[[str], None] = print,
     **about: Any,
 ) -> tuple[Path | None, dict[str, Any]]:
@@ -68,6 +69,7 @@ def lease(
         command: stage and the file that it writes → its arguments.
         environ: of the stages; None: this process's.
         shortest: a stage is skipped where less time is left (s).
+        only: measure these again, and no others that are not there.
         say: takes one line of progress.
         about: what else the result says.
     """
@@ -93,8 +95,10 @@ def lease(
             return None, {"stages": {first: origin}}
         output = output or RESULTS / f"gpu-{where['card']}.json"
         result = {"benchmark": "gpu", **where, **about, "budget": budget, "stages": {first: origin}}
-        result["stages"] |= kept_stages(output, result, others)
+        result["stages"] |= kept_stages(output, result, [stage for stage in others if stage not in only])
         for stage in others:
+            if only and stage not in only:
+                continue
             if stage in result["stages"]:
                 say(f"== {stage}: there already")
                 continue
@@ -251,10 +255,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="every stage on the CPU, in tiny sizes")
     parser.add_argument("--output", type=Path, help="the JSON file (default benchmarks/results/gpu-CARD.json)")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of all stages together (default 540)")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", default=[], help=f"some of {', '.join(LIMITS)}")
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    unknown = [stage for stage in options.only if stage not in LIMITS]
+    if unknown:
+        parser.error(f"--only takes {', '.join(LIMITS)}, got {', '.join(unknown)}")
     if options.stage:
         return stage_main(options.stage, options.into, options.dry_run)
     environ = dict(os.environ)
@@ -273,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return [sys.executable, "-m", "benchmarks.gpu_lease", "--stage", stage, "--into", str(into), *rest]
 
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # the stage's processes end too
-    path, result = lease(output, dict(LIMITS), options.budget, command, environ, **about)
+    path, result = lease(output, dict(LIMITS), options.budget, command, environ, only=options.only, **about)
     if path is None:
         print(f"gpu_lease: {result['stages']['versions'].get('reason')}", file=sys.stderr)
         return 2

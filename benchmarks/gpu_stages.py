@@ -62,6 +62,8 @@ class Sizes:
         head: of the head stage, of micro, profile and switches: the lm_heads of Qwen3-8B → 4B.
         rounds: timed runs of each variant.
         peers: what ours is held against, where it is installed.
+        rules: rules and retentions of ours.
+        values: of each switch, the first and so many more.
         errors: tokens, vocabulary and width of the heads whose gradients are held against float64.
         memory: tokens, and the vocabularies at which extra memory is counted.
         narrow: widths of the heads there.
@@ -75,6 +77,8 @@ class Sizes:
     head: HeadSettings
     rounds: int = 8
     peers: tuple[str, ...] = ("trl", "plain")
+    rules: tuple[tuple[str, float], ...] = RULES
+    values: int = 9
     errors: tuple[int, int, int] = (512, 151_936, 2560)
     memory: tuple[int, tuple[int, ...]] = (65_536, (65_536, 131_072, 262_144))
     narrow: tuple[int, int] = (64, 128)
@@ -101,6 +105,8 @@ def sizes_of(dry_run: bool) -> Sizes:
         HeadSettings(3, 97, 4, 6, 2, "bfloat16", "cpu"),
         rounds=1,
         peers=("plain",),
+        rules=RULES[:2],
+        values=1,
         errors=(2, 41, 4),
         memory=(2, (64, 128)),
         narrow=(4, 6),
@@ -183,6 +189,8 @@ def tests(sizes: Sizes, flush: Flush) -> dict[str, Any]:
     """The tests of the kernels, compiled: how many passed, which failed, and the last words of pytest."""
     if not find_spec("pytest"):
         return {"left_out": "pytest is not installed"}
+    paths = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as folder:
         arguments, cwd = list(sizes.tests), ROOT
         if not arguments:  # a dry run: that a pass, a failure and a skip are read
@@ -192,11 +200,10 @@ def tests(sizes: Sizes, flush: Flush) -> dict[str, Any]:
                 "@pytest.mark.skip\ndef test_is_skipped(): pass\n"
             )
             arguments = ["--noconftest", "--rootdir", folder, folder]
+            environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         if not find_spec("xdist") and "-n" in arguments:
             del arguments[arguments.index("-n") :][:2]
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=line", *arguments]
-        paths = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         process = subprocess.Popen(
             command, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -340,8 +347,8 @@ def _kernel_cases(inputs: HeadInputs) -> dict[str, Callable[[], Any]]:
 def head(sizes: Sizes, flush: Flush) -> dict[str, Any]:
     """The head stage in one process, variants in turn: TRL, plain, all tokens at three workspaces, and the rules."""
     peers = [Variant(name) for name in sizes.present()]
-    ours = [Variant("triton", *rule) for rule in RULES]
-    held = [Variant("triton", switches=switches) for switches in _switched("WORKSPACE")]
+    ours = [Variant("triton", *rule) for rule in sizes.rules]
+    held = [Variant("triton", switches=switches) for switches in _switched("WORKSPACE")[: sizes.values]]
     left_out = missing_peers(sizes.device)
 
     def whole(entries: dict[str, Any]) -> dict[str, Any]:
@@ -453,7 +460,7 @@ def memory(sizes: Sizes, flush: Flush) -> dict[str, Any]:
             sizes.head, tokens=tokens, vocabulary=vocabulary, student_width=students, teacher_width=teachers
         )
         inputs = HeadInputs(settings)
-        for rule in RULES[:2] + RULES[3:]:
+        for rule in sizes.rules:
             work = HeadWork(settings, Variant("triton", *rule, switches), inputs)
             work.run()  # compiles
             work.forget()
@@ -475,7 +482,7 @@ def profile(sizes: Sizes, flush: Flush) -> dict[str, Any]:
     """What each variant spends its time on: its longest kernels, each counted once, and the time that none ran."""
     cases: dict[str, Any] = {}
     inputs, result = HeadInputs(sizes.head), {"settings": asdict(sizes.head), "cases": cases}
-    for variant in [*(Variant("triton", *rule) for rule in RULES), *map(Variant, sizes.present())]:
+    for variant in [*(Variant("triton", *rule) for rule in sizes.rules), *map(Variant, sizes.present())]:
         work = HeadWork(sizes.head, variant, inputs)
         try:
             work.run()
@@ -529,9 +536,10 @@ def switches(sizes: Sizes, flush: Flush) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     left_out = {name: f"score/triton.py has no {attribute}" for name, attribute in _absent_switches()}
     result = {"settings": asdict(sizes.head), "left_out": left_out, "cases": cases}
-    for name, attribute, values in SWITCHES:
+    for name, attribute, all_values in SWITCHES:
         if name in left_out:
             continue
+        values = all_values[: 1 + sizes.values]
         variants = [Variant("triton", *rule, ((attribute, value),)) for rule in RULES[:2] for value in values]
         entries = measure(sizes.head, variants, sizes.rounds, print, worker=Here)
         rules: dict[str, Any] = {}

@@ -191,6 +191,7 @@ def _select(result: dict[str, Any]) -> str:
 
 def _step(result: dict[str, Any]) -> str:
     rows = []
+    above = any("above_bytes" in entry for entry in result["variants"].values())
     for name, entry in result["variants"].items():
         if "refused" in entry:
             rows.append([name, f"refused: {entry['refused']}", *[""] * 8])
@@ -211,7 +212,9 @@ def _step(result: dict[str, Any]) -> str:
             ]
         )
     header = ["", "step (s)", "without rollout (s)", "without rollout / TRL", "score", "forward, loss, backward"]
-    return markdown_table([*header, "optimizer", "peak memory (MiB)", "of it above (MiB)", "above / plain"], rows)
+    header += ["optimizer", "peak memory (MiB)", "of it above (MiB)", "above / plain"]
+    width = len(header) if above else len(header) - 2  # an older result does not say what lies above
+    return markdown_table(header[:width], [row[:width] for row in rows])
 
 
 def _records(result: dict[str, Any]) -> str:

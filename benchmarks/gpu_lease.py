@@ -42,7 +42,7 @@ LIMITS = {
     "memory": 40,
     "profile": 35,
     "step": 180,
-    "switches": 60,
+    "switches": 120,
 }
 BUDGET = 540.0
 SHORTEST = 5.0  # with less left a stage is not begun

@@ -353,7 +353,7 @@ def _gpu_memory(result: dict[str, Any]) -> str:
         growth = "" if case["growth"] is None else f"{case['growth']:.2f}"
         rows.append([f"`{name}`", *("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks), growth])
     header = [f"V = {vocabulary:,} (MiB)" for vocabulary in vocabularies]
-    return markdown_table(["", *header, "largest / smallest"], rows)
+    return markdown_table(["", *header, "most / least"], rows)
 
 
 def _gpu_profile(result: dict[str, Any]) -> str:

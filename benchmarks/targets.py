@@ -14,7 +14,7 @@ ON_CPU = {
 # On a GPU: time over that of TRL's Triton loss, and over the arithmetic floor.
 OVER_TRL = dict(zip(RULES, (0.65, 0.65, 0.42, 0.24), strict=True))
 OVER_FLOOR = 1.25
-# Extra memory at the largest vocabulary over that at the smallest; it may go up or down by so much.
+# The most extra memory over the least, among vocabularies of which the largest is four times the smallest.
 FLAT = 1.25
 # A step's peak above weights, gradients, optimiser and teacher, Soft-OR 0.5 over plain PyTorch.
 ABOVE_PLAIN = 0.4
@@ -69,7 +69,7 @@ def _measured(stages: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, f
         entry = variants.get(variant_of("triton", rule), {})
         yield f"time / floor, {label(rule)}", OVER_FLOOR, entry.get("over_floor", {}).get("median")
     for name, entry in stages.get("memory", {}).get("cases", {"all of it": {}}).items():
-        yield f"extra memory, largest / smallest vocabulary, {name}", FLAT, entry.get("growth")
+        yield f"extra memory at growing vocabularies, most / least, {name}", FLAT, entry.get("growth")
     step = stages.get("step", {}).get("variants", {}).get("tip soft_or 0.5", {})
     yield (
         "memory of a step above what it must hold, Soft-OR 0.5 / plain",

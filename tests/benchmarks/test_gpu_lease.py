@@ -243,7 +243,7 @@ def test_lines_are_those_of_the_engine():
     assert [line for line, held in holds.items() if held] == [
         "tests that fail",
         "time / floor, Soft-OR 0.5",
-        "extra memory, largest / smallest vocabulary, triton",
+        "extra memory at growing vocabularies, most / least, triton",
         "memory of a step above what it must hold, Soft-OR 0.5 / plain",
     ]
     assert sum(held is None for held in holds.values()) == 6

@@ -155,7 +155,7 @@ def card_of(name: str) -> str:
 def _left_out(device: str) -> dict[str, str]:
     left_out = {f"head: {peer}": reason for peer, reason in missing_peers(device).items()}
     left_out |= {f"switches: {name}": f"score/triton.py has no {attribute}" for name, attribute in _absent_switches()}
-    missing = [package for package in ("trl", "datasets", "accelerate") if not find_spec(package)]
+    missing = [package for package in ("trl", "datasets", "accelerate", "httpx2") if not find_spec(package)]
     if missing:
         left_out["step"] = f"{', '.join(missing)}: not installed"
     if not find_spec("pytest"):

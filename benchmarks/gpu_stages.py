@@ -208,7 +208,13 @@ def tests(sizes: Sizes, flush: Flush) -> dict[str, Any]:
             command, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert process.stdout is not None
-        return read_tests(process.stdout, flush) | {"exit_code": process.wait()}
+        return read_tests(_echoed(process.stdout), flush) | {"exit_code": process.wait()}
+
+
+def _echoed(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        print(line, end="")
+        yield line
 
 
 def read_tests(output: Iterable[str], flush: Flush) -> dict[str, Any]:
@@ -223,7 +229,6 @@ def read_tests(output: Iterable[str], flush: Flush) -> dict[str, Any]:
     result: dict[str, Any] = {"counts": {}, "failed": [], "complete": False, "said": []}
     for raw in output:
         line = raw.strip()
-        print(line)
         match = _OUTCOME_FIRST.search(line)
         outcome, name = (match[2], match[1]) if match else ("", "")
         if not match and (match := _OUTCOME.search(line)) and "[gw" in line:

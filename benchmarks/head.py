@@ -442,7 +442,26 @@ def measure(
                     workers.pop(name).close()
             flush(summarised(settings, variants, entries, taken))
             say(f"round {number + 1} of {rounds}: " + _summary({name: taken[name][-1] for name in workers}))
-    return summarised(settings, variants, entries, taken)
+    entries = summarised(settings, variants, entries, taken)
+    for name, entry in entries.items():
+        say(f"{name}: {in_words(entry)}")
+    return entries
+
+
+def in_words(entry: dict[str, Any]) -> str:
+    """A variant's time, and its ratios over the peers that are there and over the floor.
+
+    Example:
+        >>> in_words({"seconds": {"median": 0.05}, "ratio": {"plain": {"median": 0.5}}, "over_floor": {"median": 1.25}})
+        '0.05 s, 0.50 of plain, 1.25 of the floor'
+        >>> in_words({"refused": "out of memory"})
+        'refused, out of memory'
+    """
+    if "seconds" not in entry:
+        return f"refused, {entry['refused']}" if "refused" in entry else "not measured"
+    ratios = {peer: ratio["median"] for peer, ratio in entry.get("ratio", {}).items()}
+    ratios["the floor"] = entry["over_floor"]["median"]
+    return f"{entry['seconds']['median']:.3g} s, " + ", ".join(f"{ratio:.2f} of {of}" for of, ratio in ratios.items())
 
 
 def summarised(

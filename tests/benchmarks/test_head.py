@@ -109,6 +109,7 @@ def test_without_trl_the_others_are_measured_beside_plain(monkeypatch):
     result = run_head(rounds=1, say=said.append, **SMALL)
     assert result["left_out"] == {"trl": "trl is not installed", "liger": "it needs a GPU"}
     assert "trl: left out, trl is not installed" in said
+    assert any(line.startswith("chunked soft_or 0.5:") and " of plain, " in line for line in said)
     assert "trl" not in result["variants"]
     assert all("plain" in entry["ratio"] for name, entry in result["variants"].items() if name != "plain")
 

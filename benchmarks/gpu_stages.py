@@ -35,10 +35,10 @@ Flush = Callable[[dict[str, Any]], None]
 # Attributes of score/triton.py that choose between two ways of doing the same, and their values; the first is the one
 # that the others are compared with. One that is not there is left out, by name. Most telling first: time may run out.
 SWITCHES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
-    ("bytes held at a time", "WORKSPACE", (2**30, 2 * 2**30, 5 * 2**30)),
+    ("share of the memory for held logits", "WORKSPACE_SHARE", (0.0125, 0.025, 0.0625)),
     ("gradients on two streams", "TWO_STREAMS", (False, True)),
-    ("slim online kernel", "SLIM", (False, True)),
-    ("no rescaling by 1", "SKIP_UNIT_SCALE", (False, True)),
+    # tokens, columns, block and warps
+    ("tile", "TILE", ((4096, 4096, 256, 1), (2048, 8192, 256, 1), (4096, 4096, 1024, 4), (8192, 4096, 256, 1))),
 )
 RULES = (("all", 1.0), ("soft_or", 0.5), ("soft_or", 0.1), ("entropy", 0.1))
 # Bytes of each logit pair that a kernel must move, for half-precision inputs: tiles are float32, held logits float16.
@@ -67,7 +67,6 @@ class Sizes:
         errors: tokens, vocabulary and width of the heads whose gradients are held against float64.
         memory: tokens, and the vocabularies at which extra memory is counted.
         narrow: widths of the heads there.
-        workspace: bytes that the engine holds there; None: as it is.
         seconds: how long one matmul or copy is tried.
         copied: bytes of a copy.
         tests: what pytest is given.
@@ -82,7 +81,6 @@ class Sizes:
     errors: tuple[int, int, int] = (512, 151_936, 2560)
     memory: tuple[int, tuple[int, ...]] = (65_536, (65_536, 131_072, 262_144))
     narrow: tuple[int, int] = (64, 128)
-    workspace: int | None = None
     seconds: float = 0.1
     copied: int = 2**30
     tests: tuple[str, ...] = ("-n", "8", "-m", "not slow", "tests/gpu", "tests/score/test_triton.py")
@@ -110,7 +108,6 @@ def sizes_of(dry_run: bool) -> Sizes:
         errors=(2, 41, 4),
         memory=(2, (64, 128)),
         narrow=(4, 6),
-        workspace=1,
         seconds=1e-4,
         copied=2**10,
         tests=(),
@@ -365,7 +362,7 @@ def head(sizes: Sizes, flush: Flush) -> dict[str, Any]:
     """The head stage in one process, variants in turn: TRL, plain, all tokens at three workspaces, and the rules."""
     peers = [Variant(name) for name in sizes.present()]
     ours = [Variant("triton", *rule) for rule in sizes.rules]
-    held = [Variant("triton", switches=switches) for switches in _switched("WORKSPACE")[: sizes.values]]
+    held = [Variant("triton", switches=switches) for switches in _switched("WORKSPACE_SHARE")[: sizes.values]]
     left_out = missing_peers(sizes.device)
 
     def whole(entries: dict[str, Any]) -> dict[str, Any]:
@@ -468,7 +465,6 @@ def _of_trl(student: Head, teacher: Head) -> Tensor:
 def memory(sizes: Sizes, flush: Flush) -> dict[str, Any]:
     """Extra memory of the head stage, without its gradients, at growing vocabularies and a fixed number of tokens."""
     tokens, vocabularies = sizes.memory
-    switches = () if sizes.workspace is None else (("WORKSPACE", sizes.workspace),)
     cases: dict[str, Any] = {}
     result = {"settings": {"tokens": tokens, "widths": sizes.narrow, "vocabularies": vocabularies}, "cases": cases}
     for vocabulary in vocabularies:
@@ -478,7 +474,7 @@ def memory(sizes: Sizes, flush: Flush) -> dict[str, Any]:
         )
         inputs = HeadInputs(settings)
         for rule in sizes.rules:
-            work = HeadWork(settings, Variant("triton", *rule, switches), inputs)
+            work = HeadWork(settings, Variant("triton", *rule), inputs)
             work.run()  # compiles
             work.forget()
             gradients = work.student.hidden.nbytes + work.student.weight.nbytes

@@ -99,8 +99,8 @@ class Variant:
         switches: (attribute, value) pairs of score/triton.py that hold while it runs.
 
     Example:
-        >>> Variant("triton", "soft_or", 0.5, (("WORKSPACE", 2**30),)).name
-        'triton soft_or 0.5, WORKSPACE=1024 MiB'
+        >>> Variant("triton", "soft_or", 0.5, (("TWO_STREAMS", True),)).name
+        'triton soft_or 0.5, TWO_STREAMS=True'
     """
 
     engine: str
@@ -129,9 +129,13 @@ class Variant:
 
 
 def shown(value: Any) -> str:
-    """A switch's value, bytes in MiB."""
-    is_bytes = isinstance(value, int) and value >= 2**20
-    return f"{value / 2**20:g} MiB" if is_bytes else str(value)
+    """A switch's value in words.
+
+    Example:
+        >>> shown(0.0625), shown((4096, 4096, 256, 1)), shown(False)
+        ('0.0625', '4096 x 4096 x 256 x 1', 'False')
+    """
+    return " x ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def variants_of(device: str) -> list[Variant]:
@@ -162,7 +166,7 @@ def missing_peers(device: str) -> dict[str, str]:
 
 @contextmanager
 def switched(switches: Iterable[tuple[str, Any]]) -> Iterator[None]:
-    """score/triton.py with other values of some of its attributes meanwhile."""
+    """score/triton.py with other values of some of its attributes meanwhile; a tuple is the fields of a tile."""
     switches = tuple(switches)
     if not switches:
         yield
@@ -172,7 +176,7 @@ def switched(switches: Iterable[tuple[str, Any]]) -> Iterator[None]:
     before = [(attribute, getattr(engine, attribute)) for attribute, _ in switches]
     try:
         for attribute, value in switches:
-            setattr(engine, attribute, value)
+            setattr(engine, attribute, engine.Tile(*value) if isinstance(value, tuple) else value)
         yield
     finally:
         for attribute, value in before:

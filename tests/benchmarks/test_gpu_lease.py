@@ -190,8 +190,9 @@ def test_every_stage_runs_on_a_cpu_in_tiny_sizes(stage, capfd, monkeypatch):
             assert sum(shares) <= 1 + 1e-6
     elif stage == "switches":
         assert set(result["cases"]) | set(result["left_out"]) == {name for name, *_ in gpu_stages.SWITCHES}
-        held = result["cases"]["bytes held at a time"]["rules"]["triton"]
-        assert held["1024 MiB"]["over_first"] == 1
+        of_tiles = result["cases"]["tile"]["rules"]["triton"]
+        assert of_tiles["4096 x 4096 x 256 x 1"]["over_first"] == 1
+        assert of_tiles["2048 x 8192 x 256 x 1"]["over_first"] > 0
     assert flushed or stage in ("versions", "tests")
 
 

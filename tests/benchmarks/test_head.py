@@ -167,13 +167,13 @@ def test_switches_hold_while_a_variant_runs(monkeypatch):
     pytest.importorskip("triton", reason="triton is built for Linux")
     from tipdistill.score import triton as engine
 
-    before, seen = engine.WORKSPACE, []
-    own = work(Variant("plain", switches=(("WORKSPACE", 2**21),)))
+    before, seen = engine.TILE, []
+    own = work(Variant("plain", switches=(("TILE", (64, 32, 16, 1)),)))
     plain = own.work
-    own.work = lambda: (seen.append(engine.WORKSPACE), plain())[1]
+    own.work = lambda: (seen.append(engine.TILE), plain())[1]
     own.run()
-    assert seen == [2**21]
-    assert before == engine.WORKSPACE
+    assert seen == [engine.Tile(64, 32, 16, 1)]
+    assert before == engine.TILE
 
 
 @pytest.mark.slow

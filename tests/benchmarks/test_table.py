@@ -111,7 +111,7 @@ def of_gpu(results):
     """A result as the lease writes it, on two cards: one that has all stages, one that was stopped in the first."""
     head = {"engine": "triton", "rule": "all", "retention": 1.0, "seconds": spread(0.05), "over_floor": spread(1.2)}
     head |= {"ratio": {"trl": spread(0.6)}, "extra_bytes": 3 * 2**20, "gradient_bytes": 2**20}
-    held = head | {"switches": [["WORKSPACE", 2**30]]}
+    held = head | {"switches": [["WORKSPACE_SHARE", 0.025], ["TILE", [8, 4, 2, 1]]]}
     step = {"step_seconds": spread(2.0), "training_seconds": spread(1.9), "split": {"loss": 1.0}}
     step |= {"peak_bytes": 50 * 2**30, "above_bytes": 10 * 2**30, "above_ratio": {"plain": 0.31}}
     errors = {"hidden": 1e-3, "weight": 2e-3, "worst row": 1e-2}
@@ -123,7 +123,7 @@ def of_gpu(results):
     micro["kernels"] = {"fused loss": {"seconds": 0.05, "kernels": {"_online_kernel": of_kernel}}}
     of_value = {"seconds": 0.05, "over_first": 0.9, "extra_bytes": 2**30}
     stages = {
-        "head": {"variants": {"triton": head, "triton, WORKSPACE=1024 MiB": held}},
+        "head": {"variants": {"triton": head, "triton, WORKSPACE_SHARE=0.025": held}},
         "step": {"variants": {"tip soft_or 0.5": step, "plain": {"refused": "out of memory"}}},
         "errors": {"cases": {"bfloat16, peaky, log-ratio 0.1": {"fused loss": errors, "trl": errors}}},
         "memory": {
@@ -132,7 +132,7 @@ def of_gpu(results):
         },
         "profile": {"cases": {"triton": profile, "trl": {"refused": "out of memory"}}},
         "micro": micro,
-        "switches": {"cases": {"held": {"rules": {"triton": {"1024 MiB": of_value}}}}, "left_out": {"slim": "no SLIM"}},
+        "switches": {"cases": {"held": {"rules": {"triton": {"0.025": of_value}}}}, "left_out": {"slim": "no SLIM"}},
     }
     result = {
         "hardware": {"cpu": "CPU", "cpu_capability": "AVX512", "threads": 1, "gpu": "NVIDIA H100"},
@@ -152,13 +152,16 @@ def of_gpu(results):
     ("name", "line"),
     [
         ("gpu", "| time / TRL, all tokens | 0.65 | 0.6 | holds |"),
-        ("gpu-head", "| `triton`, all tokens, WORKSPACE = 1024 MiB | 50.0 |  | 0.60 | 1.20 | 2 |  |"),
+        (
+            "gpu-head",
+            "| `triton`, all tokens, WORKSPACE_SHARE = 0.025, TILE = 8 x 4 x 2 x 1 | 50.0 |  | 0.60 | 1.20 | 2 |  |",
+        ),
         ("gpu-step", "| tip soft_or 0.5 | 2 | 1.9 |  |  | 1 |  | 51200 | 10240 | 0.31 |"),
         ("gpu-errors", "| bfloat16, peaky, log-ratio 0.1 | 2.0e-03 | 2.0e-03 |"),
         ("gpu-memory", "| `triton` | 1 | 2 | 2.00 |"),
         ("gpu-profile", "| `triton` | 50.0 | 80% | 70% | _online_kernel 50% |"),
         ("gpu-micro", "| `_online_kernel`, fused loss: 4.00 ms | 2.5 | TB/s |"),
-        ("gpu-switches", "| held | `triton` | 1024 MiB | 50.0 | 0.90 | 1024 |"),
+        ("gpu-switches", "| held | `triton` | 0.025 | 50.0 | 0.90 | 1024 |"),
     ],
 )
 def test_the_tables_of_a_gpu_are_filled_from_its_result(name, line, of_gpu):

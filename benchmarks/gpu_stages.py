@@ -53,6 +53,9 @@ BYTES_OF_PAIR = {
     ("scores and their backward", "_gradient_kernel"): 8 + 2,
 }
 
+# random heads against one table of tolerances
+OTHER_TESTS = tuple(name for name in ("tests/score/test_every_head.py",) if (ROOT / name).is_file())
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -83,7 +86,7 @@ class Sizes:
     narrow: tuple[int, int] = (64, 128)
     seconds: float = 0.1
     copied: int = 2**30
-    tests: tuple[str, ...] = ("-n", "8", "-m", "not slow", "tests/gpu", "tests/score/test_triton.py")
+    tests: tuple[str, ...] = ("-n", "8", "-m", "not slow", "tests/gpu", "tests/score/test_triton.py", *OTHER_TESTS)
     steps: int = 2
 
     @property

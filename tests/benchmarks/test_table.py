@@ -111,7 +111,7 @@ def of_gpu(results):
     """A result as the lease writes it, on two cards: one that has all stages, one that was stopped in the first."""
     head = {"engine": "triton", "rule": "all", "retention": 1.0, "seconds": spread(0.05), "over_floor": spread(1.2)}
     head |= {"ratio": {"trl": spread(0.6)}, "extra_bytes": 3 * 2**20, "gradient_bytes": 2**20}
-    held = head | {"switches": [["WORKSPACE_SHARE", 0.025], ["TILE", [8, 4, 2, 1]]]}
+    held = head | {"switches": [["TILE", [8, 4, 2, 1]]]}
     step = {"step_seconds": spread(2.0), "training_seconds": spread(1.9), "split": {"loss": 1.0}}
     step |= {"peak_bytes": 50 * 2**30, "above_bytes": 10 * 2**30, "above_ratio": {"plain": 0.31}}
     errors = {"hidden": 1e-3, "weight": 2e-3, "worst row": 1e-2}
@@ -123,7 +123,7 @@ def of_gpu(results):
     micro["kernels"] = {"fused loss": {"seconds": 0.05, "kernels": {"_online_kernel": of_kernel}}}
     of_value = {"seconds": 0.05, "over_first": 0.9, "extra_bytes": 2**30}
     stages = {
-        "head": {"variants": {"triton": head, "triton, WORKSPACE_SHARE=0.025": held}},
+        "head": {"variants": {"triton": head, "triton, TILE=8 x 4 x 2 x 1": held}},
         "step": {"variants": {"tip soft_or 0.5": step, "plain": {"refused": "out of memory"}}},
         "errors": {"cases": {"bfloat16, peaky, log-ratio 0.1": {"fused loss": errors, "trl": errors}}},
         "memory": {
@@ -154,7 +154,7 @@ def of_gpu(results):
         ("gpu", "| time / TRL, all tokens | 0.65 | 0.6 | holds |"),
         (
             "gpu-head",
-            "| `triton`, all tokens, WORKSPACE_SHARE = 0.025, TILE = 8 x 4 x 2 x 1 | 50.0 |  | 0.60 | 1.20 | 2 |  |",
+            "| `triton`, all tokens, TILE = 8 x 4 x 2 x 1 | 50.0 |  | 0.60 | 1.20 | 2 |  |",
         ),
         ("gpu-step", "| tip soft_or 0.5 | 2 | 1.9 |  |  | 1 |  | 51200 | 10240 | 0.31 |"),
         ("gpu-errors", "| bfloat16, peaky, log-ratio 0.1 | 2.0e-03 | 2.0e-03 |"),

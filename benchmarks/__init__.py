@@ -4,6 +4,7 @@ Run as modules from the repository's root; each has --help:
 
     python -m benchmarks.head         score + select + loss of two lm_heads, beside plain PyTorch, TRL and Liger
     python -m benchmarks.step         a whole training step of real architectures with random weights
+    python -m benchmarks.gpu_lease    all that needs a GPU, in one command of nine minutes
     python -m benchmarks.select       the rules alone, at growing numbers of tokens
     python -m benchmarks.records      writing and showing token records
     python -m benchmarks.plan         the memory that `tipdistill plan` expects, beside measured steps
@@ -11,6 +12,6 @@ Run as modules from the repository's root; each has --help:
     python -m benchmarks.plan_tables  the tables of docs/scaling.md and results/plan.md, from the plan itself
     python -m benchmarks.replication  the tables of docs/replication.md and results/replication.md, from sweeps
 
-`make bench` and `make replicate` run all of it. (`python benchmarks/select.py` does not work: a script's folder comes
-first in its imports, and select and records would hide other modules of those names.)
+`make bench`, `make gpu` and `make replicate` run all of it. (`python benchmarks/select.py` does not work: a script's
+folder comes first in its imports, and select and records would hide other modules of those names.)
 """

@@ -1,13 +1,15 @@
 """Score + select + loss of two lm_heads, forward and backward: ours, plain PyTorch, TRL's, Liger's, on the same inputs.
 
-Every variant has a process of its own; rounds go through all of them in turn, and a ratio is the median over rounds of
-what two variants took in the same round, so that a machine that is busy for a while is busy for both. A variant that
-does not agree with the float64 reference is refused: it has no time.
+Ours is what a training step does: statistics of all tokens without gradients, then the fused loss of the kept rows. On
+a CPU every variant has a process of its own; on a GPU one process holds the inputs, which are drawn there, and the
+variants share them. Rounds go through all of them in turn, and a ratio is the median over rounds of what two variants
+took in the same round, so that a machine that is busy for a while is busy for both. A variant that does not agree with
+the float64 reference is refused: it has no time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tipdistill.loss import fused_divergence_loss, selected_loss
+from tipdistill.loss import fused_divergence_loss
 from tipdistill.provenance import environment
 from tipdistill.score import IMPLEMENTATIONS, token_scores
 from tipdistill.select import RULES, kept_counts, needs_teacher, rule_fields, select
@@ -25,8 +27,10 @@ from tipdistill.text import check_known
 from tipdistill.types import Head
 
 from . import measure as measuring
-from .measure import Worker, growth, matmul_rate, peak_bytes, spread, time_split, timed
+from .measure import Here, Worker, growth, kernels, matmul_rate, peak_bytes, spread, time_split, timed
 
+# Those of training/monitor.py, which takes seconds to import.
+LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
 PEERS = ("plain", "trl", "liger")
 RETENTIONS = (0.5, 0.2, 0.1)
 # Relative errors against float64 from the same inputs: loss and Frobenius norm of the gradients. Float32 sums of 10⁵
@@ -87,15 +91,27 @@ SCALING_FIXED = {"tokens": 512, "vocabulary": 16384}
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of doing the work: a peer, or an engine of ours with a rule and a retention."""
+    """One way of doing the work: a peer, or an engine of ours with a rule and a retention.
+
+    Attributes:
+        engine: of PEERS, or an `impl` of ours.
+        rule, retention: what is selected.
+        switches: (attribute, value) pairs of score/triton.py that hold while it runs.
+
+    Example:
+        >>> Variant("triton", "soft_or", 0.5, (("TWO_STREAMS", True),)).name
+        'triton soft_or 0.5, TWO_STREAMS=True'
+    """
 
     engine: str
     rule: str = "all"
     retention: float = 1.0
+    switches: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
-        return self.engine if self.rule == "all" else f"{self.engine} {self.rule} {self.retention:g}"
+        name = self.engine if self.rule == "all" else f"{self.engine} {self.rule} {self.retention:g}"
+        return name + "".join(f", {attribute}={shown(value)}" for attribute, value in self.switches)
 
     def floor(self, width_ratio: float) -> float:
         """Matmuls that cannot be left out, in student projections (2·N·V·H_S flops); width_ratio = H_T / H_S.
@@ -112,31 +128,70 @@ class Variant:
         return 1 + (width_ratio if needs_teacher(self.rule) else 0) + self.retention * whole
 
 
-def variants_of(device: str) -> list[Variant]:
-    """Every variant that can run on a device.
+def shown(value: Any) -> str:
+    """A switch's value in words.
 
     Example:
-        >>> [variant.name for variant in variants_of("cpu")][:4]
-        ['plain', 'trl', 'chunked', 'chunked soft_or 0.5']
+        >>> shown(0.0625), shown((4096, 4096, 256, 1)), shown(False)
+        ('0.0625', '4096 x 4096 x 256 x 1', 'False')
     """
-    peers = [Variant(name) for name in PEERS if name != "liger" or (device == "cuda" and find_spec("liger_kernel"))]
+    return " x ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def variants_of(device: str) -> list[Variant]:
+    """Every variant that can run on a device, with the packages that are here.
+
+    Example:
+        >>> [variant.name for variant in variants_of("cpu") if variant.engine != "trl"][:3]
+        ['plain', 'chunked', 'chunked soft_or 0.5']
+    """
+    peers = [Variant(name) for name in PEERS if name not in missing_peers(device)]
     engines = [name for name in ("chunked", "triton") if name in IMPLEMENTATIONS]
     engines = [name for name in engines if name == "chunked" or device == "cuda"]
     rules = [("all", 1.0), *((rule, retention) for rule in ("soft_or", "entropy") for retention in RETENTIONS)]
     return peers + [Variant(engine, *rule) for engine in engines for rule in rules]
 
 
-class HeadWork:
-    """The inputs of one variant, and what is asked about it; lives in the variant's own process."""
+def missing_peers(device: str) -> dict[str, str]:
+    """The peers that cannot run here, and why.
 
-    def __init__(self, settings: HeadSettings, variant: Variant) -> None:
-        torch.set_num_threads(settings.threads)
-        self.settings, self.variant = settings, variant
-        dtype = getattr(torch, settings.dtype)
-        generator = torch.Generator().manual_seed(0)
+    Example:
+        >>> missing_peers("cpu")["liger"]
+        'it needs a GPU'
+    """
+    packages = {"trl": "trl", "liger": "liger_kernel"}
+    missing = {peer: f"{package} is not installed" for peer, package in packages.items() if not find_spec(package)}
+    return missing if device == "cuda" else missing | {"liger": "it needs a GPU"}
+
+
+@contextmanager
+def switched(switches: Iterable[tuple[str, Any]]) -> Iterator[None]:
+    """score/triton.py with other values of some of its attributes meanwhile; a tuple is the fields of a tile."""
+    switches = tuple(switches)
+    if not switches:
+        yield
+        return
+    from tipdistill.score import triton as engine
+
+    before = [(attribute, getattr(engine, attribute)) for attribute, _ in switches]
+    try:
+        for attribute, value in switches:
+            setattr(engine, attribute, engine.Tile(*value) if isinstance(value, tuple) else value)
+        yield
+    finally:
+        for attribute, value in before:
+            setattr(engine, attribute, value)
+
+
+class HeadInputs:
+    """The heads of both models [N, H] and [V, H], drawn on the device, and each token's rollout, int64 [N]."""
+
+    def __init__(self, settings: HeadSettings) -> None:
+        device, dtype = settings.device, getattr(torch, settings.dtype)
+        generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(settings.device, dtype)
+            return torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(scale)
 
         # logits with a standard deviation of 2, as uncertain as those of a language model
         students, teachers = settings.student_width, settings.teacher_width
@@ -144,7 +199,24 @@ class HeadWork:
         teacher_weight = draw(settings.vocabulary, teachers, scale=2 / teachers**0.5)
         self.student = Head(hidden.requires_grad_(), weight.requires_grad_())
         self.teacher = Head(draw(settings.tokens, teachers), teacher_weight)
-        self.rollout = torch.arange(settings.tokens, device=settings.device) // settings.rollout_length
+        self.rollout = torch.arange(settings.tokens, device=device) // settings.rollout_length
+
+
+class HeadWork:
+    """One variant, and what is asked about it.
+
+    Args:
+        settings: sizes.
+        variant: what is measured.
+        inputs: those of `settings` where variants share them; None: its own.
+    """
+
+    def __init__(self, settings: HeadSettings, variant: Variant, inputs: HeadInputs | None = None) -> None:
+        torch.set_num_threads(settings.threads)
+        self.settings, self.variant = settings, variant
+        inputs = HeadInputs(settings) if inputs is None else inputs
+        self.student, self.teacher, self.rollout = inputs.student, inputs.teacher, inputs.rollout
+        self.everything = torch.tensor(float(settings.tokens), device=settings.device)
         self.work: Callable[[], tuple[Tensor, Tensor | None]] = {
             "plain": self._plain,
             "trl": self._trl,
@@ -153,10 +225,15 @@ class HeadWork:
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         """One forward and backward; the loss, and the mask of what was selected."""
-        self.student.hidden.grad = self.student.weight.grad = None
-        loss, mask = self.work()
-        loss.backward()
+        self.forget()
+        with switched(self.variant.switches):
+            loss, mask = self.work()
+            loss.backward()
         return loss.detach(), mask
+
+    def forget(self) -> None:
+        """Let go of the gradients, which count as memory of the run that makes them."""
+        self.student.hidden.grad = self.student.weight.grad = None
 
     def round(self) -> dict[str, float]:
         """One timed run, and the rate of the machine's matmuls right before it."""
@@ -164,21 +241,23 @@ class HeadWork:
             self.run()  # memory was given back to the other variants, and is claimed again before the clock starts
         rate = matmul_rate(self.student.hidden, self.student.weight)
         seconds, processor, _ = timed(self.run, self.settings.device)
+        self.forget()
         return {"seconds": seconds, "processor_seconds": processor, "matmul_rate": rate}
 
     def memory(self) -> dict[str, Any]:
         """Bytes that one run takes and that its gradients are, and the shares of its time by kind of operation."""
-        split = time_split(self.run, self.settings.device)
-        self.student.hidden.grad = self.student.weight.grad = None
+        split = time_split(kernels(self.run, self.settings.device), self.settings.device)
+        self.forget()
         gradients = self.student.hidden.nbytes + self.student.weight.nbytes
         extra = peak_bytes(self.run, self.settings.device)
+        self.forget()
         return {"extra_bytes": extra, "gradient_bytes": gradients, "time_split": split}
 
     def errors(self) -> dict[str, float]:
         """Relative errors of loss and gradients against float64, and the share of tokens that were ranked wrongly."""
         loss, mask = self.run()
         gradients = [self.student.hidden.grad, self.student.weight.grad]
-        self.student.hidden.grad = self.student.weight.grad = None
+        self.forget()
         student, teacher = _double(self.student), _double(self.teacher)
         misranked = 0.0
         if mask is None:
@@ -218,18 +297,22 @@ class HeadWork:
         return loss, None
 
     def _ours(self) -> tuple[Tensor, Tensor | None]:
+        """What a training step does with its hidden states (`TIPTrainer._score_rows` and `_compute_loss`)."""
         engine, rule, retention = self.variant.engine, self.variant.rule, self.variant.retention
         if rule == "all":
-            return fused_divergence_loss(self.student, self.teacher, impl=engine), None
-        fields = rule_fields(rule) or ()
-        if needs_teacher(rule):
-            scores = token_scores(self.student, self.teacher, fields=[*fields, "divergence"], impl=engine)
-            picked = select(scores, rule, retention, self.rollout)
-            return selected_loss(scores, picked), picked.mask
+            loss, _ = fused_divergence_loss(
+                self.student, self.teacher, denominator=self.everything, fields=LOGGED_FIELDS, impl=engine
+            )
+            return loss, None
+        teacher = self.teacher if needs_teacher(rule) else None
+        logged = LOGGED_FIELDS if teacher is not None else ("entropy", "entropy_norm")
         with torch.no_grad():
-            scores = token_scores(self.student, fields=fields, impl=engine)
-        mask = select(scores, rule, retention, self.rollout).mask
-        return fused_divergence_loss(*_take(self.student, self.teacher, mask), impl=engine), mask
+            fields = tuple(dict.fromkeys((*(rule_fields(rule) or ()), *logged)))
+            scores = token_scores(self.student, teacher, fields=fields, impl=engine)
+            selection = select(scores, rule, retention, self.rollout)
+        kept = _take(self.student, self.teacher, selection.mask)
+        weight = selection.weight[selection.mask]
+        return fused_divergence_loss(*kept, weight, denominator=selection.total, impl=engine), selection.mask
 
 
 def run_head(
@@ -256,13 +339,18 @@ def run_head(
         ...                   variants=[Variant("plain"), Variant("chunked")])
     """
     settings = settings_of(preset, sizes)
-    chosen = variants_of(settings.device) if variants is None else variants
+    chosen, left_out = variants, {}
+    if chosen is None:
+        chosen, left_out = variants_of(settings.device), missing_peers(settings.device)
+        for name, reason in left_out.items():
+            say(f"{name}: left out, {reason}")
     return {
         "benchmark": "head",
         "preset": preset,
         **environment(settings.device, settings.threads),
         "settings": asdict(settings),
         "tolerance": TOLERANCES[settings.dtype],
+        "left_out": left_out,
         "variants": measure(settings, chosen, rounds, say),
     }
 
@@ -322,12 +410,25 @@ def settings_of(preset: str, sizes: dict[str, Any]) -> HeadSettings:
 
 
 def measure(
-    settings: HeadSettings, variants: list[Variant], rounds: int, say: Callable[[str], None]
+    settings: HeadSettings,
+    variants: list[Variant],
+    rounds: int,
+    say: Callable[[str], None],
+    flush: Callable[[dict[str, Any]], None] = lambda entries: None,
+    worker: type[Worker] | type[Here] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Errors, memory, times and ratios of each variant, by name."""
+    """Errors, memory, times and ratios of each variant, by name.
+
+    Args:
+        settings, variants: what is measured.
+        rounds, say: as in `run_head`.
+        flush: takes the entries as they stand after each round.
+        worker: a process for each variant, or this one for all, which then share the inputs; None: as the device wants.
+    """
+    worker = worker or (Here if settings.device == "cuda" else Worker)
     entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in variants}
     taken: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
-    with _workers(settings, variants) as workers:
+    with _workers(worker, settings, variants) as workers:
         for name in list(workers):
             refusal = _examine(workers[name], entries[name], TOLERANCES[settings.dtype])
             if refusal is not None:
@@ -337,9 +438,43 @@ def measure(
             else:
                 say(f"{name}: agrees with float64")
         for number in range(rounds):
-            for name, worker in workers.items():
-                taken[name].append(worker.ask("round"))
+            for name in list(workers):
+                try:
+                    taken[name].append(workers[name].ask("round"))
+                except RuntimeError as error:  # no memory any more, say
+                    entries[name]["refused"], taken[name] = _last_line(error), []
+                    workers.pop(name).close()
+            flush(summarised(settings, variants, entries, taken))
             say(f"round {number + 1} of {rounds}: " + _summary({name: taken[name][-1] for name in workers}))
+    entries = summarised(settings, variants, entries, taken)
+    for name, entry in entries.items():
+        say(f"{name}: {in_words(entry)}")
+    return entries
+
+
+def in_words(entry: dict[str, Any]) -> str:
+    """A variant's time, and its ratios over the peers that are there and over the floor.
+
+    Example:
+        >>> in_words({"seconds": {"median": 0.05}, "ratio": {"plain": {"median": 0.5}}, "over_floor": {"median": 1.25}})
+        '0.05 s, 0.50 of plain, 1.25 of the floor'
+        >>> in_words({"refused": "out of memory"})
+        'refused, out of memory'
+    """
+    if "seconds" not in entry:
+        return f"refused, {entry['refused']}" if "refused" in entry else "not measured"
+    ratios = {peer: ratio["median"] for peer, ratio in entry.get("ratio", {}).items()}
+    ratios["the floor"] = entry["over_floor"]["median"]
+    return f"{entry['seconds']['median']:.3g} s, " + ", ".join(f"{ratio:.2f} of {of}" for of, ratio in ratios.items())
+
+
+def summarised(
+    settings: HeadSettings,
+    variants: list[Variant],
+    entries: dict[str, dict[str, Any]],
+    taken: dict[str, list[dict[str, float]]],
+) -> dict[str, dict[str, Any]]:
+    """The entries with times, time over the floor, and ratios over the peers, from the rounds that were taken."""
     unit = 2 * settings.tokens * settings.vocabulary * settings.student_width
     for variant in variants:
         runs = taken[variant.name]
@@ -362,16 +497,21 @@ def measure(
 
 
 @contextmanager
-def _workers(settings: HeadSettings, variants: list[Variant]) -> Iterator[dict[str, Worker]]:
-    workers = {variant.name: Worker(HeadWork, settings, variant) for variant in variants}
+def _workers(
+    worker: type[Worker] | type[Here], settings: HeadSettings, variants: list[Variant]
+) -> Iterator[dict[str, Worker | Here]]:
+    shared = (HeadInputs(settings),) if worker is Here else ()
+    workers: dict[str, Worker | Here] = {
+        variant.name: worker(HeadWork, settings, variant, *shared) for variant in variants
+    }
     try:
         yield workers
     finally:
-        for worker in workers.values():
-            worker.close()
+        for work in workers.values():
+            work.close()
 
 
-def _examine(worker: Worker, entry: dict[str, Any], tolerance: float) -> str | None:
+def _examine(worker: Worker | Here, entry: dict[str, Any], tolerance: float) -> str | None:
     """Fill in errors and memory; the reason for a refusal, or None."""
     try:
         entry["errors"] = worker.ask("errors")
@@ -382,8 +522,12 @@ def _examine(worker: Worker, entry: dict[str, Any], tolerance: float) -> str | N
             )
         entry |= worker.ask("memory")
     except RuntimeError as error:
-        return str(error).strip().splitlines()[-1]
+        return _last_line(error)
     return None
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _summary(runs: dict[str, dict[str, float]]) -> str:

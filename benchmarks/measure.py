@@ -9,7 +9,8 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NoReturn
@@ -55,6 +56,34 @@ class Worker:
         if self._process.is_alive():
             self._process.terminate()
             self._process.join()
+
+
+class Here:
+    """Like `Worker`, in this process: on a GPU, where one process at a time holds memory and the variants share it."""
+
+    def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
+        self._build, self._arguments, self._work = build, arguments, None
+
+    def ask(self, command: str) -> Any:
+        """The answer of the work's method `command`; RuntimeError where it raised."""
+        failure = None
+        try:
+            self._work = self._build(*self._arguments) if self._work is None else self._work
+            return getattr(self._work, command)()
+        except Exception:
+            failure = traceback.format_exc(limit=-3)
+        finally:
+            self._free()
+        # out of the handler, so that nothing holds on to the tensors of what failed
+        raise RuntimeError(failure)
+
+    def close(self) -> None:
+        self._work = None
+        self._free()
+
+    def _free(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def _serve(connection: Any, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -107,25 +136,69 @@ _KINDS = {
     "matmul": ("mm", "addmm", "addmm_", "_linear_pointwise", "bmm"),
     "exponential": ("exp", "exp_", "exp2", "exp2_", "_log_softmax", "_log_softmax_backward_data", "tanh_"),
 }
+# Parts of the names of a GPU's kernels: cuBLAS's and CUTLASS's; then what reads logits, ours and TRL's in Triton.
+_KINDS_OF_KERNELS = {
+    "matmul": ("gemm", "nvjet", "cutlass", "xmma", "splitkreduce"),
+    "exponential": (
+        *("softmax", "exp", "_online_kernel", "_second_kernel", "_gradient_kernel"),
+        *("_stats_kernel", "_backward_kernel"),
+    ),
+}
 
 
-def time_split(run: Callable[[], Any], device: str) -> dict[str, float]:
-    """Shares of one run's time on the device by kind of operation: matmul, exponential, other (passes and the rest).
+def kernels(run: Callable[[], Any], device: str) -> list[tuple[str, int, float]]:
+    """(name, calls, seconds) of what one run spent its time on, longest first, each counted once.
+
+    On a GPU these are its kernels and copies; on a CPU torch's operations, without those that they call.
 
     Example:
-        >>> split = time_split(lambda: torch.randn(64, 64) @ torch.randn(64, 64), "cpu")
-        >>> sorted(split), round(sum(split.values()), 6)
-        (['exponential', 'matmul', 'other'], 1.0)
+        >>> kernels(lambda: torch.randn(64, 64) @ torch.randn(64, 64), "cpu")[0][1] > 0
+        True
     """
     with torch.profiler.profile() as profile:
         run()
-    taken = dict.fromkeys((*_KINDS, "other"), 0.0)
-    for event in profile.key_averages():
-        name = event.key.rsplit("::", 1)[-1]
-        kind = next((kind for kind, names in _KINDS.items() if name in names), "other")
-        taken[kind] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-    total = sum(taken.values()) or 1.0
-    return {kind: microseconds / total for kind, microseconds in taken.items()}
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return counted_once(profile.key_averages(), device)
+
+
+def counted_once(events: Iterable[Any], device: str) -> list[tuple[str, int, float]]:
+    """As `kernels`, from a profile's averaged events.
+
+    On a GPU a profile holds a kernel twice, as itself and as the device's time of the operation that launched it. A
+    kernel that no operation launched, as Triton's are, is there once, and so kernels are what is counted.
+    """
+    of_device = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
+    taken = []
+    for event in events:
+        if event.device_type != of_device or getattr(event, "is_user_annotation", False):
+            continue
+        microseconds = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        taken.append((event.key, event.count, microseconds / 1e6))
+    return sorted(taken, key=lambda kernel: -kernel[2])
+
+
+def time_split(taken: Sequence[tuple[str, int, float]], device: str) -> dict[str, float]:
+    """Shares of the time of `kernels` by kind: matmul, exponential, other (passes and the rest).
+
+    Example:
+        >>> split = time_split(kernels(lambda: torch.randn(64, 64) @ torch.randn(64, 64), "cpu"), "cpu")
+        >>> sorted(split), round(sum(split.values()), 6)
+        (['exponential', 'matmul', 'other'], 1.0)
+    """
+    seconds = dict.fromkeys((*_KINDS, "other"), 0.0)
+    for name, _, spent in taken:
+        seconds[_kind(name, device)] += spent
+    total = sum(seconds.values()) or 1.0
+    return {kind: spent / total for kind, spent in seconds.items()}
+
+
+def _kind(name: str, device: str) -> str:
+    if device == "cuda":
+        lower = name.lower()
+        return next((kind for kind, parts in _KINDS_OF_KERNELS.items() if any(p in lower for p in parts)), "other")
+    name = name.rsplit("::", 1)[-1]
+    return next((kind for kind, names in _KINDS.items() if name in names), "other")
 
 
 def matmul_rate(hidden: torch.Tensor, weight: torch.Tensor, seconds: float = 0.05) -> float:
@@ -143,15 +216,34 @@ def matmul_rate(hidden: torch.Tensor, weight: torch.Tensor, seconds: float = 0.0
     tokens, columns = (4096, 16384) if hidden.is_cuda else (512, 512)
     left, right = hidden.detach()[:tokens], weight.detach()[:columns]
     flops = 2 * len(left) * len(right) * left.shape[1]
-    best = 0.0
-    for multiply in (lambda: torch.mm(left, right.t()), lambda: tiles.project(left, right)):
-        taken, runs = 0.0, 0
-        multiply()
-        while taken < seconds:
-            taken += timed(multiply, left.device.type)[0]
-            runs += 1
-        best = max(best, flops * runs / taken)
-    return best
+    ways = (lambda: torch.mm(left, right.t()), lambda: tiles.project(left, right))
+    return max(flops / seconds_per_call(multiply, left.device.type, seconds) for multiply in ways)
+
+
+def seconds_per_call(run: Callable[[], Any], device: str, seconds: float = 0.05) -> float:
+    """The time of one of many calls, with as few looks at the clock as can be: each empties a GPU's queue.
+
+    Args:
+        run: what is timed, after one call that is not.
+        device: "cpu" or "cuda".
+        seconds: how long the batch that counts takes at least.
+
+    Example:
+        >>> 0 < seconds_per_call(lambda: sum(range(100)), "cpu", 1e-4) < 1e-3
+        True
+    """
+    run()
+    batch = 1
+    while True:
+        taken = timed(partial(_repeat, run, batch), device)[0]
+        if taken >= seconds:
+            return taken / batch
+        batch = max(2 * batch, min(64 * batch, math.ceil(1.2 * batch * seconds / max(taken, 1e-9))))
+
+
+def _repeat(run: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        run()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -1,7 +1,10 @@
 """A whole training step of real architectures with random weights: plain PyTorch, TRL's trainer, ours.
 
-Every training runs in a process of its own; rounds go through the variants in turn. Completions have a fixed length, so
-that every variant trains on the same number of tokens.
+Every training runs in a process of its own, one at a time; rounds go through the variants in turn. Completions are
+random tokens of a fixed length, the same for every variant: what writes them is the same for all, and takes minutes.
+
+Memory is compared above the weights of both models, the gradients and the optimiser's states, which every way of
+training holds.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,6 +70,19 @@ PRESETS = {
 }
 
 
+def settings_for(memory: int) -> StepSettings:
+    """The largest pair whose plain training step a GPU of so many bytes holds, at half a step's usual rollouts.
+
+    Example:
+        >>> [settings_for(gib * 2**30).accumulation for gib in (139, 79)], settings_for(40 * 2**30).student
+        ([2, 4], 'qwen3-0.6b')
+    """
+    if memory < 70 * 2**30:
+        return replace(PRESETS["qwen3-1.7b-0.6b"], rollouts=8, accumulation=4)
+    # 8B → 4B: 49 GB are weights, gradients and Adam's states; plain takes 34 GB more for 8,192 tokens
+    return replace(PRESETS["qwen3-8b-4b"], rollouts=8, accumulation=2 if memory > 110 * 2**30 else 4)
+
+
 @dataclass(frozen=True)
 class StepVariant:
     """A trainer, and for ours the retention of Soft-OR and whether the teacher leaves the device."""
@@ -94,17 +110,23 @@ def variants_of() -> list[StepVariant]:
     return [StepVariant("plain"), StepVariant("trl"), *ours]
 
 
-class _RolloutClock:
-    """Times the rollout of whatever trainer it is mixed into."""
+class _RandomRollout:
+    """In the place of a trainer's generation: random completions of the full length, timed; of each step its own."""
 
     rollout_seconds = 0.0
+    args: Any
+    state: Any
+    _tokenizer: Any
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **named: Any) -> list[list[int]]:
         began = _now()
-        try:
-            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.rollout_seconds += _now() - began
+        special = set(self._tokenizer.all_special_ids)
+        plain = torch.tensor([token for token in range(len(self._tokenizer)) if token not in special])
+        generator = torch.Generator().manual_seed(self.state.global_step)
+        shape = (len(prompt_ids), self.args.max_completion_length)
+        completions = plain[torch.randint(len(plain), shape, generator=generator)].tolist()
+        self.rollout_seconds += _now() - began
+        return completions
 
 
 class _PlainTrainer(DistillationTrainer):
@@ -183,10 +205,13 @@ class StepWork:
                 figures[part] = median(entry[f"time/{part}"] for entry in history[1:])
         if "loss" not in figures:
             figures["loss"] = median(step["step"] - step["rollout"] - step["optimizer"] for step in steps)
+        weights, trained = _held(trainer, self.variant.teacher_offload)
         if self.settings.device == "cuda":
             figures["peak_bytes"] = torch.cuda.max_memory_allocated()
+            figures["above_bytes"] = figures["peak_bytes"] - weights - trained
         else:
-            figures["peak_bytes"] = _peak_resident_bytes() - before
+            figures["peak_bytes"] = _peak_resident_bytes() - before  # the weights were there before
+            figures["above_bytes"] = figures["peak_bytes"] - trained
         figures["first_loss"] = history[0]["loss"]
         return figures
 
@@ -198,7 +223,6 @@ class StepWork:
             "per_device_train_batch_size": settings.rollouts // settings.accumulation,
             "gradient_accumulation_steps": settings.accumulation,
             "max_completion_length": settings.completion,
-            "generation_kwargs": {"min_new_tokens": settings.completion},
             "beta": 1.0,
             "bf16": settings.dtype == "bfloat16",
             "use_cpu": settings.device == "cpu",
@@ -221,7 +245,7 @@ class StepWork:
         else:
             config = DistillationConfig(**options)
         base = {"tip": TIPTrainer, "plain": _PlainTrainer, "trl": DistillationTrainer}[variant.trainer]
-        trainer = type(base.__name__, (_RolloutClock, base), {})(
+        trainer = type(base.__name__, (_RandomRollout, base), {})(
             model=_random_model(settings.student, settings, seed=0),
             teacher_model=_random_model(settings.teacher, settings, seed=1),
             args=config,
@@ -249,6 +273,16 @@ def _random_model(name: str, settings: StepSettings, seed: int) -> Any:
     torch.manual_seed(seed)
     with torch.device(settings.device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+
+
+def _held(trainer: Any, offloaded: bool) -> tuple[int, int]:
+    """Bytes of both models' weights (of a teacher that leaves the device none), and of gradients and optimiser."""
+    student = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
+    teacher = [] if offloaded else list(trainer.teacher_model.parameters())
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    gradients = sum(parameter.nbytes for parameter in student if parameter.requires_grad)
+    optimizer = sum(value.nbytes for value in states if isinstance(value, Tensor))
+    return sum(parameter.nbytes for parameter in (*student, *teacher)), gradients + optimizer
 
 
 def _peak_resident_bytes() -> int:
@@ -289,33 +323,53 @@ def run_step(
     settings = PRESETS[preset]
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"the preset {preset!r} needs a GPU, and torch sees none here. On the CPU: --preset tiny.")
-    chosen = variants_of() if variants is None else variants
-    entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in chosen}
-    taken: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for number in range(rounds):
-        for variant in chosen:
-            if "refused" in entries[variant.name]:
-                continue
-            worker = Worker(StepWork, settings, variant, steps)
-            try:
-                run = worker.ask("round")
-            except RuntimeError as error:
-                entries[variant.name]["refused"] = str(error).strip().splitlines()[-1]
-                say(f"{variant.name}: {entries[variant.name]['refused']}")
-                continue
-            finally:
-                worker.close()
-            taken[variant.name].append(run)
-            say(f"round {number + 1} of {rounds}: {variant.name} {run['step']:.3g} s, training {run['training']:.3g} s")
-    for variant in chosen:
-        _summarise(variant, entries[variant.name], taken, TOLERANCES[settings.dtype])
     return {
         "benchmark": "step",
         "preset": preset,
         **environment(settings.device, settings.threads),
         "settings": asdict(settings),
-        "variants": entries,
+        "variants": measure_steps(settings, variants_of() if variants is None else variants, rounds, steps, say),
     }
+
+
+def measure_steps(
+    settings: StepSettings,
+    variants: list[StepVariant],
+    rounds: int,
+    steps: int,
+    say: Callable[[str], None],
+    flush: Callable[[dict[str, Any]], None] = lambda entries: None,
+    worker: type[Worker] | type[measure.Here] = Worker,
+) -> dict[str, dict[str, Any]]:
+    """Times, memory and ratios of each variant, by name.
+
+    Args:
+        settings, variants: what is measured.
+        rounds, steps, say: as in `run_step`.
+        flush: takes the entries as they stand after each training.
+        worker: a process for each training, or this one for all.
+    """
+    entries: dict[str, dict[str, Any]] = {variant.name: asdict(variant) for variant in variants}
+    taken: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for number in range(rounds):
+        for variant in variants:
+            if "refused" in entries[variant.name]:
+                continue
+            work = worker(StepWork, settings, variant, steps)
+            try:
+                run = work.ask("round")
+            except RuntimeError as error:
+                entries[variant.name]["refused"] = str(error).strip().splitlines()[-1]
+                say(f"{variant.name}: {entries[variant.name]['refused']}")
+                continue
+            finally:
+                work.close()
+            taken[variant.name].append(run)
+            say(f"round {number + 1} of {rounds}: {variant.name} {run['step']:.3g} s, training {run['training']:.3g} s")
+            for each in variants:
+                _summarise(each, entries[each.name], taken, TOLERANCES[settings.dtype])
+            flush(entries)
+    return entries
 
 
 def _summarise(
@@ -334,14 +388,14 @@ def _summarise(
     entry["training_seconds"] = spread([run["training"] for run in runs])
     parts = ("rollout", "score", "select", "loss", "optimizer")
     entry["split"] = {part: median(run[part] for run in runs) for part in parts if part in runs[0]}
-    entry["peak_bytes"] = max(run["peak_bytes"] for run in runs)
+    for key in ("peak_bytes", "above_bytes"):
+        entry[key] = max(run[key] for run in runs)
     for name in ("plain", "trl"):
         if name != variant.name and len(taken[name]) == len(runs):
             pairs = list(zip(runs, taken[name], strict=True))
             entry.setdefault("ratio", {})[name] = spread([own["training"] / its["training"] for own, its in pairs])
-            entry.setdefault("memory_ratio", {})[name] = entry["peak_bytes"] / max(
-                run["peak_bytes"] for run in taken[name]
-            )
+            for ratio, key in (("memory_ratio", "peak_bytes"), ("above_ratio", "above_bytes")):
+                entry.setdefault(ratio, {})[name] = entry[key] / max(run[key] for run in taken[name])
 
 
 def main(argv: list[str] | None = None) -> int:

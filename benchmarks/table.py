@@ -17,7 +17,8 @@ from typing import Any
 from tipdistill.files import write_text
 from tipdistill.text import check_known, markdown_table, replace_blocks
 
-from . import measure
+from . import measure, targets
+from .head import shown
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
@@ -65,18 +66,24 @@ def table(name: str, results: Path, folder: Path) -> str:
     """One table by name, "not measured" where there is no result.
 
     Args:
-        name: a key of TABLES, that is the name of the result's file, and `WHOLE` behind it for every column.
+        name: a key of TABLES, that is the name of the result's file, and `WHOLE` behind it for every column; or of
+            OF_GPUS, a table for each gpu-CARD.json.
         results, folder: as in `rendered`.
 
     Raises:
         ValueError: an unknown name; the nearest is given.
     """
-    check_known("table", name, TABLES)
-    path = results / f"{name.removesuffix(WHOLE)}.json"
-    if not path.is_file():
-        return NOT_MEASURED
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return TABLES[name](result) + "\n\n" + _footnote(result, path.name, os.path.relpath(path, folder))
+    check_known("table", name, {**TABLES, **OF_GPUS})
+    if name in OF_GPUS:
+        paths, render = sorted(results.glob("gpu-*.json")), OF_GPUS[name]
+    else:
+        paths, render = [results / f"{FILES.get(name, name.removesuffix(WHOLE))}.json"], TABLES[name]
+    parts = []
+    for path in paths:
+        if path.is_file():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            parts.append(render(result) + "\n\n" + _footnote(result, path.name, os.path.relpath(path, folder)))
+    return "\n\n".join(parts) or (render({}) if render is _gpu_lines else NOT_MEASURED)
 
 
 def _footnote(result: dict[str, Any], name: str, link: str) -> str:
@@ -98,7 +105,8 @@ def _label(entry: dict[str, Any]) -> str:
     if entry["engine"] in _LABELS:
         return _LABELS[entry["engine"]]
     rule = {"all": "all tokens", "soft_or": "Soft-OR"}.get(entry["rule"], entry["rule"])
-    return f"`{entry['engine']}`, {rule}" + ("" if entry["rule"] == "all" else f" {entry['retention']:g}")
+    label = f"`{entry['engine']}`, {rule}" + ("" if entry["rule"] == "all" else f" {entry['retention']:g}")
+    return label + "".join(f", {attribute} = {shown(value)}" for attribute, value in entry.get("switches", ()))
 
 
 def _head(result: dict[str, Any]) -> str:
@@ -183,10 +191,13 @@ def _select(result: dict[str, Any]) -> str:
 
 def _step(result: dict[str, Any]) -> str:
     rows = []
+    above = any("above_bytes" in entry for entry in result["variants"].values())
     for name, entry in result["variants"].items():
         if "refused" in entry:
-            rows.append([name, f"refused: {entry['refused']}", *[""] * 6])
+            rows.append([name, f"refused: {entry['refused']}", *[""] * 8])
             continue
+        if "split" not in entry:
+            continue  # of a run that was stopped
         split = entry["split"]
         rows.append(
             [
@@ -196,10 +207,14 @@ def _step(result: dict[str, Any]) -> str:
                 f"{entry['ratio']['trl']['median']:.2f}" if "trl" in entry.get("ratio", {}) else "",
                 *(f"{split[part]:.3g}" if part in split else "" for part in ("score", "loss", "optimizer")),
                 f"{entry['peak_bytes'] / 2**20:.0f}",
+                f"{entry['above_bytes'] / 2**20:.0f}" if "above_bytes" in entry else "",
+                f"{entry['above_ratio']['plain']:.2f}" if "plain" in entry.get("above_ratio", {}) else "",
             ]
         )
     header = ["", "step (s)", "without rollout (s)", "without rollout / TRL", "score", "forward, loss, backward"]
-    return markdown_table([*header, "optimizer", "peak memory (MiB)"], rows)
+    header += ["optimizer", "peak memory (MiB)", "of it above (MiB)", "above / plain"]
+    width = len(header) if above else len(header) - 2  # an older result does not say what lies above
+    return markdown_table(header[:width], [row[:width] for row in rows])
 
 
 def _records(result: dict[str, Any]) -> str:
@@ -262,6 +277,145 @@ def _agreement(result: dict[str, Any]) -> str:
     return markdown_table(["figure of the probe", *header], rows)
 
 
+def _cpu_targets(result: dict[str, Any]) -> str:
+    """The lines of a CPU beside what the head stage took."""
+    rows = []
+    for rule in targets.RULES:
+        ratio = result["variants"].get(targets.variant_of("chunked", rule), {}).get("ratio", {})
+        measured = [f"{ratio[peer]['median']:.2f}" if peer in ratio else NOT_MEASURED for peer in targets.ON_CPU]
+        most = [f"{lines[rule]:.2f}" for lines in targets.ON_CPU.values()]
+        rows.append([targets.label(rule), *(cell for pair in zip(most, measured, strict=True) for cell in pair)])
+    return markdown_table(["", "time / plain, at most", "measured", "time / TRL, at most", "measured"], rows)
+
+
+def _gpu_lines(result: dict[str, Any]) -> str:
+    """The lines of a GPU beside what was measured; of no result, the lines."""
+    words = {True: "holds", False: "does not hold", None: ""}
+    rows = [
+        [
+            line["line"],
+            f"{line['at_most']:g}",
+            NOT_MEASURED if line["measured"] is None else f"{line['measured']:.3g}",
+            words[line["holds"]],
+        ]
+        for line in result.get("lines") or targets.lines({})
+    ]
+    return markdown_table(["", "at most", "measured", ""], rows)
+
+
+def _stage(name: str, render: Callable[[dict[str, Any]], str], result: dict[str, Any]) -> str:
+    """A table of one stage, or why there is none; what was stopped says so."""
+    entry = result["stages"].get(name, {"state": "skipped", "reason": "it was not asked for"})
+    inside = entry.get("result", {})
+    if "left_out" in inside and not (inside.get("variants") or inside.get("cases")):
+        return f"{NOT_MEASURED}: {inside['left_out']}"
+    if not inside:
+        return f"{NOT_MEASURED}: {entry.get('reason', entry['state'])}"
+    stopped = "" if entry["state"] == "done" else f"\n\nStopped before its end: {entry['reason']}."
+    return render(inside) + stopped
+
+
+def _gpu_head(result: dict[str, Any]) -> str:
+    rows = []
+    for entry in result["variants"].values():
+        if "seconds" not in entry:
+            rows.append([_label(entry), f"refused: {entry['refused']}" if "refused" in entry else "", *[""] * 5])
+            continue
+        ratio, extra = entry.get("ratio", {}), entry["extra_bytes"] - entry["gradient_bytes"]
+        rows.append(
+            [
+                _label(entry),
+                f"{1e3 * entry['seconds']['median']:.1f}",
+                *(f"{ratio[peer]['median']:.2f}" if peer in ratio else "" for peer in ("plain", "trl")),
+                f"{entry['over_floor']['median']:.2f}",
+                f"{extra / 2**20:.0f}",
+                _memory_ratio(entry),
+            ]
+        )
+    ratios = ["time / plain", "time / TRL", "time / floor"]
+    return markdown_table(["", "ms", *ratios, "without the gradients (MiB)", "memory / plain"], rows)
+
+
+def _gpu_errors(result: dict[str, Any]) -> str:
+    ways = list(dict.fromkeys(way for case in result["cases"].values() for way in case if way != "refused"))
+    rows = [
+        [name, *(f"{case[way]['weight']:.1e}" if way in case else case.get("refused", "") for way in ways)]
+        for name, case in result["cases"].items()
+    ]
+    return markdown_table(["error of the weight's gradient", *ways], rows)
+
+
+def _gpu_memory(result: dict[str, Any]) -> str:
+    vocabularies = result["settings"]["vocabularies"]
+    rows = []
+    for name, case in result["cases"].items():
+        peaks = [case["extra_bytes"].get(str(vocabulary)) for vocabulary in vocabularies]
+        growth = "" if case["growth"] is None else f"{case['growth']:.2f}"
+        rows.append([f"`{name}`", *("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks), growth])
+    header = [f"V = {vocabulary:,} (MiB)" for vocabulary in vocabularies]
+    return markdown_table(["", *header, "most / least"], rows)
+
+
+def _gpu_profile(result: dict[str, Any]) -> str:
+    rows = []
+    for name, case in result["cases"].items():
+        if "refused" in case:
+            rows.append([f"`{name}`", f"refused: {case['refused']}", *[""] * 3])
+            continue
+        longest = ", ".join(f"{kernel['name'][:40]} {kernel['share']:.0%}" for kernel in case["longest"][:3])
+        busy = case["busy_seconds"] / case["seconds"]
+        milliseconds = [f"{1e3 * case['seconds']:.1f}", f"{busy:.0%}"]
+        rows.append([f"`{name}`", *milliseconds, f"{case['split']['matmul']:.0%}", longest.replace("|", "/")])
+    return markdown_table(["", "ms", "kernels run", "of it matmuls", "longest"], rows)
+
+
+def _gpu_micro(result: dict[str, Any]) -> str:
+    rows = [
+        [name, *([entry["refused"], ""] if "refused" in entry else _rate(entry["flops_per_second"], "Tflop/s"))]
+        for name, entry in result["matmul"].items()
+    ]
+    rows += [[name, *_rate(entry["bytes_per_second"], "TB/s")] for name, entry in result["copy"].items()]
+    for case, entry in result["kernels"].items():
+        for kernel, its in entry.get("kernels", {}).items():
+            rate = ["", ""] if its["bytes_per_second"] is None else _rate(its["bytes_per_second"], "TB/s")
+            rows.append([f"`{kernel}`, {case}: {1e3 * its['seconds']:.2f} ms", *rate])
+    return markdown_table(["", "rate", ""], rows)
+
+
+def _rate(value: float, unit: str) -> list[str]:
+    return [f"{value / 1e12:.3g}", unit]
+
+
+def _gpu_switches(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"`{rule}`", value, *_switch(entry)]
+        for name, case in result["cases"].items()
+        for rule, values in case["rules"].items()
+        for value, entry in values.items()
+    ]
+    rows += [[name, reason, *[""] * 4] for name, reason in result["left_out"].items()]
+    return markdown_table(["", "", "value", "ms", "/ the first", "memory (MiB)"], rows)
+
+
+def _switch(entry: dict[str, Any]) -> list[str]:
+    if "seconds" not in entry:
+        return [f"refused: {entry['refused']}", "", ""]
+    over = "" if entry["over_first"] is None else f"{entry['over_first']:.2f}"
+    return [f"{1e3 * entry['seconds']:.1f}", over, f"{entry['extra_bytes'] / 2**20:.0f}"]
+
+
+# Of each benchmarks/results/gpu-CARD.json, as benchmarks/gpu_lease.py writes it.
+OF_GPUS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gpu": _gpu_lines,
+    "gpu-head": partial(_stage, "head", _gpu_head),
+    "gpu-step": partial(_stage, "step", _step),
+    "gpu-errors": partial(_stage, "errors", _gpu_errors),
+    "gpu-memory": partial(_stage, "memory", _gpu_memory),
+    "gpu-profile": partial(_stage, "profile", _gpu_profile),
+    "gpu-micro": partial(_stage, "micro", _gpu_micro),
+    "gpu-switches": partial(_stage, "switches", _gpu_switches),
+}
+FILES = {"targets-cpu": "head-cpu"}  # table → the file, where that has another name
 HEADS = ("head-cpu", "head-qwen3-4k", "head-qwen3-8k", "head-qwen3-16k", "head-qwen3-32k")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **dict.fromkeys(HEADS, _head),
@@ -272,6 +426,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "records-cpu": _records,
     "select-cpu": _select,
     "select-cuda": _select,
+    "targets-cpu": _cpu_targets,
     "step-tiny": _step,
     "step-qwen3-1.7b-0.6b": _step,
     "step-qwen3-8b-4b": _step,

@@ -6,6 +6,7 @@ import torch
 from benchmarks import head
 from benchmarks.head import HeadSettings, HeadWork, Variant, run_head, run_scaling, variants_of
 from tipdistill.score import chunked
+from tipdistill.training import monitor
 
 SMALL = {"tokens": 24, "vocabulary": 67, "student_width": 8, "teacher_width": 12, "rollout_length": 7}
 
@@ -96,10 +97,83 @@ def test_a_variant_that_disagrees_is_refused_and_has_no_time(monkeypatch):
 
 
 def test_a_variant_that_fails_is_refused_and_the_others_are_measured():
-    variants = [Variant("liger"), Variant("plain")]  # not installed on a machine without a GPU
+    variants = [Variant("liger"), Variant("plain")]  # it needs a GPU
     result = run_head(rounds=1, say=lambda line: None, variants=variants, **SMALL)["variants"]
     assert "liger" in result["liger"]["refused"]
     assert result["plain"]["seconds"]["runs"] == 1
+
+
+def test_without_trl_the_others_are_measured_beside_plain(monkeypatch):
+    monkeypatch.setattr(head, "find_spec", lambda package: None)
+    said = []
+    result = run_head(rounds=1, say=said.append, **SMALL)
+    assert result["left_out"] == {"trl": "trl is not installed", "liger": "it needs a GPU"}
+    assert "trl: left out, trl is not installed" in said
+    assert any(line.startswith("chunked soft_or 0.5:") and " of plain, " in line for line in said)
+    assert "trl" not in result["variants"]
+    assert all("plain" in entry["ratio"] for name, entry in result["variants"].items() if name != "plain")
+
+
+@pytest.mark.parametrize(
+    ("variant", "of_scores"),
+    [
+        (Variant("chunked", "soft_or", 0.5), {"entropy", "entropy_norm", "reverse_kl", "forward_kl"}),
+        (Variant("chunked", "entropy", 0.5), {"entropy", "entropy_norm"}),
+        (Variant("chunked"), None),
+    ],
+    ids=["soft_or", "entropy", "all"],
+)
+def test_what_is_timed_is_what_a_training_step_does(variant, of_scores, monkeypatch):
+    """Scores without a gradient and with the logged statistics, then the fused loss of the kept rows."""
+    assert head.LOGGED_FIELDS == monitor.LOGGED_FIELDS
+    calls = []
+
+    def recorded(name):
+        function = getattr(head, name)
+
+        def call(*arguments, **options):
+            calls.append((name, len(arguments[0].hidden), set(options.get("fields", ())), torch.is_grad_enabled()))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(head, name, call)
+
+    recorded("token_scores")
+    recorded("fused_divergence_loss")
+    work(variant).run()
+    if of_scores is None:
+        assert calls == [("fused_divergence_loss", 24, set(head.LOGGED_FIELDS), True)]
+    else:
+        kept = 3 + 3 + 3 + 1  # half of rollouts of 7, 7, 7 and 3 tokens
+        assert calls == [("token_scores", 24, of_scores, False), ("fused_divergence_loss", kept, set(), True)]
+
+
+def test_a_variant_that_runs_out_of_memory_in_a_round_is_refused_alone(monkeypatch):
+    def fails(self):
+        if self.variant.engine == "plain":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"seconds": 1.0, "processor_seconds": 1.0, "matmul_rate": 1e9}
+
+    monkeypatch.setattr(HeadWork, "round", fails)
+    flushed = []
+    variants, settings = [Variant("plain"), Variant("chunked")], HeadSettings(**SMALL)
+    entries = head.measure(settings, variants, 2, lambda line: None, lambda entries: flushed.append(len(entries)))
+    assert "out of memory" in entries["plain"]["refused"]
+    assert entries["chunked"]["seconds"]["runs"] == 2
+    assert "ratio" not in entries["chunked"]
+    assert flushed == [2, 2]
+
+
+def test_switches_hold_while_a_variant_runs(monkeypatch):
+    pytest.importorskip("triton", reason="triton is built for Linux")
+    from tipdistill.score import triton as engine
+
+    before, seen = engine.TILE, []
+    own = work(Variant("plain", switches=(("TILE", (64, 32, 16, 1)),)))
+    plain = own.work
+    own.work = lambda: (seen.append(engine.TILE), plain())[1]
+    own.run()
+    assert seen == [engine.Tile(64, 32, 16, 1)]
+    assert before == engine.TILE
 
 
 @pytest.mark.slow

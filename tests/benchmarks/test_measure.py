@@ -1,11 +1,13 @@
 import json
 import os
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.measure import Worker, growth, matmul_rate, peak_bytes, time_split, write
+from benchmarks import measure
+from benchmarks.measure import Here, Worker, counted_once, growth, kernels, matmul_rate, peak_bytes, time_split, write
 
 
 @pytest.mark.slow
@@ -51,4 +53,50 @@ def test_a_result_is_written_in_full_with_four_digits(tmp_path):
 @pytest.mark.parametrize("function", [torch.exp, torch.exp2, torch.Tensor.exp2_])
 def test_every_exponential_counts_as_one(function):
     value = torch.randn(512, 512)
-    assert time_split(lambda: [function(value) for _ in range(10)], "cpu")["exponential"] > 0.3
+    taken = kernels(lambda: [function(value) for _ in range(10)], "cpu")
+    assert time_split(taken, "cpu")["exponential"] > 0.3
+
+
+def event(key, device, milliseconds, **more):
+    # a profile's averaged event: the device's time stands on the operation that launched a kernel, and on the kernel
+    values = {"count": 1, "self_device_time_total": 1e3 * milliseconds, "is_user_annotation": False} | more
+    return SimpleNamespace(key=key, device_type=device, **values)
+
+
+def test_a_kernel_is_counted_once_and_not_with_the_operation_that_launched_it():
+    cpu, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [
+        event("aten::mm", cpu, 6.0),
+        event("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", gpu, 6.0, count=3),
+        event("aten::copy_", cpu, 1.0),
+        event("Memcpy DtoD (Device -> Device)", gpu, 1.0),
+        event("_online_kernel", gpu, 3.0),  # Triton's, which no operation launches
+        event("step", gpu, 10.0, is_user_annotation=True),
+    ]
+    taken = counted_once(events, "cuda")
+    assert taken[0] == ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", 3, pytest.approx(6e-3))
+    assert sum(seconds for _, _, seconds in taken) == pytest.approx(10e-3)
+    assert time_split(taken, "cuda") == pytest.approx({"matmul": 0.6, "exponential": 0.3, "other": 0.1})
+
+
+def test_the_matmul_rate_looks_at_the_clock_between_batches(monkeypatch):
+    """A look empties a GPU's queue: half a millisecond of it, once for 50 milliseconds of work."""
+    looks, calls = [], []
+
+    def timed(run, device):
+        before = len(calls)
+        run()
+        looks.append(len(calls) - before)
+        return 5e-4 * looks[-1], 0.0, None
+
+    monkeypatch.setattr(measure, "timed", timed)
+    monkeypatch.setattr(measure, "_repeat", lambda run, times: calls.extend([None] * times))
+    assert matmul_rate(torch.randn(64, 32), torch.randn(64, 32)) == pytest.approx(2 * 64 * 64 * 32 / 5e-4)
+    assert looks == [1, 64, 128] * 2
+
+
+def test_work_in_this_process_fails_as_that_of_a_worker_does():
+    here = Here(import_module, "os")
+    assert here.ask("getpid") == os.getpid()
+    with pytest.raises(RuntimeError, match="TypeError"):
+        here.ask("remove")

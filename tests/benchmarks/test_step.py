@@ -1,7 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
 
-from benchmarks.step import PRESETS, StepVariant, run_step, variants_of
+from benchmarks.step import PRESETS, StepVariant, _held, _RandomRollout, run_step, variants_of
+from tipdistill.tasks.arithmetic import build_tokenizer
 
 
 @pytest.mark.slow
@@ -18,7 +22,8 @@ def test_a_training_step_is_timed_by_its_parts():
         assert split["rollout"] > 0
         assert split["loss"] > 0
         assert ("score" in split) == name.startswith("tip")
-        assert entry["peak_bytes"] > 0
+        assert entry["peak_bytes"] > entry["above_bytes"] > 0
+        assert name == "plain" or entry["above_ratio"]["plain"] > 0
     assert entries["tip soft_or 0.1, teacher_offload"]["split"]["score"] > 0
 
 
@@ -39,3 +44,33 @@ def test_an_unknown_preset_names_the_nearest():
 def test_a_preset_for_a_gpu_says_so(preset):
     with pytest.raises(ValueError, match="needs a GPU"):
         run_step(preset)
+
+
+def test_a_rollout_is_random_of_the_full_length_and_the_same_for_every_variant():
+    tokenizer = build_tokenizer()
+
+    def completions(step):
+        rollout = _RandomRollout()
+        rollout.args, rollout.state = SimpleNamespace(max_completion_length=50), SimpleNamespace(global_step=step)
+        rollout._tokenizer = tokenizer
+        return rollout._generate_single_turn([[1, 2]] * 3, None, {})
+
+    first = completions(0)
+    assert [len(row) for row in first] == [50] * 3
+    assert first == completions(0) != completions(1)
+    assert not {token for row in first for token in row} & set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize(("offloaded", "weights"), [(False, 2), (True, 1)], ids=["teacher here", "teacher offloaded"])
+def test_what_every_way_of_training_holds_is_weights_gradients_and_optimiser(offloaded, weights):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=32, num_key_value_heads=1, head_dim=4, **sizes)
+    student, teacher = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    optimizer = torch.optim.Adam(student.parameters())
+    student(torch.tensor([[1, 2]])).logits.sum().backward()
+    optimizer.step()
+    trainer = SimpleNamespace(model=student, teacher_model=teacher, optimizer=optimizer)
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    size = sum(parameter.nbytes for parameter in student.parameters())
+    steps = 4 * len(list(student.parameters()))  # Adam counts them in a float32 of its own
+    assert _held(trainer, offloaded) == (weights * size, 3 * size + steps)

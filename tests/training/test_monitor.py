@@ -11,6 +11,8 @@ from tipdistill import Selection, TokenScores, quadrants
 from tipdistill.training.monitor import (
     BASELINE_STEPS,
     TALLIED,
+    StepClock,
+    StepEnd,
     TrainingMonitor,
     metrics,
     tally,
@@ -143,3 +145,54 @@ print(json.dumps([high, after, peak_memory_gib()]))
     assert high > 1.0
     assert after_freeing > high - 0.4
     assert after_reset < high - 0.6
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU whose queue takes a second for each launch: the clock moves when the host waits for it, and only then."""
+
+    class Queue:
+        clock = waiting = 0.0
+
+        def launch(self):
+            self.waiting += 1.0
+
+        def synchronize(self):
+            self.clock, self.waiting = self.clock + self.waiting, 0.0
+
+    queue = Queue()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", queue.synchronize)
+    monkeypatch.setattr("time.perf_counter", lambda: queue.clock)
+    return queue
+
+
+def test_a_part_of_a_step_answers_for_what_it_gave_the_gpu(gpu):
+    clock = StepClock()
+    with clock.part("score"):
+        gpu.launch()
+        gpu.launch()
+    gpu.launch()  # of no part
+    with clock.part("loss"):
+        gpu.launch()
+        with clock.part("select"):
+            gpu.launch()
+    end = StepEnd(clock, lambda: None)
+    end.on_pre_optimizer_step(None, None, None)
+    gpu.launch()
+    end.on_optimizer_step(None, None, None)
+    seconds = clock.take(tokens=10.0)
+    assert {name: seconds[f"time/{name}"] for name in ("score", "select", "loss", "optimizer")} == {
+        "score": 2.0,
+        "select": 1.0,
+        "loss": 1.0,
+        "optimizer": 1.0,
+    }
+
+
+def test_without_a_gpu_nothing_is_waited_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("there is no GPU to wait for"))
+    clock = StepClock()
+    with clock.part("score"):
+        pass
+    assert clock.take(tokens=1.0)["time/score"] >= 0

@@ -101,11 +101,17 @@ def metrics(sums: Tensor) -> dict[str, float]:
     return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
+def now() -> float:
+    """The clock (seconds), once the GPU of this process has done what it was given; without one, the clock."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class StepClock:
     """Seconds of each part of a step: those of `PREPARATION`, then loss and optimizer.
 
-    Read off the host's clock. On a GPU, whose work is queued, a part ends when the host goes on, so that what is still
-    running counts for the part that next waits for it; a whole step is timed rightly.
+    A GPU's work is queued: the clock is read when all of it is done, so that each part answers for its own.
     """
 
     def __init__(self) -> None:
@@ -119,11 +125,11 @@ class StepClock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the time of the block to `name`; what a block of "loss" prepares meanwhile is not part of the loss."""
-        started, prepared = time.perf_counter(), self._prepared()
+        started, prepared = now(), self._prepared()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - started
+            self.seconds[name] += now() - started
             if name == "loss":
                 self.seconds[name] -= self._prepared() - prepared
 
@@ -152,10 +158,10 @@ class StepEnd(TrainerCallback):
         self.started = 0.0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started = now()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.clock.seconds["optimizer"] += time.perf_counter() - self.started
+        self.clock.seconds["optimizer"] += now() - self.started
 
     def on_step_end(self, args, state, control, **kwargs):
         self.on_step_done()

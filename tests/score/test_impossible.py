@@ -12,7 +12,7 @@ from tipdistill import Head, select
 from tipdistill.score import NonFiniteLogitsError, chunked, top_k_teacher
 from tipdistill.types import TeacherLogprobs
 
-IMPLEMENTATIONS = ["reference", "chunked"]  # and "triton"
+IMPLEMENTATIONS = ["reference", "chunked", "triton"]
 # what each computes in at most
 WIDEST = {"reference": torch.float64, "chunked": torch.float64, "triton": torch.float32}
 CLOSE = {torch.float64: {"rtol": 1e-9, "atol": 1e-12}, torch.float32: {"rtol": 1e-4, "atol": 2e-6}}

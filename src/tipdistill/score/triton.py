@@ -18,8 +18,8 @@ The backward of `TokenDivergence` takes all kept tokens at once and the vocabula
 weight gradient is complete when it is formed: it is rounded once, and no float32 copy of [V, H] exists. `FusedLoss`
 does without that copy where holding all tokens costs no more memory than the copy would.
 
-The host waits for the device where it must know a number: one finite check per call, and the count of kept rows in the
-backward.
+The host waits for the device where it must know a number: one finite check per call and one per block of gradients, and
+the count of kept rows in the backward.
 
 Without a GPU the kernels run under TRITON_INTERPRET=1, which is how the tests run them.
 """
@@ -29,7 +29,7 @@ Without a GPU the kernels run under TRITON_INTERPRET=1, which is how the tests r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ from torch import Tensor
 from ..types import Head
 from .checks import NonFiniteLogitsError, rounded
 from .sums import SECOND_PASS, STATISTICS, Online, SecondPass
-from .tiles import NEGATIVE, Projection, _even, _spans
+from .tiles import NEGATIVE, Projection, _even, _spans, without_infinities
 
 HALF = (torch.float16, torch.bfloat16)
 # Logits and their gradients are held for as many tokens as fit into this share of a GPU's memory: of Qwen3's vocabulary
@@ -535,13 +535,19 @@ class TokenDivergence(torch.autograd.Function):
                 size = rows * _aligned_up(columns)
                 s_tile, t_tile = (torch.empty(size, device=hidden.device) for _ in range(2))
                 tile = torch.empty(size, dtype=hidden.dtype, device=hidden.device) if half else s_tile
-                for start, stop in _spans(vocabulary, columns):
-                    s_rows = s_head.weight[start:stop].to(hidden.dtype)
-                    s = _projected(s_hidden, s_rows, s_tile)
-                    t = _projected(t_hidden, t_head.weight[start:stop].to(t_hidden.dtype), t_tile)
-                    gradient = _view(tile, *s.shape)
-                    _form_gradient(ctx.kind, ctx.beta, s, t, gradient, of_rows, s_head, t_head, start)
+
+                def tiles() -> Iterator[tuple[Tensor, Tensor, int]]:
+                    for start, stop in _spans(vocabulary, columns):
+                        s_rows = s_head.weight[start:stop].to(hidden.dtype)
+                        s = _projected(s_hidden, s_rows, s_tile)
+                        t = _projected(t_hidden, t_head.weight[start:stop].to(t_hidden.dtype), t_tile)
+                        gradient = _view(tile, *s.shape)
+                        _form_gradient(ctx.kind, ctx.beta, s, t, gradient, of_rows, s_head, t_head, start)
+                        yield gradient, s_rows, start
+
+                for gradient, s_rows, start in tiles():
                     gradients.add(gradient, s_hidden, s_rows, slice(None), start)
+                gradients.mend(slice(None), ((gradient, s_rows) for gradient, s_rows, _ in tiles()))
                 gradients.rescale(peak)
             of_kept, of_weight, of_bias = gradients.finish(s_hidden, grad, index)
             if of_kept is not None:
@@ -759,9 +765,15 @@ class _Scorer:
         held = (self.references, self.blocks, self.tile.block)
         _form_gradient(kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, held)
         hidden = self.s_hidden[rows]
-        for start, stop in _spans(self.vocabulary, _even_columns(self.vocabulary, math.ceil(self.vocabulary / 4), 64)):
-            weight = self.student.weight[start:stop].to(hidden.dtype)
-            gradients.add(gradient[:, start:stop], hidden, weight, rows, start)
+
+        def tiles() -> Iterator[tuple[Tensor, Tensor, int]]:
+            columns = _even_columns(self.vocabulary, math.ceil(self.vocabulary / 4), 64)
+            for start, stop in _spans(self.vocabulary, columns):
+                yield gradient[:, start:stop], self.student.weight[start:stop].to(hidden.dtype), start
+
+        for of_logits, weight, start in tiles():
+            gradients.add(of_logits, hidden, weight, rows, start)
+        gradients.mend(rows, ((of_logits, weight) for of_logits, weight, _ in tiles()))
 
     def release(self) -> None:
         """Give back the memory before the gradients take their final form."""
@@ -861,6 +873,19 @@ class _Gradients:
     def _add_to_hidden(self, gradient: Tensor, weight: Tensor, rows: slice) -> None:
         if self.hidden is not None:
             _add_product(self.hidden[rows], gradient, weight)
+
+    def mend(self, rows: slice, tiles: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Form the hidden states' again where a weight of −∞ made it NaN: its logit has no gradient, and 0 · ∞ is none.
+
+        Args:
+            rows: of the hidden states.
+            tiles: (gradient at the logits, weight) of all columns, made only where they are wanted.
+        """
+        if self.hidden is None or bool(self.hidden[rows].isfinite().all()):
+            return
+        self.hidden[rows] = 0
+        for gradient, weight in tiles:
+            self._add_to_hidden(gradient, without_infinities(weight), rows)
 
     def rescale(self, peak: Tensor | None) -> None:
         if peak is not None:

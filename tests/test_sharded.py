@@ -65,7 +65,7 @@ SERVED = {
     },
 }
 # Which of them in two processes. What is sharded is where they differ; ZeRO-2 shards no weight, and is DDP to our code.
-RUN = {
+KINDS_OF = {
     "ddp": ("whole", "few", "empty"),
     "fsdp2": ("whole", "few", "empty_micro_batch"),
     "zero2": ("few",),
@@ -163,7 +163,7 @@ def two(job, root):
     """The same in two processes, by engine; "adam" is killed in its third step and resumed."""
     jobs = {}
     for engine in NAMES:
-        for kind in RUN[engine]:
+        for kind in KINDS_OF[engine]:
             jobs[engine, kind] = job(engine, 2, kind)
         if engine in SHARDED:
             jobs[engine, "tiles"] = job(engine, 2, "whole", tiles=True, suffix="-tiles")
@@ -173,9 +173,11 @@ def two(job, root):
     return launch_once(jobs, root, 2)
 
 
-def assert_same(found, expected, weights=True):
+def assert_same(found, expected, weights=True, normalized_together=True):
     (figures, directory), (expected_figures, expected_directory) = found, expected
     names = ["loss", "grad_norm", "selection/kept_fraction", "selection/trained_tokens", "reverse_kl"]
+    if normalized_together:
+        names += ["quadrants/q1"]
     for name in [name for name in names if name in figures | expected_figures]:  # a run may leave the divergence out
         # float32 sums over ranks and micro-batches in another order
         assert figures[name] == pytest.approx(expected_figures[name], rel=1e-4), name
@@ -199,7 +201,7 @@ HOLDS = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_equal_one_in_losses_gradients_and_weights(engine, one, two):
-    first = RUN[engine][0]
+    first = KINDS_OF[engine][0]
     found = two[engine, first]
     assert found[0]["processes"] == 2
     kind, student, teacher = HOLDS[engine]
@@ -209,10 +211,10 @@ def test_two_processes_equal_one_in_losses_gradients_and_weights(engine, one, tw
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind"), [(engine, kind) for engine in NAMES for kind in RUN[engine] if kind != "whole"]
+    ("engine", "kind"), [(engine, kind) for engine in NAMES for kind in KINDS_OF[engine] if kind != "whole"]
 )
 def test_ranks_without_a_token_neither_hang_nor_change_the_result(engine, kind, one, two):
-    assert_same(two[engine, kind], one[kind])
+    assert_same(two[engine, kind], one[kind], normalized_together=kind != "empty_micro_batch")
 
 
 @pytest.mark.parametrize("engine", SHARDED)
@@ -234,17 +236,11 @@ def test_collectives_do_not_grow_with_the_tiles(engine, two):
     assert_same(two[engine, "tiles"], two[engine, "whole"])
 
 
-def test_four_processes_equal_one(job, one, root):
-    (four,) = launch_once({"four": job("fsdp2", 4, "whole")}, root, 4).values()
-    assert four[0]["processes"] == 4
-    assert_same(four, one["whole"])
-
-
-def test_two_hosts_equal_one_process(job, one, tmp_path):
+def test_two_hosts_of_two_processes_equal_one(job, one, tmp_path):
     """Two torchrun agents, as on two hosts, that meet at one endpoint."""
-    asked = job("fsdp2", 2, "whole", suffix="-hosts")
-    launch([asked], tmp_path, processes=1, nodes=2)
-    assert figures(asked["out"])["processes"] == 2
+    asked = job("fsdp2", 4, "whole", suffix="-hosts")
+    launch([asked], tmp_path, processes=2, nodes=2)
+    assert figures(asked["out"])["processes"] == 4
     assert_same((figures(asked["out"]), Path(asked["out"])), one["whole"])
 
 

@@ -36,8 +36,8 @@ FLOAT16_STEP = 2.0**-24  # the distance of float16's smallest numbers
 #     "values"    float32 (float64 for float64 heads), in which every statistic and every logit is computed
 #     "at logits" the dtype: of the gradient at the logits, before it meets the lm_head and the hidden states
 #     "result"    the dtype: of the gradient that is handed out
-#     "held"      float16: of the larger logit of a pair and of their difference, relative to the maxima so far, in which
-#                 a kernel keeps the logits of half-precision heads for a second look
+#     "held"      float16: of the larger logit of a pair and of their difference, relative to the maxima so far, in
+#                 which a kernel keeps the logits of half-precision heads for a second look
 TOLERANCES = {
     # A sum over 300 columns and 12 hidden dimensions, in an order of its own, with a handful of roundings a term.
     torch.float64: {"values": 32, "at logits": 32, "result": 2, "held": 0},

@@ -165,7 +165,7 @@ def fused_workspace(
     return min(rows * of_token, held) + _GPU_SCRATCH
 
 
-# Of triton.py, which cannot be imported everywhere: its WORKSPACE_SHARE, and two tiles of float32. A test compares them.
+# Of triton.py, which cannot be imported everywhere: its WORKSPACE_SHARE, and two float32 tiles. A test compares them.
 GPU_WORKSPACE_SHARE = 1 / 16
 _GPU_SCRATCH = 2 * 4096 * 4096 * 4
 

@@ -174,6 +174,21 @@ def _scaling(result: dict[str, Any]) -> str:
     )
 
 
+def _kernels(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{entry['kernel'].strip('_')}`, {entry['role']}",
+            f"{entry['columns']} / {entry['warps']}",
+            str(entry["registers"]),
+            f"{entry['instructions_of_an_element']:.0f}",
+            str(entry["barriers_of_a_block"]),
+        ]
+        for entry in result["kernels"]
+        if entry["capability"] == 90 and entry["role"] != "one column"
+    ]
+    return markdown_table(["", "columns / warps", "registers", "instructions an element", "barriers a block"], rows)
+
+
 def _select(result: dict[str, Any]) -> str:
     sizes = result["settings"]["sizes"]
     rows = [
@@ -421,6 +436,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **dict.fromkeys(HEADS, _head),
     **{f"{name}{WHOLE}": _whole_head for name in HEADS},
     "head-scaling": _scaling,
+    "kernels-compiled": _kernels,
     "plan-cpu": _plan,
     "probe-agreement": _agreement,
     "records-cpu": _records,

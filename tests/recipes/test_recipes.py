@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from tipdistill import loss, score
 from tipdistill.cli import main
 from tipdistill.recipes import recipe_head, recipe_names
 from tipdistill.recipes.read import parse
@@ -71,7 +73,14 @@ def test_the_papers_hyper_parameters(name):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
-def test_two_steps_with_tiny_models(recipe, tiny_model_dir, word_problems, tmp_path):
+def test_two_steps_with_tiny_models(recipe, tiny_model_dir, word_problems, tmp_path, monkeypatch):
+    multiplied = []
+
+    def fused_rows(student, teacher, *arguments):
+        multiplied.extend((student.hidden.dtype, teacher.hidden.dtype))
+        return score.fused_rows(student, teacher, *arguments)
+
+    monkeypatch.setattr(loss, "fused_rows", fused_rows)
     written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     architecture, teacher_rows = STAND_INS.get(recipe.stem, ("qwen3", None))
     small = {
@@ -94,6 +103,8 @@ def test_two_steps_with_tiny_models(recipe, tiny_model_dir, word_problems, tmp_p
     resolved = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     for name in written.keys() - small.keys() - NO_GPU.keys():  # all else as in the recipe
         assert resolved[name] == written[name], name
+    # what the lm_heads are multiplied with, on a GPU in this dtype: where float32 is many times slower
+    assert set(multiplied) == {torch.bfloat16 if written.get("bf16", True) else torch.float32}
     history = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2]

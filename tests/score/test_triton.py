@@ -7,6 +7,7 @@ so are the tiles, so that every case meets several blocks, several tiles and row
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -525,8 +526,17 @@ def test_autocast_around_the_call_changes_nothing():
     assert torch.equal(plain[1][1], under[1][1])
 
 
-def test_float32_weights_under_half_precision_hidden_states():
-    """Mixed precision: master weights stay float32, and so does their gradient."""
+def test_float32_weights_under_half_precision_hidden_states(monkeypatch):
+    """Mixed precision: master weights stay float32, and so does their gradient; what is multiplied is half of that."""
+    multiplied = set()
+    product, add_product = engine._product, engine._add_product
+
+    def recorded(run, out, left, right):
+        multiplied.update((left.dtype, right.dtype))
+        run(out, left, right)
+
+    monkeypatch.setattr(engine, "_product", partial(recorded, product))
+    monkeypatch.setattr(engine, "_add_product", partial(recorded, add_product))
     student, teacher = pair(5, 37, torch.bfloat16)
     student, teacher = (replace(head, weight=head.weight.float()) for head in (student, teacher))
     for found, truth in (
@@ -539,6 +549,7 @@ def test_float32_weights_under_half_precision_hidden_states():
         assert [value.dtype for value in found[:2]] == [torch.bfloat16, torch.float32]
         for value, exact in zip(found[:2], truth[:2], strict=True):
             assert error(value, exact) <= torch.finfo(torch.bfloat16).eps
+    assert multiplied == {torch.bfloat16}
 
 
 # Which engine computes.

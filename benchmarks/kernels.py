@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels for Ampere and Hopper: registers, instructions, barriers. No GPU needed.
+"""What the compiler makes of the Triton kernels: registers, instructions and barriers, counted without a GPU.
 
 An element is a pair of logits, the student's and the teacher's. Barriers are those that a program meets in one block of
 columns: all of its warps wait for each other there.

@@ -28,9 +28,9 @@ def test_kernels_compile_for_ampere_and_hopper_without_spills(tmp_path):
     assert len(entries) == sum(2 * len(kernels.shapes(kernel, engine)) for kernel, *_ in kernels.forms())
     for entry in entries:
         assert entry["spilled_bytes"] == 0, entry
-        # 64 k of them: twelve warps at least on a multiprocessor, sixteen for the rules that are trained with
-        rare = entry["role"] in ("everything, with bias and softcap", "one column")
-        assert entry["registers"] <= (168 if rare else 128), entry
+        # of 64 k on a multiprocessor: for sixteen warps at least, for eight where all statistics are asked for at once
+        everything = entry["role"] in ("everything, with bias and softcap", "one column")
+        assert entry["registers"] <= (255 if everything else 128), entry
         assert entry["vector_loads"] or entry["role"] == "one column", entry
         if entry["kernel"] == "_online_kernel" and entry["warps"] == 1:
             assert entry["barriers"] == 0, entry

@@ -1,5 +1,6 @@
 """Tiny models, a tiny tokenizer and prompts, made once per session and loaded from disk like any checkpoint."""
 
+import importlib.util
 import json
 import os
 import random
@@ -11,6 +12,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it in its decorators
+    if importlib.util.find_spec("triton") is not None:
+        from benchmarks.interpreter import round_to_bfloat16
+
+        round_to_bfloat16()
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (

@@ -5,6 +5,7 @@ Run as modules from the repository's root; each has --help:
     python -m benchmarks.head         score + select + loss of two lm_heads, beside plain PyTorch, TRL and Liger
     python -m benchmarks.step         a whole training step of real architectures with random weights
     python -m benchmarks.kernels      what the compiler makes of the Triton kernels; no GPU needed
+    python -m benchmarks.errors       gradients near agreement against float64; no GPU needed, TRITON_INTERPRET=1
     python -m benchmarks.gpu_lease    all that needs a GPU, in one command of nine minutes
     python -m benchmarks.select       the rules alone, at growing numbers of tokens
     python -m benchmarks.records      writing and showing token records

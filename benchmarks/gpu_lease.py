@@ -229,6 +229,10 @@ def stage_main(stage: str, into: Path, dry_run: bool) -> int:
     from tipdistill.signals import end_with_parent
 
     end_with_parent()
+    if dry_run:
+        from .interpreter import round_to_bfloat16
+
+        round_to_bfloat16()
     from .gpu_stages import STAGES, sizes_of
 
     def write(result: dict[str, Any]) -> None:
@@ -236,7 +240,7 @@ def stage_main(stage: str, into: Path, dry_run: bool) -> int:
 
     try:
         result = STAGES[stage](sizes_of(dry_run), write)
-    except Exception as error:
+    except Exception as error:  # whatever a stage fails of, the file has to say it: the other stages go on
         import traceback
 
         traceback.print_exc()

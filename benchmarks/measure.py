@@ -70,7 +70,7 @@ class Here:
         try:
             self._work = self._build(*self._arguments) if self._work is None else self._work
             return getattr(self._work, command)()
-        except Exception:
+        except Exception:  # it is raised below
             failure = traceback.format_exc(limit=-3)
         finally:
             self._free()

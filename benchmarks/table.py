@@ -436,6 +436,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **dict.fromkeys(HEADS, _head),
     **{f"{name}{WHOLE}": _whole_head for name in HEADS},
     "head-scaling": _scaling,
+    "errors-interpreted": _gpu_errors,
     "kernels-compiled": _kernels,
     "plan-cpu": _plan,
     "probe-agreement": _agreement,

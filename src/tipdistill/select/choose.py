@@ -81,9 +81,9 @@ def select(
     read = {f"statistic '{name}'": value for name, value in scores.present() if _reads(resolved, name)}
     try:
         score = resolved.score(scores, Order.of(rollout)) if resolved.ordered else resolved.score(scores)
-    except Exception:
+    except Exception:  # a rule is anybody's code: a NaN that it was given may be why, and is told first
         if read:
-            _check_numbers(read, rollout, resolved)  # they may be why
+            _check_numbers(read, rollout, resolved)
         raise
     _check_score(score, resolved, rollout)
     _check_numbers({**read, SCORE: score}, rollout, resolved)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tipdistill import RULES, TokenScores, select
 from tipdistill.select import Rule, kept_counts, needs_teacher, resolve_rule, rule_fields
@@ -522,6 +523,26 @@ def test_a_rule_with_an_unknown_budget_or_statistic_is_refused():
 
 
 # Scale
+
+
+class Looks(TorchDispatchMode):
+    """How often a number is taken from a tensor: on a GPU the host waits for the device each time."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", ["entropy", "soft_or", "divergence", "gradient_norm_sampling"])
+@pytest.mark.parametrize("scope", ["rollout", "batch"])
+def test_numbers_are_looked_at_once(rule, scope):
+    names = ("entropy", "entropy_norm", "reverse_kl", "gradient_norm")
+    scores = TokenScores(**{name: torch.rand(30, generator=seeded(0)) for name in names})
+    with Looks() as looks:
+        select(scores, rule, 0.3, torch.arange(30) // 10, scope=scope, generator=seeded(1))
+    assert looks.count == 1
 
 
 def fastest(function, repeats=3):

@@ -66,7 +66,8 @@ def keep_levels(
     spent_in = torch.zeros_like(rollout) if scope == "batch" else rollout
     if scope == "batch" and resolved.every_rollout and not resolved.complement:
         order = order.masked_fill(top_k(order, rollout, torch.ones_like(lengths)), math.inf)
-    place, sizes = ranks(order, spent_in), torch.bincount(spent_in)
+    sizes = torch.bincount(spent_in)
+    place = ranks(order, spent_in, len(sizes))
     level = torch.zeros(len(order), dtype=torch.uint8)
     for retention in retentions[:-1]:
         kept = kept_counts(lengths, retention, rule, scope)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..types import Head
 from .checks import in_range, rounded, scaled_
-from .sums import SECOND_PASS, STATISTICS, Online, SecondPass
+from .sums import OF_GRADIENT, SECOND_PASS, STATISTICS, Online, SecondPass
 from .tiles import Gradients, Projection, _even, _like, _operand, _spans, accumulation_dtype, without_infinities
 
 # Most tokens of a tile, and its elements. Tall, since both lm_heads are read once per row of tiles; on the CPU no
@@ -140,9 +140,6 @@ def statistics(
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-_OF_GRADIENT = ("s_max", "s_log", "t_max", "t_log", "reverse_kl", "s_to_mixture")
-
-
 class TokenDivergence(torch.autograd.Function):
     """[N] divergences whose backward projects again the rows with a gradient, and no others."""
 
@@ -171,7 +168,7 @@ class TokenDivergence(torch.autograd.Function):
         dtype = accumulation_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             index = grad.nonzero()[:, 0]
-            of_rows = {name: value[index] for name, value in ctx.of_rows.items() if name in _OF_GRADIENT}
+            of_rows = {name: value[index] for name, value in ctx.of_rows.items() if name in OF_GRADIENT}
             rows = (hidden[index], teacher_hidden[index], of_rows, grad[index].to(dtype))
             gradients = Gradients.zeros(rows[0], weight, bias, ctx.needs_input_grad[:3])
             _differentiate(ctx.kind, ctx.beta, s_head, t_head, *rows, gradients)

@@ -27,7 +27,9 @@ ONLINE = (
     "teacher_logprob",
 )
 SECOND_PASS = ("jsd", "hellinger", "signal_to_curvature")
-STATISTICS = (*ONLINE, *SECOND_PASS, "s_max", "s_log", "t_max", "t_log", "s_to_mixture")
+NORMALISERS = ("s_max", "s_log", "t_max", "t_log")
+STATISTICS = (*ONLINE, *SECOND_PASS, *NORMALISERS, "s_to_mixture")
+OF_GRADIENT = (*NORMALISERS, "reverse_kl", "s_to_mixture")  # what a gradient at the logits is formed from
 
 
 def _exponential(value: Tensor, out: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class Online:
         self.q, self.qb, self.qd = zeros(), zeros(), zeros()
         self.pp, self.ppd, self.ppdd = zeros(), zeros(), zeros()
         self.s_token, self.t_token = zeros(), zeros()
-        self.centre: Tensor | float = 0.0
+        self.centre = zeros()
         # the least logit of each model where the other's is no −∞: at NEGATIVE, one forbids what the other can say
         self.s_least, self.t_least = zeros(), zeros()
 

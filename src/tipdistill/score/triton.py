@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..types import Head
 from .checks import NonFiniteLogitsError, rounded
-from .sums import SECOND_PASS, STATISTICS, Online, SecondPass
+from .sums import NORMALISERS, OF_GRADIENT, SECOND_PASS, STATISTICS, Online, SecondPass
 from .tiles import NEGATIVE, Projection, _even, _spans, without_infinities
 
 HALF = (torch.float16, torch.bfloat16)
@@ -80,8 +80,6 @@ ONLINE_SUMS = (
     *("s_token", "t_token", "s_least", "t_least", "pd_held", "centre"),
 )
 SECOND_SUMS = ("s_to_mixture", "t_to_mixture", "root", "gg", "sgg", "sg")
-NORMALISERS = ("s_max", "s_log", "t_max", "t_log")
-OF_GRADIENT = (*NORMALISERS, "reverse_kl", "s_to_mixture")  # and "held_kl", the reverse KL of held logits
 
 _NEGATIVE = tl.constexpr(NEGATIVE)
 _LOWEST_MAXIMUM = tl.constexpr(NEGATIVE / 2)

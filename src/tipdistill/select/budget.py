@@ -51,25 +51,24 @@ def top_k(score: Tensor, group: Tensor, counts: Tensor) -> Tensor:
     return ranks(score, group, len(counts)) < counts[group]
 
 
-def ranks(score: Tensor, group: Tensor, groups: int | None = None) -> Tensor:
+def ranks(score: Tensor, group: Tensor, groups: int) -> Tensor:
     """Place of each token among those of its group, 0 for the highest score; of equal scores the earlier token wins.
 
     Args:
         score: float [N], finite.
         group: int64 [N] in [0, G), in any order.
-        groups: G; None: looked up, for which a GPU's host waits.
+        groups: G; to look it up, the host would wait for a GPU.
 
     Returns:
         int64 [N].
 
     Example:
-        >>> ranks(torch.tensor([1.0, 2.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1])).tolist()
+        >>> ranks(torch.tensor([1.0, 2.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1]), 2).tolist()
         [2, 0, 1, 0]
     """
     # + 0.0 makes −0.0 equal to 0.0 for every device's sort
     order = torch.argsort(score + 0.0, descending=True, stable=True)
     order = order[torch.argsort(group[order], stable=True)]
-    groups = (int(group.max()) + 1 if len(group) else 0) if groups is None else groups
     sizes = torch.zeros(groups, dtype=torch.int64, device=group.device).index_add_(0, group, torch.ones_like(group))
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)

@@ -351,7 +351,7 @@ def _gpu_head(result: dict[str, Any]) -> str:
     return markdown_table(["", "ms", *ratios, "without the gradients (MiB)", "memory / plain"], rows)
 
 
-def _gpu_errors(result: dict[str, Any]) -> str:
+def _errors(result: dict[str, Any]) -> str:
     ways = list(dict.fromkeys(way for case in result["cases"].values() for way in case if way != "refused"))
     rows = [
         [name, *(f"{case[way]['weight']:.1e}" if way in case else case.get("refused", "") for way in ways)]
@@ -424,7 +424,7 @@ OF_GPUS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu": _gpu_lines,
     "gpu-head": partial(_stage, "head", _gpu_head),
     "gpu-step": partial(_stage, "step", _step),
-    "gpu-errors": partial(_stage, "errors", _gpu_errors),
+    "gpu-errors": partial(_stage, "errors", _errors),
     "gpu-memory": partial(_stage, "memory", _gpu_memory),
     "gpu-profile": partial(_stage, "profile", _gpu_profile),
     "gpu-micro": partial(_stage, "micro", _gpu_micro),
@@ -436,7 +436,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **dict.fromkeys(HEADS, _head),
     **{f"{name}{WHOLE}": _whole_head for name in HEADS},
     "head-scaling": _scaling,
-    "errors-interpreted": _gpu_errors,
+    "errors-interpreted": _errors,
     "kernels-compiled": _kernels,
     "plan-cpu": _plan,
     "probe-agreement": _agreement,

@@ -39,7 +39,10 @@ def run(tmp_path):
 
     def of(does=None, limits=None, budget=60.0, **options):
         limits = limits or dict.fromkeys(("versions", "head", "step"), 30.0)
-        command = lambda stage, into: written_by(stage, into, (does or {}).get(stage, ""))  # noqa: E731
+
+        def command(stage, into):
+            return written_by(stage, into, (does or {}).get(stage, ""))
+
         said = []
         about = {"sources": "abc", "dry_run": False, "say": said.append} | options
         path, result = lease(tmp_path / "gpu.json", limits, budget, command, **about)
@@ -231,8 +234,7 @@ def test_the_command_dry_runs_with_torch_triton_and_transformers_alone(tmp_path)
 
 
 def test_lines_are_those_of_the_engine():
-    spread = lambda value: {"median": value}  # noqa: E731
-    entry = {"ratio": {"trl": spread(0.66)}, "over_floor": spread(1.2)}
+    entry = {"ratio": {"trl": {"median": 0.66}}, "over_floor": {"median": 1.2}}
     stages = {
         "tests": {"complete": True, "failed": []},
         "head": {"variants": {"triton soft_or 0.5": entry}},

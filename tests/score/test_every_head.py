@@ -8,6 +8,7 @@ import math
 import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -79,7 +80,10 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @st.composite
 def cases(draw):
-    one_of = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+
+    def one_of(*values):
+        return draw(st.sampled_from(values))
+
     shared = draw(st.integers(2, 300))
     padding = one_of((0, 0), (0, 0), (draw(st.integers(1, 70)), 0), (0, draw(st.integers(1, 70))))
     dtype = one_of(torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -125,7 +129,7 @@ def laid_out(tensor, layout):
 def heads_of(case):
     """(student, teacher, token ids, weights ≥ 0) of a case."""
     generator = torch.Generator().manual_seed(case.seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     shared = min(case.vocabularies)
     forbidden = torch.randint(0, shared, (2, 3), generator=generator)
     forbidden = {

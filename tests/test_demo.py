@@ -212,7 +212,7 @@ def test_a_demo_holds_its_directory_while_it_teaches(directory, monkeypatch):
             held.append((directory / LOCK).read_text().partition(",")[0])
         raise ChildProcessError("stop here")
 
-    monkeypatch.setattr(demo, "_in_workers", look)
+    monkeypatch.setattr(demo, "in_workers", look)
     with pytest.raises(ChildProcessError, match="stop here"):
         demo.run(demo.demo_grid("demo-quick", directory), TAUGHT, 1, 1)
     assert held == ["demo"]

@@ -855,3 +855,69 @@ def test_two_processes_measure_a_task_together(pair, word_problems, tmp_path):
         rows = [json.loads(line) for line in lines.splitlines()]
         assert [(row["problem"], row["sample"]) for row in rows] == [(p, s) for p in range(5) for s in range(3)]
         assert all(row["prompt"].startswith(f"{row['problem']} + 1 =") for row in rows)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+def test_a_held_out_divergence_is_that_of_whole_float64_logits(make, tmp_path, normalization):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "2 + 3 ="}\n{"prompt": "one and a half times 1 ="}\n{"prompt": "9 ="}\n')
+    trainer = make(
+        eval_tasks=f"reverse_kl={held_out}",
+        eval_steps=1,
+        eval_num_samples=2,
+        per_device_eval_batch_size=4,
+        normalization=normalization,
+        max_steps=1,
+        temperature=0.8,
+    )
+    written, kept = [], trainer._generate_single_turn
+
+    def watched(prompt_ids, *rest):
+        completions = kept(prompt_ids, *rest)
+        written.extend(zip(prompt_ids, completions, strict=True))
+        return completions
+
+    trainer._generate_single_turn = watched
+    trainer.train()
+    (last,) = (entry for entry in trainer.state.log_history if entry["step"] == 1 and "eval_reverse_kl/mean" in entry)
+    student, teacher = trainer.plain_student().double(), trainer.teacher.model.double()
+    rollouts = written[-6:]
+    expected = []
+    for prompt, completion in rollouts:
+        ids = torch.tensor([[*prompt, *completion]])
+        s, t = (
+            torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1, : trainer.vocabulary] / 0.8, -1)
+            for model in (student, teacher)
+        )
+        expected.append([float(value) for value in (s.exp() * (s - t)).sum(-1)])
+    rows = [json.loads(line) for line in (tmp_path / "run/eval/step-1/samples/reverse_kl.jsonl").open()]
+    assert [(row["problem"], row["sample"], row["tokens"]) for row in rows] == [
+        (place // 2, place % 2, len(values)) for place, values in enumerate(expected)
+    ]
+    for row, values in zip(rows, expected, strict=True):
+        assert row["divergence"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+    # the mean over prompts of the mean over the tokens of a prompt
+    of_prompts = [[*expected[place], *expected[place + 1]] for place in (0, 2, 4)]
+    means = [sum(values) / len(values) for values in of_prompts]
+    assert last["eval_reverse_kl/mean"] == pytest.approx(sum(means) / 3, rel=1e-4)
+    assert last["eval_reverse_kl/standard_error"] > 0
+    assert "eval_reverse_kl/mean_at_2" not in last
+
+
+def test_a_held_out_divergence_needs_a_teacher_that_tells_everything():
+    from tipdistill.training.evaluation import load_tasks
+
+    with pytest.raises(ValueError, match="reverse_kl=FILE"):
+        load_tasks(["reverse_kl"])
+
+
+def test_a_task_may_ask_for_shorter_completions_than_the_run(make, tmp_path, monkeypatch):
+    from tipdistill.tasks import TASKS
+
+    monkeypatch.setitem(TASKS, "sums", {"problems": [("2 + 3 =", "5")] * 4, "max_new_tokens": 3})
+    trainer = make(eval_tasks="sums", eval_steps=1, max_steps=1)
+    longest = trainer.generation_config.max_new_tokens
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "run/eval/step-1/samples/sums.jsonl").open()]
+    assert max(row["tokens"] for row in rows) == 3
+    assert trainer.generation_config.max_new_tokens == longest > 3

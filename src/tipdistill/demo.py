@@ -95,7 +95,7 @@ def _run(
     cells = Cells(grid, root)
     started = time.monotonic()
     teaching = {f"the {name}": (_teach, name, taught[name], root) for name in ("teacher", "student")}
-    for name, is_new in _in_workers(teaching, workers, threads, root / LOG):
+    for name, is_new in in_workers(teaching, workers, threads, root / LOG):
         say(f"{time.monotonic() - started:6.0f} s  {name} is {'taught' if is_new else 'taught before'}")
     settings = demo_settings(cells, taught)
     arithmetic.TASK.write_prompts(root / "prompts.jsonl", settings["steps"] * settings["prompts"], seed)
@@ -106,7 +106,7 @@ def _run(
             f"{len(swept['failed'])} of {grid.number_of_cells()} runs failed ({next(iter(swept['failed'].values()))}); "
             f"{root / LOG} holds what they said. Run the same command again: finished parts are kept."
         )
-    ((_, pictured),) = _in_workers({"the map": (_before, root, test, seed)}, 1, threads, root / LOG)
+    ((_, pictured),) = in_workers({"the map": (_before, root, test, seed)}, 1, threads, root / LOG)
     before, before_error = _accuracy(swept["before"][test], grid.num_samples)
     rows = []
     for row in swept["rows"]:
@@ -155,9 +155,7 @@ def demo_settings(cells: Cells, taught: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _in_workers(
-    jobs: Mapping[str, tuple[Any, ...]], workers: int, threads: int, log: Path
-) -> Iterator[tuple[str, Any]]:
+def in_workers(jobs: Mapping[str, tuple[Any, ...]], workers: int, threads: int, log: Path) -> Iterator[tuple[str, Any]]:
     """Call (function, *arguments) of each job in a process of its own; yield what it is called, and its result."""
     waiting = list(jobs.items())
     with Workers(min(workers, len(jobs)), threads, log) as pool:

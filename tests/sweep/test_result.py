@@ -8,7 +8,7 @@ import pytest
 from grids import grid_of
 
 from tipdistill.sweep import chosen_rate, csv_text, markdown, summarise
-from tipdistill.sweep.result import compared, counts_of, gain_share
+from tipdistill.sweep.result import compared, counts_of, divergences_of, gain_share
 
 TEST, VALIDATION = "arithmetic[8:24]", "arithmetic[:8]"
 
@@ -121,7 +121,7 @@ def test_text_says_what_the_figures_are(result):
     assert len(rows) == 4
     fifth = found["rows"][2]["tasks"][TEST]
     assert float(rows[2]["to_random"]) == fifth["to_random"]["mean"]
-    assert float(rows[2]["accuracy_low"]) == fifth["interval"][0]
+    assert float(rows[2]["mean_low"]) == fifth["interval"][0]
     assert rows[1]["to_random"] == ""
 
 
@@ -131,3 +131,61 @@ def test_a_row_whose_cells_all_failed_is_a_row_still(tmp_path):
     found = summarise(grid, results, {"soft_or-50-rate0.001-seed1": "it burnt"})
     assert "| soft_or | 50 % | failed |" in markdown(found)
     assert len(csv_text(found).splitlines()) == 5
+
+
+@pytest.fixture
+def divergences(tmp_path):
+    """The same rows measured by a divergence, of which less is better."""
+    grid = grid_of(tmp_path, learning_rates=[1e-3], seeds=[1, 2, 3])
+    random = np.random.default_rng(0)
+    level = {"all-100": 0.2, "soft_or-50": 0.22, "soft_or-20": 0.3, "random-20": 0.5}
+    results = {}
+    for row in grid.rows:
+        for cell in grid.last_cells(row, 1e-3):
+            values = (level[row.key] * random.uniform(0.9, 1.1, 16)).tolist()
+            results[cell.key] = of_divergence(test=values, before=[1.0] * 16 if cell.on_start else None)
+    return summarise(grid, results, {}), results
+
+
+def of_divergence(*, test=None, validation=None, before=None):
+    given = figures(test=test, validation=validation, before=before)
+    for tasks in (given["tasks"], given.get("before", {})):
+        for figure in tasks.values():
+            figure["divergence"] = figure.pop("correct")
+    return given
+
+
+def test_of_divergences_the_rate_with_the_least_is_chosen(tmp_path):
+    grid = grid_of(tmp_path, learning_rates=[1e-3, 3e-4, 1e-4], seeds=[1, 2], validation_seeds=[0])
+    row = grid.rows[1]
+    cells = {cell.learning_rate: cell.key for cell in grid.first_cells(row)}
+    results = {
+        cells[1e-3]: of_divergence(validation=[0.5, 0.3]),
+        cells[3e-4]: of_divergence(validation=[0.2, 0.2]),
+        cells[1e-4]: of_divergence(validation=[0.1, 0.3]),
+    }
+    assert chosen_rate(grid, row, results) == (1e-4, {1e-3: 0.4, 3e-4: 0.2, 1e-4: 0.2})
+
+
+def test_rows_of_a_divergence_have_signed_differences_and_shares_of_the_fall(divergences):
+    found, results = divergences
+    rows = {f"{row['rule']}-{100 * row['retention']:g}": row["tasks"][TEST] for row in found["rows"]}
+    whole, _, fifth, control = (rows[key] for key in rows)
+    every = np.array([results[f"soft_or-20-rate0.001-seed{seed}"]["tasks"][TEST]["divergence"] for seed in (1, 2, 3)])
+    assert fifth["mean"] == pytest.approx(every.mean())
+    assert divergences_of(fifth)[2] == pytest.approx(every[1], rel=1e-5)
+    assert fifth["to_all"]["mean"] == pytest.approx(fifth["mean"] - whole["mean"])
+    assert fifth["to_random"]["interval"][1] < 0  # below random for certain
+    share = fifth["gain_share"]
+    assert share["mean"] == pytest.approx((1 - fifth["mean"]) / (1 - whole["mean"]))
+    assert share["interval"][0] < share["mean"] < share["interval"][1] < 1
+    assert control["gain_share"]["mean"] < share["mean"]
+    assert rows["all-100"]["interval"][0] > 0
+
+
+def test_text_calls_a_divergence_by_its_name(divergences):
+    found, _ = divergences
+    assert "| divergence, nats (less is better) |" in markdown(found)
+    assert "accuracy" not in markdown(found)
+    (line, *_) = csv.DictReader(io.StringIO(csv_text(found)))
+    assert (line["measure"], float(line["mean"])) == ("divergence", found["rows"][0]["tasks"][TEST]["mean"])

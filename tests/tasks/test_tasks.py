@@ -126,3 +126,17 @@ def test_bad_mappings_are_refused(monkeypatch, task, message):
 def test_an_unknown_name_gives_the_nearest():
     with pytest.raises(ValueError, match=r"there is no task 'mth500'.* Did you mean 'math500'"):
         load_task("mth500")
+
+
+def test_a_divergence_takes_prompts_without_answers(tmp_path):
+    path = write(tmp_path / "held_out.jsonl", [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}])
+    task = load_task(f"reverse_kl={path}")
+    assert (task.name, task.divergence, len(task.problems)) == ("reverse_kl", "reverse_kl", 2)
+    assert task.prompt_of(task.problems[0]) == "a"
+    assert task.prompt_of(task.problems[1]) == [{"role": "user", "content": "b"}]
+    assert load_task(f"forward_kl={path}[1:]").problems == task.problems[1:]
+    assert load_task(f"forward_kl={path}").fingerprint() != task.fingerprint()
+    with pytest.raises(ValueError, match=r"'forward_kl' needs prompts: forward_kl=FILE\.jsonl takes those of a file"):
+        load_task("forward_kl")
+    with pytest.raises(ValueError, match=r"unknown divergence 'reverse'.*reverse_kl"):
+        Task("mine", (Problem("p", "-"),), divergence="reverse")

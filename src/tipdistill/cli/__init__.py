@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": (".plan", "memory and time per GPU of a recipe on machines that are not at hand: --config F.yaml --gpus 8"),
     "train": (".train", "distil a student from a recipe: --config F.yaml [--field value]"),
     "sweep": (".sweep", "run rule × retention × rate × seed of a grid, and compare with intervals"),
+    "prune": (".prune", "make a student of a teacher: drop the layers that matter least"),
     "eval": (".eval", "mean@k, pass@k and maj@k of a model on tasks, answers checked"),
     "report": (".report", "one page of a run or of token records: the TIP map, every token, what each rule keeps"),
     "recipes": (".recipes", "list the packaged recipes; `recipes show NAME` prints one"),

@@ -1,4 +1,4 @@
-"""`tipdistill demo`: the whole method on a small task, on the CPU, in minutes."""
+"""`tipdistill demo`: the whole method on a small task, or on a small language model, on the CPU, in minutes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,18 @@ def main(argv: list[str]) -> int:
         argv: the arguments after `tipdistill demo`.
     """
     parser = argparse.ArgumentParser(prog="tipdistill demo", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="about a minute: shorter training, four of the six runs")
-    parser.add_argument("--output_dir", type=Path, help="where everything goes (runs/demo, or runs/demo-quick)")
+    parser.add_argument(
+        "task",
+        nargs="?",
+        choices=("addition", "smollm2"),
+        default="addition",
+        help="addition (default): two models taught here; smollm2: a real language model, pruned and healed, in a "
+        "quarter of an hour",
+    )
+    parser.add_argument("--quick", action="store_true", help="a short version: shorter training, fewer runs")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where everything goes (runs/demo, or runs/demo-lm; with --quick, ...-quick)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of prompts, sampling and selection")
     parser.add_argument(
         "--workers", type=int, help="runs at a time (default: one per two cores, at most 6, at least 2)"
@@ -27,6 +37,10 @@ def main(argv: list[str]) -> int:
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed must be in [0, 2³²), got {options.seed}")
     available = cores()
+    if options.task == "smollm2":
+        if options.workers is not None:
+            parser.error("--workers: of smollm2 one run is at work at a time, to keep to 6 GiB")
+        return _language_model(options, available)
     workers = options.workers if options.workers is not None else min(6, available, max(2, available // 2))
     if workers < 1:
         parser.error(f"--workers must be at least 1, got {workers}")
@@ -42,6 +56,53 @@ def main(argv: list[str]) -> int:
     if options.quick:
         print("This was a short version: shorter training, fewer runs. `tipdistill demo` trains to the end.")
     return 0
+
+
+def _language_model(options: argparse.Namespace, threads: int) -> int:
+    from .. import demo_lm
+
+    started = time.monotonic()
+    grid = demo_lm.demo_grid("demo-lm-quick" if options.quick else "demo-lm", options.output_dir, options.seed)
+    result = demo_lm.run(grid, threads)
+    show_language_model(result, grid.output_dir, time.monotonic() - started)
+    return 0
+
+
+def show_language_model(result: dict[str, Any], directory: Path, seconds: float) -> None:
+    """The table of the language model's demo, three answers, and where everything lies.
+
+    Args:
+        result: as `tipdistill.demo_lm.run` returns it.
+        directory: where it was written.
+        seconds: that the demo took.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from ..demo_lm import answers
+    from ..demo_lm import table as table_of
+    from ..terminal import PlainConsole
+
+    console = PlainConsole()
+    headings, lines = table_of(result)
+    table = Table(title=f"{result['teacher']}, pruned and healed; held out, in brackets: 95 %", box=SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "rule" else "right")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    names, rows = answers(result)
+    for row in rows:
+        console.print("\n".join(f"{name}: {text}" for name, text in zip(names, row, strict=True)), soft_wrap=True)
+        console.print("")
+    shares = ", ".join(f"{name.upper()} {share['token_share']:.1%}" for name, share in result["quadrants"].items())
+    console.print(f"Tokens of the student before healing: {shares}.", soft_wrap=True)
+    console.print(
+        f"{seconds:.0f} s in all. Its tokens, one by one: {directory / 'report.html'} · picture: "
+        f"{directory / 'tip_map.png'} · all figures: {directory / 'results.json'} · models and runs: "
+        f"{directory / 'models'}, {directory / 'cells'} · warnings: {directory / 'workers.log'}",
+        soft_wrap=True,
+    )
 
 
 def show(result: dict[str, Any], directory: Path, seconds: float) -> None:

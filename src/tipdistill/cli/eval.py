@@ -38,6 +38,13 @@ def main(argv: list[str]) -> int:
         for name in flags.tasks.split(",")
         if name.strip()
     ]
+    for task in tasks:
+        if task.divergence is not None:
+            raise ValueError(
+                f"{task.name} compares a student with its teacher, and eval has one model: `tipdistill score --model "
+                "... --teacher ... --dataset FILE` measures the divergence of every token, and a run measures it as it "
+                "trains (eval_tasks)."
+            )
     progress = _Progress()
     with Verifiers(flags.verifiers, flags.verify_seconds) as verifiers:
         metrics = run(

@@ -51,16 +51,16 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     add("--prompt_template", help="text around plain prompts, with {prompt} where the prompt goes")
     add("--apply_chat", action="store_true", help="turn each plain prompt into a user message for the chat template")
     add("--chat_template_kwargs", type=mapping, help='for the chat template, such as {"enable_thinking": false}')
-    add("--max_prompt_length", type=_at_least(1), help="drop prompts with more tokens than this")
-    add("--max_prompts", type=_at_least(0), default=max_prompts, help="take the first so many prompts; 0: all")
+    add("--max_prompt_length", type=at_least(1), help="drop prompts with more tokens than this")
+    add("--max_prompts", type=at_least(0), default=max_prompts, help="take the first so many prompts; 0: all")
     add("--output_dir", required=True, help="where the files go")
     add = parser.add_argument_group("rollouts").add_argument
-    add("--num_generations", type=_at_least(1), default=1, help="rollouts per prompt")
-    add("--max_new_tokens", type=_at_least(1), default=max_new_tokens, help="tokens of a completion, at most")
+    add("--num_generations", type=at_least(1), default=1, help="rollouts per prompt")
+    add("--max_new_tokens", type=at_least(1), default=max_new_tokens, help="tokens of a completion, at most")
     add("--temperature", type=_positive, default=1.0, help="of the sampling; divides the logits of both models")
-    add("--seed", type=_at_least(0), default=0, help="of the sampling, and of rules that draw")
-    add("--batch_size", type=_at_least(1), default=32, help="rollouts sampled at a time")
-    add("--tokens_per_forward", type=_at_least(1), default=16384, help="tokens of a scoring forward, padding included")
+    add("--seed", type=at_least(0), default=0, help="of the sampling, and of rules that draw")
+    add("--batch_size", type=at_least(1), default=32, help="rollouts sampled at a time")
+    add("--tokens_per_forward", type=at_least(1), default=16384, help="tokens of a scoring forward, padding included")
     add("--use_vllm", action="store_true", help="sample with vLLM")
     add("--vllm_gpu_memory_utilization", type=_positive, default=0.3, help="share of the GPU's memory that vLLM takes")
     return parser
@@ -71,7 +71,7 @@ def pair_of(options: argparse.Namespace) -> PairConfig:
     return PairConfig(**{field.name: getattr(options, field.name) for field in fields(PairConfig)})
 
 
-def _at_least(least: int) -> Any:
+def at_least(least: int) -> Any:
     def integer(text: str) -> int:
         value = int(text)
         if value < least:

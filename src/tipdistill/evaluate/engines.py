@@ -63,12 +63,14 @@ class Completion:
         text: without special tokens, unless they were asked for.
         tokens: with the end of the sequence.
         finished: ended by itself, not by the limit.
+        divergence: mean over its tokens, nats; None where there was no teacher to compare with.
     """
 
     index: int
     text: str
     tokens: int
     finished: bool
+    divergence: float | None = None
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from ..documents import read_json
@@ -219,6 +219,9 @@ def _is_sample(row: dict[str, Any], problems: int) -> bool:
     counts = [row["problem"], row["sample"], row.get("tokens", 0)]
     if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
         return False
+    divergence = row.get("divergence", 0.0)
+    if isinstance(divergence, bool) or not isinstance(divergence, (int, float)) or not math.isfinite(divergence):
+        return False
     graded = "correct" not in row or (
         isinstance(row["correct"], bool)
         and isinstance(row.get("decided"), bool)
@@ -245,6 +248,8 @@ def summarise(
         verifiers: say which answers are equivalent.
     """
     table = [[rows[problem, sample] for sample in range(num_samples)] for problem in range(len(task.problems))]
+    if task.divergence is not None:
+        return _divergence(table)
     correct = [[row["correct"] for row in samples] for samples in table]
     every = [row for samples in table for row in samples]
     mean, error = mean_at_k(correct)
@@ -267,6 +272,30 @@ def summarise(
         "unanswered": fmean(row["answer"] is None for row in every),
         "undecided": sum(not row["decided"] for row in every),
     }
+
+
+def _divergence(table: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """The mean over problems, each the mean over the tokens of its samples, and its standard error over problems."""
+    means = [divergence_of(samples) for samples in table]
+    every = [row for samples in table for row in samples]
+    return {
+        "problems": len(table),
+        "num_samples": len(table[0]),
+        "mean": fmean(means),
+        "standard_error": stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan,
+        "mean_tokens": fmean(row["tokens"] for row in every),
+        "truncated": fmean(not row["finished"] for row in every),
+    }
+
+
+def divergence_of(samples: Sequence[dict[str, Any]]) -> float:
+    """The mean divergence over all tokens of some samples, nats.
+
+    Example:
+        >>> divergence_of([{"divergence": 1.0, "tokens": 1}, {"divergence": 0.0, "tokens": 3}])
+        0.25
+    """
+    return sum(row["divergence"] * row["tokens"] for row in samples) / max(1, sum(row["tokens"] for row in samples))
 
 
 def _ks(num_samples: int, pass_k: Sequence[int] | None) -> list[int]:
@@ -351,6 +380,7 @@ def _sample(
                     "response": completion.text,
                     "tokens": completion.tokens,
                     "finished": completion.finished,
+                    **({} if completion.divergence is None else {"divergence": completion.divergence}),
                 }
                 for completion in completions
                 if asked[completion.index] in needed
@@ -374,6 +404,8 @@ def _grade(
     on_progress: OnProgress | None,
 ) -> int:
     """Put a verdict into every row that has none; returns how many."""
+    if task.divergence is not None:
+        return 0
     ungraded = [row for _, row in sorted(rows.items()) if regrade or "correct" not in row]
     done = 0
     for start in range(0, len(ungraded), 64):

@@ -1,4 +1,4 @@
-"""A task: problems, how they are put to a model, and how a response is checked."""
+"""A task: problems, how they are put to a model, and how a response is checked, or compared with a teacher."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..text import check_known
+
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 PROMPTS = ("boxed", "own")
+DIVERGENCES = ("reverse_kl", "forward_kl")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """Problems with a verifier.
+    """Problems with a verifier, or prompts at which a student is compared with its teacher.
 
     Attributes:
         name: how files and tables call it.
@@ -39,9 +42,11 @@ class Task:
         extract: response → the answer that it gives or None, for maj@k beside a `check`; None: the whole response.
         special_tokens: whether `check` sees special tokens, the end of the sequence among them.
         max_new_tokens: longest completion, in tokens; None: the caller's.
+        divergence: "reverse_kl" or "forward_kl": nothing is checked; what is measured is that divergence of student and
+            teacher, in nats, the mean over the tokens that the student wrote. Less is better.
 
     Raises:
-        ValueError: no problem, or a template without "{problem}".
+        ValueError: no problem, a template without "{problem}", or an unknown divergence.
 
     Example:
         >>> task = Task("sums", (Problem("1 + 1 =", "2"),), prompt="own")
@@ -57,6 +62,7 @@ class Task:
     extract: Callable[[str], str | None] | None = None
     special_tokens: bool = False
     max_new_tokens: int | None = None
+    divergence: str | None = None
 
     def __post_init__(self) -> None:
         if not self.problems:
@@ -65,6 +71,8 @@ class Task:
             raise ValueError(
                 f"a prompt is one of {', '.join(PROMPTS)}, or a template with '{{problem}}' in it; got {self.prompt!r}."
             )
+        if self.divergence is not None:
+            check_known("divergence", self.divergence, DIVERGENCES)
 
     def prompt_of(self, problem: Problem) -> Any:
         """The text, or the messages, that a model is given."""
@@ -81,5 +89,6 @@ class Task:
             self.chat,
             self.max_new_tokens,
             [[problem.text, problem.answer] for problem in self.problems],
+            *([self.divergence] if self.divergence else []),
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -26,6 +26,7 @@ MOST_CONFUSIONS = 20
 PANELS: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "accuracy": (),
+    "held-out reverse KL (nats)": ("eval_reverse_kl/mean",),
     "% of the tokens in Q1": ("quadrants/q1",),
     "% of the tokens in Q2": ("quadrants/q2",),
     "% of the tokens in Q3": ("quadrants/q3",),

@@ -120,12 +120,14 @@ def _json(path: Path, command: str) -> Any:
 
 
 def _without_counts(path: Path, sweep: dict[str, Any]) -> dict[str, Any]:
-    """A sweep as the page shows it: the counts of every problem are the file's alone."""
+    """A sweep as the page shows it: the figures of every problem are the file's alone."""
     kept = ("num_samples", "test", "seeds", "validation", "learning_rates", "interval", "before", "rows", "failed")
     try:
         figures = [*sweep["before"].values(), *(figure for row in sweep["rows"] for figure in row["tasks"].values())]
         for figure in figures:
             figure.pop("correct", None)
+            if "divergence" in figure:
+                figure["divergence"] = True
         return {name: sweep[name] for name in kept}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

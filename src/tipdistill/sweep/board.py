@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .grid import Cell, Grid, Row
+from .result import outcome
 
 
 class Board:
@@ -58,10 +59,7 @@ class Board:
 
     def finished(self, cell: Cell, result: Mapping[str, Any]) -> None:
         """The cell has its figures."""
-        figures = ", ".join(
-            f"{name} {sum(task['correct']) / len(task['correct']) / task['num_samples']:.3f}"
-            for name, task in result["tasks"].items()
-        )
+        figures = ", ".join(f"{name} {outcome(task):.3f}" for name, task in result["tasks"].items())
         self._ended(cell, figures)
 
     def failed(self, cell: Cell, why: str) -> None:

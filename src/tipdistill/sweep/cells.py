@@ -41,7 +41,7 @@ from .grid import Cell, Grid
 CELL = "cell.json"
 _VERSIONS = ("torch", "transformers", "trl", "accelerate", "datasets")
 # parts of the package that no figure of a cell can depend on
-_NOT_SOURCE = ("cli", "demo.py", "plan", "probe.py", "report", "sweep")
+_NOT_SOURCE = ("cli", "demo.py", "demo_lm.py", "plan", "probe.py", "report", "sweep")
 _HEAD = 1 << 20
 _OF_RESULT = {"tasks", "trained_tokens", "seconds", "peak_memory_gib", "threads", "run"}
 NEVER = 10**9
@@ -371,19 +371,24 @@ def _figures(job: Job) -> dict[str, Any]:
 
 
 def _measured(job: Job, step: int) -> dict[str, Any]:
-    """Task → how many samples of each problem were right at a step of the run."""
-    from ..evaluate.run import read_samples, samples_path
+    """Task → how many samples of each problem were right at a step of the run, or the divergence of its samples."""
+    from ..evaluate.run import divergence_of, read_samples, samples_path
 
     root = job.directory / "eval" / f"step-{step}"
     figures = json.loads((root / "metrics.json").read_text(encoding="utf-8"))["tasks"]
     measured = {}
     for asked, name in job.tasks.items():
         problems = figures[name]["problems"]
-        correct = [0] * problems
+        samples: list[list[dict[str, Any]]] = [[] for _ in range(problems)]
         for (problem, _), row in read_samples(samples_path(root, name), problems).items():
-            correct[problem] += bool(row["correct"])
+            samples[problem].append(row)
+        compared = "divergence" in samples[0][0]
         measured[asked] = {
-            "correct": correct,
+            **(
+                {"divergence": [divergence_of(rows) for rows in samples]}
+                if compared
+                else {"correct": [sum(bool(row["correct"]) for row in rows) for rows in samples]}
+            ),
             "num_samples": job.num_samples,
             "mean_tokens": figures[name]["mean_tokens"],
             "truncated": figures[name]["truncated"],

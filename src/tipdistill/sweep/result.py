@@ -1,9 +1,14 @@
-"""From the cells' figures to the table: means, intervals, paired differences."""
+"""From the cells' figures to the table: means, intervals, paired differences.
+
+A test task gives each problem of each seed an outcome: the share of its samples that are right, or the divergence from
+the teacher over the tokens of its samples. Of the first more is better, of the second less.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -18,7 +23,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def chosen_rate(grid: Grid, row: Row, results: Results) -> tuple[float | None, dict[float, float]]:
-    """The learning rate with the best mean over the validation seeds; of equal ones the smallest.
+    """The learning rate with the best mean over the validation seeds, of divergences the least; of equals the smallest.
 
     A rate that failed with a seed (a run that diverged) is not chosen.
 
@@ -33,14 +38,15 @@ def chosen_rate(grid: Grid, row: Row, results: Results) -> tuple[float | None, d
     if len(grid.learning_rates) == 1:
         return grid.learning_rates[0], {}
     assert grid.validation_task is not None
-    means = {}
+    means, least = {}, False
     for rate in grid.learning_rates:
         cells = [cell for cell in grid.first_cells(row) if cell.learning_rate == rate]
         if all(cell.key in results for cell in cells):
-            means[rate] = fmean(_accuracy(results[cell.key]["tasks"][grid.validation_task]) for cell in cells)
+            measured = [results[cell.key]["tasks"][grid.validation_task] for cell in cells]
+            means[rate], least = fmean(map(outcome, measured)), is_divergence(measured[0])
     if not means:
         return None, {}
-    return min(means, key=lambda rate: (-means[rate], rate)), means
+    return min(means, key=lambda rate: (means[rate] if least else -means[rate], rate)), means
 
 
 def summarise(grid: Grid, results: Results, failed: Mapping[str, str]) -> dict[str, Any]:
@@ -102,12 +108,14 @@ def summarise(grid: Grid, results: Results, failed: Mapping[str, str]) -> dict[s
     }
 
 
-def compared(first: Mapping[int, Sequence[int]], second: Mapping[int, Sequence[int]], samples: int) -> dict[str, Any]:
+def compared(
+    first: Mapping[int, Sequence[float]], second: Mapping[int, Sequence[float]], samples: int = 1
+) -> dict[str, Any]:
     """The paired difference of two rows over the seeds that both have.
 
     Args:
-        first, second: seed → how many of its samples were correct at each problem.
-        samples: k of each problem.
+        first, second: seed → how many of its samples were correct at each problem, or the divergence there.
+        samples: k of each problem, by which counts are divided; 1 for a divergence.
 
     Returns:
         {"mean", "interval", "seeds"} of first − second.
@@ -127,16 +135,18 @@ def compared(first: Mapping[int, Sequence[int]], second: Mapping[int, Sequence[i
 
 
 def gain_share(
-    row: Mapping[int, Sequence[int]],
-    whole: Mapping[int, Sequence[int]],
-    before: Mapping[int, Sequence[int]],
-    samples: int,
+    row: Mapping[int, Sequence[float]],
+    whole: Mapping[int, Sequence[float]],
+    before: Mapping[int, Sequence[float]],
+    samples: int = 1,
+    least: bool = False,
 ) -> dict[str, Any] | None:
     """(row − before) / (all tokens − before): how much of what all tokens gain a row gains.
 
     Args:
-        row, whole, before: correct samples by seed and problem, see `compared`.
-        samples: k of each problem.
+        row, whole, before: by seed and problem, see `compared`.
+        samples: likewise.
+        least: less is better (a divergence).
 
     Returns:
         {"mean", "interval", "seeds"}; None where all tokens do not gain for certain, since a share of nothing is none.
@@ -144,7 +154,8 @@ def gain_share(
     seeds = sorted(set(row) & set(whole) & set(before))
     if not seeds:
         return None
-    tables = [_table(counts, seeds, samples) for counts in (row, whole, before)]
+    sign = -1 if least else 1
+    tables = [sign * _table(counts, seeds, samples) for counts in (row, whole, before)]
     bootstrap = _bootstrap(len(seeds), tables[0].shape[1])
     own, gain = (bootstrap.of(table - tables[2]) for table in tables[:2])
     if interval(gain)[0] <= 0:
@@ -156,34 +167,39 @@ def gain_share(
 
 def _of_task(grid: Grid, row: Row, table: dict[str, Any], before: dict[int, Any]) -> dict[str, Any]:
     own = table[row.key]
-    counts = {key: {seed: figures["correct"] for seed, figures in seeds.items()} for key, seeds in table.items()}
-    started = {seed: figures["correct"] for seed, figures in before.items()}
-    figure = _figure(own)
+    values = {key: {seed: _values(figures) for seed, figures in seeds.items()} for key, seeds in table.items()}
+    started = {seed: _values(figures) for seed, figures in before.items()}
+    figure, least = _figure(own), any(map(is_divergence, own.values()))
+    samples = 1 if least else grid.num_samples
     whole = next((other for other in grid.rows if other.rule == "all"), None)
     control = next((other for other in grid.rows if other.rule == "random" and other.retention == row.retention), None)
     for name, other in (("to_all", whole), ("to_random", control)):
-        shared = other is not None and other != row and other.key in counts and set(counts[other.key]) & set(own)
-        figure[name] = compared(counts[row.key], counts[other.key], grid.num_samples) if shared and other else None
+        shared = other is not None and other != row and other.key in values and set(values[other.key]) & set(own)
+        figure[name] = compared(values[row.key], values[other.key], samples) if shared and other else None
     figure["gain_share"] = None
-    if whole is not None and whole.key in counts and whole != row:
-        figure["gain_share"] = gain_share(counts[row.key], counts[whole.key], started, grid.num_samples)
+    if whole is not None and whole.key in values and whole != row:
+        figure["gain_share"] = gain_share(values[row.key], values[whole.key], started, samples, least)
     return figure
 
 
 def _figure(seeds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    samples = next(iter(seeds.values()))["num_samples"]
-    counts = {seed: figures["correct"] for seed, figures in seeds.items()}
-    means = [_accuracy(figures) for figures in seeds.values()]
-    accuracy = _mean_and_interval(_table(counts, sorted(counts), samples))
-    # seeds of which some collapsed and some did not can widen it beyond what an accuracy can be
-    accuracy["interval"] = [min(max(end, 0.0), 1.0) for end in accuracy["interval"]]
+    first = next(iter(seeds.values()))
+    least = is_divergence(first)
+    values = {seed: _values(figures) for seed, figures in seeds.items()}
+    means = [outcome(figures) for figures in seeds.values()]
+    figure = _mean_and_interval(_table(values, sorted(values), 1 if least else first["num_samples"]))
+    # seeds of which some collapsed and some did not can widen it beyond what an accuracy or a divergence can be
+    figure["interval"] = [min(max(end, 0.0), math.inf if least else 1.0) for end in figure["interval"]]
     return {
-        **accuracy,
+        **figure,
         "by_seed": {str(seed): mean for seed, mean in zip(seeds, means, strict=True)},
         "mean_tokens": fmean(figures["mean_tokens"] for figures in seeds.values()),
         "truncated": fmean(figures["truncated"] for figures in seeds.values()),
         # as text: a list would take a line for each of thousands
-        "correct": {str(seed): " ".join(map(str, row)) for seed, row in counts.items()},
+        "divergence" if least else "correct": {
+            str(seed): " ".join(f"{value:.6g}" if least else str(value) for value in row)
+            for seed, row in values.items()
+        },
     }
 
 
@@ -197,8 +213,39 @@ def counts_of(figure: Mapping[str, Any]) -> dict[int, list[int]]:
     return {int(seed): [int(count) for count in text.split()] for seed, text in figure["correct"].items()}
 
 
-def _table(counts: Mapping[int, Sequence[int]], seeds: Sequence[int], samples: int) -> np.ndarray:
-    return np.array([counts[seed] for seed in seeds], dtype=float) / samples
+def divergences_of(figure: Mapping[str, Any]) -> dict[int, list[float]]:
+    """The same of a task that measures a divergence, in nats.
+
+    Example:
+        >>> divergences_of({"divergence": {"3": "0.25 1.5"}})
+        {3: [0.25, 1.5]}
+    """
+    return {int(seed): [float(value) for value in text.split()] for seed, text in figure["divergence"].items()}
+
+
+def is_divergence(figures: Mapping[str, Any]) -> bool:
+    """Whether a task's figures are divergences, of which less is better, and not counts of right answers."""
+    return "divergence" in figures
+
+
+def outcome(figures: Mapping[str, Any]) -> float:
+    """The mean over the problems of a task's figures in a cell.
+
+    Example:
+        >>> outcome({"correct": [2, 1], "num_samples": 2}), outcome({"divergence": [0.5, 1.0]})
+        (0.75, 0.75)
+    """
+    return (
+        fmean(figures["divergence"]) if is_divergence(figures) else fmean(figures["correct"]) / figures["num_samples"]
+    )
+
+
+def _values(figures: Mapping[str, Any]) -> list[Any]:
+    return figures["divergence"] if is_divergence(figures) else figures["correct"]
+
+
+def _table(values: Mapping[int, Sequence[float]], seeds: Sequence[int], samples: int) -> np.ndarray:
+    return np.array([values[seed] for seed in seeds], dtype=float) / samples
 
 
 _BOOTSTRAPS: dict[tuple[int, int], Bootstrap] = {}
@@ -218,14 +265,10 @@ def _mean_and_interval(table: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _accuracy(figures: Mapping[str, Any]) -> float:
-    return fmean(figures["correct"]) / figures["num_samples"]
-
-
 # As text.
 
 _HEADINGS = (
-    *("rule", "retention", "accuracy", "− all tokens", "− random", "share of the gain"),
+    *("rule", "retention", "", "− all tokens", "− random", "share of the gain"),
     *("tokens trained on", "time", "peak memory", "rate"),
 )
 
@@ -238,9 +281,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     """
     parts = []
     for task in result["test"]:
-        headings = [f"{text} (mean@{result['num_samples']})" if text == "accuracy" else text for text in _HEADINGS]
-        lines = []
         started = result["before"].get(task)
+        figures = [started, *(row["tasks"].get(task) for row in result["rows"])]
+        what = f"accuracy (mean@{result['num_samples']})"
+        if any(is_divergence(figure) for figure in figures if figure is not None):
+            what = "divergence, nats (less is better)"
+        headings, lines = [text or what for text in _HEADINGS], []
         if started is not None:
             lines.append(["before distillation", "", _with_interval(started), *[""] * (len(headings) - 3)])
         lines += [_line(row, task) for row in result["rows"]]
@@ -264,12 +310,12 @@ def _line(row: Mapping[str, Any], task: str) -> list[str]:
     start = [row["name"], f"{100 * row['retention']:g} %"]
     if figure is None:
         return [*start, "failed", *[""] * (len(_HEADINGS) - 3)]
-    accuracy = _with_interval(figure)
+    mean = _with_interval(figure)
     if figure["seeds"] < len(row["seeds"]):
-        accuracy += f", {figure['seeds']} seeds"
+        mean += f", {figure['seeds']} seeds"
     return [
         *start,
-        accuracy,
+        mean,
         _with_interval(figure["to_all"], signed=True),
         _with_interval(figure["to_random"], signed=True),
         _with_interval(figure["gain_share"], percent=True),
@@ -294,12 +340,14 @@ def _with_interval(figure: Mapping[str, Any] | None, signed: bool = False, perce
 def csv_text(result: Mapping[str, Any]) -> str:
     """The result as CSV, one line per row and test task, intervals as two columns.
 
+    "measure" is "accuracy" or "divergence"; "mean" is the mean of that.
+
     Args:
         result: as `summarise` returns it.
     """
-    names = ["task", "name", "rule", "retention", "learning_rate", "seeds"]
+    names = ["task", "measure", "name", "rule", "retention", "learning_rate", "seeds"]
     compared_as = ["to_all", "to_random", "gain_share"]
-    for name in ("accuracy", *compared_as):
+    for name in ("mean", *compared_as):
         names += [name, f"{name}_low", f"{name}_high"]
     names += ["trained_tokens", "seconds", "peak_memory_gib", "mean_tokens", "truncated"]
     out = io.StringIO()
@@ -308,7 +356,8 @@ def csv_text(result: Mapping[str, Any]) -> str:
     for task in result["test"]:
         for row in result["rows"]:
             figure = row["tasks"].get(task)
-            line = [task, row["name"], row["rule"], row["retention"], row["learning_rate"], len(row["seeds"])]
+            measure = "" if figure is None else "divergence" if is_divergence(figure) else "accuracy"
+            line = [task, measure, row["name"], row["rule"], row["retention"], row["learning_rate"], len(row["seeds"])]
             for shown in [figure, *(figure[name] if figure else None for name in compared_as)]:
                 line += ["", "", ""] if shown is None else [shown["mean"], *shown["interval"]]
             line += [row["trained_tokens"], row["seconds"], row["peak_memory_gib"]]

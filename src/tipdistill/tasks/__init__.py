@@ -11,7 +11,8 @@ A task of your own is an entry of `TASKS`, or a mapping in a file of yours, my_t
     tipdistill eval --tasks my_tasks.SUMS --model ... --output_dir ...  # my_tasks.py's folder is on PYTHONPATH
 
 The mapping's keys are the fields of `Task` and where the problems come from. `load_task` reads files and slices too:
-`mine.jsonl`, `math500=copy.jsonl` (a local copy of a known task), `math500[:100]`.
+`mine.jsonl`, `math500=copy.jsonl` (a local copy of a known task), `math500[:100]`. `reverse_kl=heldout.jsonl` has no
+answers: it measures how far a student that trains is from its teacher on what it writes to these prompts.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from typing import Any
 from .. import dotted
 from ..arrow import as_written
 from ..data import load_rows
-from ..evaluate.task import Problem, Task
+from ..evaluate.task import DIVERGENCES, Problem, Task
 from ..text import nearest
+from . import instructions
 
 __all__ = ["TASKS", "load_task"]
 
@@ -61,7 +63,11 @@ TASKS: dict[str, Mapping[str, Any] | Callable[[], Any] | Task] = {
         "problem": "question",
         "reference": _after_hashes,
     },
+    # with prompts of your own: reverse_kl=heldout.jsonl
+    **{name: {"divergence": name, "prompt": "own"} for name in DIVERGENCES},
     **{name: _written(name) for name in WRITTEN_TASKS},
+    "use_word": instructions.use_word,
+    "capitals": instructions.capitals,
 }
 
 
@@ -70,8 +76,9 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
 
     Args:
         name: a key of `TASKS`; a JSONL, JSON or Parquet file with a column "problem" (or "question", "prompt") and a
-            column "answer"; "key=file", the task `key` with the problems of a file; or the dotted path of a task. With
-            a slice, "name[first:end]", these of its problems, counted from 0.
+            column "answer"; "key=file", the task `key` with the problems of a file; or the dotted path of a task.
+            "reverse_kl=file" and "forward_kl=file" need no answers. With a slice, "name[first:end]", these of its
+            problems, counted from 0.
         limit: take the first so many problems; None: all.
         changes: fields of `Task` that replace the task's own; None leaves them.
 
@@ -161,6 +168,8 @@ def _from_mapping(name: str, mapping: Mapping[str, Any], local: bool = False) ->
         problems = _of_rows(str(mapping["dataset"]), rows, mapping)
     elif "problems" in mapping:
         problems = tuple(_problem(name, index, *pair) for index, pair in enumerate(mapping["problems"]))
+    elif mapping.get("divergence"):
+        raise ValueError(f"the task {name!r} needs prompts: {name}=FILE.jsonl takes those of a file.")
     else:
         raise ValueError(f"the task {name!r} needs 'problems', pairs of problem and answer, or a 'dataset'.")
     return Task(name, problems, **{key: value for key, value in mapping.items() if key in _OF_TASK})
@@ -169,9 +178,11 @@ def _from_mapping(name: str, mapping: Mapping[str, Any], local: bool = False) ->
 def _of_rows(source: str, rows: Any, mapping: Mapping[str, Any]) -> tuple[Problem, ...]:
     columns = rows.column_names
     problem = _column(source, columns, (mapping.get("problem"), *PROBLEM_COLUMNS))
+    rows = as_written(rows, problem)
+    if mapping.get("divergence"):
+        return tuple(_problem(source, index, row[problem], "-") for index, row in enumerate(rows))
     answer = _column(source, columns, (mapping.get("answer"), "answer"))
     reference = mapping.get("reference")
-    rows = as_written(rows, problem)
     problems = []
     for index, row in enumerate(rows):
         value = row[answer]

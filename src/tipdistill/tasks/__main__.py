@@ -1,28 +1,40 @@
-"""`python -m tipdistill.tasks modular`: the models and the prompts of a small task, where its recipe looks for them."""
+"""`python -m tipdistill.tasks modular`: the models and the prompts of a task, where its recipe looks for them."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from ..terminal import say
-from . import WRITTEN_TASKS
+from . import WRITTEN_TASKS, smollm2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Teach a task's teacher and student and write its training prompts; returns the exit code."""
+    """Make a task's teacher and student and write its training prompts; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tipdistill.tasks", description=__doc__)
-    parser.add_argument("task", choices=WRITTEN_TASKS)
+    parser.add_argument("task", choices=(*WRITTEN_TASKS, "smollm2"))
     parser.add_argument("--output_dir", type=Path, help="default: runs/<task>; what is there already is kept")
     parser.add_argument("--prompts", type=int, default=8192, help="how many, distinct, none of them held out")
+    parser.add_argument(
+        "--layers", type=int, default=smollm2.LAYERS, help="how many of its teacher's 30 smollm2's student lacks"
+    )
     options = parser.parse_args(argv)
+    root = options.output_dir or Path("runs") / options.task
+    if options.task == "smollm2":
+        try:
+            smollm2.prepare(root, options.layers, say)
+        except (ImportError, ValueError, OSError) as error:
+            print(f"python -m tipdistill.tasks: {error}", file=sys.stderr)
+            return 2
+        say(f"{root / 'models'} and {root / 'prompts.jsonl'} are ready for `tipdistill train --config smollm2`.")
+        return 0
     # one thread: at this size more of them are slower, and the weights are the same on every machine of a kind
     torch.set_num_threads(1)
     task = import_module(f".{options.task}", __package__).TASK
-    root = options.output_dir or Path("runs") / options.task
 
     def report(name: str, step: int, loss: float) -> None:
         if step % 100 == 0:

@@ -1,9 +1,10 @@
-"""Tasks measured while a student trains, with the engine that writes its rollouts."""
+"""Tasks measured while a student trains, with the engine that writes its rollouts and the teacher of the run."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from ..evaluate.engines import Completion, Sampling, as_fed
 from ..evaluate.run import check_names, run, write_metrics
 from ..evaluate.task import Task
 from ..tasks import load_task
-from .scoring import evaluating
+from .scoring import evaluating, scoring_pieces
 
-_LOGGED = ("standard_error", "maj_at_k", "mean_tokens", "truncated")
+_LOGGED = ("mean_at_k", "mean", "standard_error", "maj_at_k", "mean_tokens", "truncated")
 
 
 class TaskEvaluation(TrainerCallback):
@@ -43,7 +44,7 @@ class TaskEvaluation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         # a run that goes on from a step that was measured before its checkpoint was saved
-        measured = [entry["step"] for entry in state.log_history if any("/mean_at_" in name for name in entry)]
+        measured = [entry["step"] for entry in state.log_history if any(map(_is_of_task, entry))]
         self.step = state.global_step if state.global_step in measured else None
         if state.global_step == 0 and self.on_start:
             self._at(0, control)
@@ -56,19 +57,38 @@ class TaskEvaluation(TrainerCallback):
         self._at(state.global_step, control)
 
 
-def load_tasks(names: Sequence[str]) -> list[Task]:
-    """The tasks by their names, whose samples go into files of their own."""
+def _is_of_task(metric: str) -> bool:
+    return metric.startswith("eval_") and metric.endswith("/standard_error")
+
+
+def load_tasks(names: Sequence[str], has_local_teacher: bool = True) -> list[Task]:
+    """The tasks by their names, whose samples go into files of their own.
+
+    Args:
+        names: as `load_task` takes them.
+        has_local_teacher: whether a divergence can be measured exactly.
+
+    Raises:
+        ValueError: an unknown task, two with one file, or a divergence from a teacher that a server holds.
+    """
     tasks = [load_task(name) for name in names]
     if tasks:
         check_names([task.name for task in tasks])
+    for task in tasks:
+        if task.divergence is not None and not has_local_teacher:
+            raise ValueError(
+                f"eval_tasks: {task.name} needs the teacher's whole distribution, and the server of teacher_url gives "
+                "a part of it: leave the task out, or give the teacher as teacher_model_name_or_path."
+            )
     return tasks
 
 
 def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dict[str, float]:
     """Measure a `TIPTrainer`'s student on tasks; every process calls it, each writes its share of the completions.
 
-    Sampling is the run's own (`temperature`, `top_p`, `max_completion_length`, vLLM where it is used), from random
-    numbers of its own, so that training goes on as if it had not been measured. The samples are kept in
+    Sampling is the run's own (`temperature`, `top_p`, `max_completion_length` or the task's `max_new_tokens` where that
+    is less, vLLM where it is used), from random numbers of its own, so that training goes on as if it had not been
+    measured. The samples are kept in
     `<output_dir>/eval/step-<n>`.
 
     Args:
@@ -77,7 +97,8 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
         num_samples: k, completions per problem.
 
     Returns:
-        {"eval_<task>/mean_at_<k>": ..., "eval_<task>/standard_error": ..., ...}, the same on every process.
+        {"eval_<task>/mean_at_<k>": ..., "eval_<task>/standard_error": ..., ...}, the same on every process; of a
+        divergence "eval_<task>/mean", nats.
     """
     args, step = trainer.args, trainer.state.global_step
     root = Path(args.output_dir) / "eval" / f"step-{step}"
@@ -106,8 +127,12 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
             metrics = measured | {"tasks": metrics["tasks"] | measured["tasks"]}
         write_metrics(root, metrics)
         figures = [
-            {f"eval_{name}/mean_at_{num_samples}": numbers["mean_at_k"] for name, numbers in metrics["tasks"].items()}
-            | {f"eval_{name}/{key}": numbers[key] for name, numbers in metrics["tasks"].items() for key in _LOGGED}
+            {
+                f"eval_{name}/{logged.replace('mean_at_k', f'mean_at_{num_samples}')}": numbers[logged]
+                for name, numbers in metrics["tasks"].items()
+                for logged in _LOGGED
+                if logged in numbers
+            }
         ]
     return broadcast_object_list(figures)[0]
 
@@ -125,18 +150,81 @@ def _completions(trainer: Any, task: Task, num_samples: int) -> list[Completion]
     completions = []
     for first in range(0, most, size):
         rows = [own[index] if index < len(own) else total - 1 for index in range(first, min(first + size, most))]
-        written = trainer._generate_single_turn([prompts[row // num_samples] for row in rows], None, {})
+        asked = [prompts[row // num_samples] for row in rows]
+        with _no_longer_than(trainer, task.max_new_tokens):
+            written = trainer._generate_single_turn(asked, None, {})
+        divergences: list[float] | list[None] = [None] * len(rows)
+        if task.divergence is not None:
+            divergences = _divergences(trainer, asked, written, task.divergence)
         completions += [
             Completion(
                 row,
                 tokenizer.decode(ids, skip_special_tokens=not task.special_tokens),
                 len(ids),
                 ids[-1] in trainer.eos_token_ids,
+                divergence,
             )
-            for row, ids in zip(rows, written, strict=True)
+            for row, ids, divergence in zip(rows, written, divergences, strict=True)
         ]
     every = {completion.index: completion for completion in gather_object(completions)}
     return [every[index] for index in range(total)]
+
+
+@contextmanager
+def _no_longer_than(trainer: Any, tokens: int | None) -> Iterator[None]:
+    """Completions of at most so many tokens meanwhile; None, or more than the run's own: as in the run."""
+    places = [(trainer.generation_config, "max_new_tokens")]
+    if trainer.use_vllm:
+        places.append((trainer.vllm_generation, "max_completion_length"))
+    own = trainer.args.max_completion_length
+    try:
+        for place, name in places:
+            setattr(place, name, min(own, tokens or own))
+        yield
+    finally:
+        for place, name in places:
+            setattr(place, name, own)
+
+
+def _divergences(
+    trainer: Any, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], name: str
+) -> list[float]:
+    """The mean divergence of each rollout over its tokens, nats.
+
+    Args:
+        trainer: in the middle of `train`, with a teacher that gives hidden states.
+        prompts, written: token ids of each rollout.
+        name: "reverse_kl" or "forward_kl".
+    """
+    device = trainer.accelerator.device
+    batch = {
+        **_padded("prompt", prompts, device, left=True),
+        **_padded("completion", written, device),
+    }
+    mask = batch["completion_mask"].bool()
+    pieces = scoring_pieces(
+        batch,
+        trainer.accelerator,
+        trainer.args.per_device_train_batch_size,
+        trainer.args.scoring_tokens,
+        fixed_width=trainer.pad_to_multiple_of is not None,
+    )
+    answers = trainer.teacher.answer(batch, mask, pieces)
+    scores = trainer._score(batch, mask, pieces, (name,), answers)[name]
+    return (scores.double().sum(1) / mask.sum(1)).tolist()
+
+
+def _padded(name: str, rows: Sequence[Sequence[int]], device: Any, left: bool = False) -> dict[str, torch.Tensor]:
+    """<name>_ids and <name>_mask, int64 [B, longest]; padding is 0, and masked."""
+    width = max(map(len, rows))
+    blank = [[0] * (width - len(row)) for row in rows]
+    pairs = list(zip(rows, blank, strict=True))
+    ids = [[*padding, *row] if left else [*row, *padding] for row, padding in pairs]
+    mask = [[*padding, *[1] * len(row)] if left else [*[1] * len(row), *padding] for row, padding in pairs]
+    return {
+        f"{name}_ids": torch.tensor(ids, device=device),
+        f"{name}_mask": torch.tensor(mask, device=device),
+    }
 
 
 class _Written:

@@ -146,6 +146,8 @@ function resetFilters() {
 const PANELS = [
   ["Loss", ["loss"], { logY: true }],
   ["Evaluation loss", ["eval_loss"], { logY: true }],
+  ["Held-out reverse KL, nats", ["eval_reverse_kl/mean"], { logY: true }],
+  ["Held-out forward KL, nats", ["eval_forward_kl/mean"], { logY: true }],
   ["Accuracy", null, { share: true, zero: true }],
   ["Share of tokens in Q1", ["quadrants/q1"], { share: true, zero: true }],
   ["Share of tokens in Q2", ["quadrants/q2"], { share: true, zero: true }],

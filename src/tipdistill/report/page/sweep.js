@@ -7,7 +7,7 @@ const signedShare = (value) => `${value < 0 ? MINUS : "+"}${Math.abs(value).toFi
 const SWEEP_COLUMNS = [
   { title: "rule", value: (row) => ruleName(row.name) },
   { title: "retention", value: (row) => row.retention, text: (value) => percent(value) },
-  { title: "accuracy", measured: (figure) => figure, text: (value) => value.toFixed(3) },
+  { title: "", measured: (figure) => figure, text: (value) => value.toFixed(3) },
   { title: `${MINUS} all tokens`, measured: (figure) => figure.to_all, text: signedShare },
   { title: `${MINUS} random`, measured: (figure) => figure.to_random, text: signedShare },
   { title: "share of the gain", measured: (figure) => figure.gain_share, text: (value) => percent(value, 0) },
@@ -30,7 +30,8 @@ function drawSweep(name, sweep, task) {
   ];
   note.textContent = facts.filter((fact) => fact).join(" ");
   const rows = sweep.rows.map((row, number) => ({ row, number, figure: row.tasks[task] ?? null }));
-  const columns = SWEEP_COLUMNS.filter((column) => !column.measured || rows.some(({ figure }) => figure && column.measured(figure)));
+  const outcome = [sweep.before[task], ...rows.map(({ figure }) => figure)].some((figure) => figure?.divergence) ? "divergence, nats" : "accuracy";
+  const columns = SWEEP_COLUMNS.map((column) => (column.title ? column : { ...column, title: outcome })).filter((column) => !column.measured || rows.some(({ figure }) => figure && column.measured(figure)));
   const plots = element("div", { class: "charts intervals" });
   const table = element("table", { class: "rows" });
   const order = { column: -1, down: true };
@@ -71,7 +72,7 @@ function drawSweep(name, sweep, task) {
     const shown = sorted.filter(({ figure }) => figure);
     const started = sweep.before[task];
     plots.replaceChildren(
-      intervalPlot("Accuracy", shown.map((entry) => [entry, entry.figure]), started ? started.mean : null, "before", (value) => value.toFixed(2)),
+      intervalPlot(outcome[0].toUpperCase() + outcome.slice(1), shown.map((entry) => [entry, entry.figure]), started ? started.mean : null, "before", (value) => value.toFixed(2)),
       ...[["to_all", "Difference to all tokens"], ["to_random", "Difference to random at the same retention"]]
         .filter(([field]) => shown.some(({ figure }) => figure[field]))
         .map(([field, title]) => intervalPlot(title, shown.filter(({ figure }) => figure[field]).map((entry) => [entry, entry.figure[field]]), 0, "", signedShare)),

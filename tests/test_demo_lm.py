@@ -1,0 +1,90 @@
+"""The language model's demo in miniature: SmolLM2's tokenizer and chat template, and a tiny model in its place."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tipdistill import demo_lm
+from tipdistill.cli.demo import show_language_model
+from tipdistill.tasks import smollm2
+
+
+def write_tiny_teacher(gguf, directory):
+    """What `smollm2._write_teacher` does, with a model of half a million weights beside the embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+        )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """What the demo returned, its directory, and what it said."""
+    root = tmp_path_factory.mktemp("demo") / "lm"
+    with pytest.MonkeyPatch.context() as patch:
+        grids = root.parent / "grids"
+        grids.mkdir()
+        for name in ("demo-lm", "demo-lm-quick"):
+            grid = yaml.safe_load((demo_lm.GRIDS / f"{name}.yaml").read_text(encoding="utf-8"))
+            grid["overrides"] |= {"max_steps": 2, "warmup_steps": 0, "per_device_train_batch_size": 2}
+            grid["overrides"] |= {"max_completion_length": 6}
+            grid["cells"] = dict(list(grid["cells"].items())[:2])
+            (grids / f"{name}.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+        patch.setattr(demo_lm, "GRIDS", grids)
+        patch.setattr(demo_lm, "_MAP_PROMPTS", 4)
+        patch.setattr(smollm2, "_write_teacher", write_tiny_teacher)
+        grid = demo_lm.demo_grid("demo-lm", root)
+        smollm2.prepare(root, say=lambda line: None)
+    said = []
+    return demo_lm.run(grid, threads=1, say=said.append), root, said
+
+
+@pytest.mark.slow
+def test_it_writes_a_table_answers_a_map_and_the_report(finished, capsys):
+    result, root, said = finished
+    assert said == ["the teacher is there; the student is there"]
+    assert json.loads((root / "results.json").read_text()) == result
+    assert [row["name"] for row in result["rows"]] == ["all tokens", "Soft-OR"]
+    assert result["measured"] == ["reverse_kl", "use_word", "capitals"]
+    whole, half = result["rows"]
+    assert whole["trained_tokens"] > half["trained_tokens"] > 0
+    for row in (result["before"], whole, half):
+        low, high = row["reverse_kl"]["interval"]
+        assert 0 < low < row["reverse_kl"]["mean"] < high
+        assert 0 <= row["capitals"]["mean"] <= 1
+    assert set(result["teacher_accuracy"]) == {"use_word", "capitals"}
+    assert sum(quadrant["token_share"] for quadrant in result["quadrants"].values()) == pytest.approx(1)
+    assert [set(row) for row in result["answers"]] == [{"prompt", "teacher", "before", "all tokens", "Soft-OR"}] * 3
+    assert (root / "tip_map.png").read_bytes()[:4] == b"\x89PNG"
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page
+    text = (root / "results.md").read_text(encoding="utf-8")
+    assert text.count("\n| ") >= 7
+    show_language_model(result, root, 12.0)
+    shown = capsys.readouterr().out
+    assert "before healing" in shown
+    assert "report.html" in shown
+
+
+def test_the_grid_reads_what_its_directory_holds(tmp_path):
+    grid = demo_lm.demo_grid("demo-lm", tmp_path / "here", seed=3)
+    assert grid.seeds == (3,)
+    assert grid.test[0] == f"reverse_kl={tmp_path}/here/heldout.jsonl"
+    assert grid.overrides["dataset_name"] == f"{tmp_path}/here/prompts.jsonl"
+    assert [row.key for row in grid.rows] == [
+        "all-tokens-100",
+        "Soft-OR-50",
+        "gradient_norm_sampling-10",
+        "random-10",
+    ]
+    assert (tmp_path / "here" / "grid.yaml").is_file()
+    assert demo_lm.demo_grid("demo-lm-quick", tmp_path / "quick").output_dir == tmp_path / "quick"

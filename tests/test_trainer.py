@@ -879,7 +879,9 @@ def test_a_held_out_divergence_is_that_of_whole_float64_logits(make, tmp_path, n
 
     trainer._generate_single_turn = watched
     trainer.train()
-    (last,) = (entry for entry in trainer.state.log_history if entry["step"] == 1 and "eval_reverse_kl/mean" in entry)
+    logged = [entry for entry in trainer.state.log_history if "eval_reverse_kl_held_out/mean" in entry]
+    assert [entry["step"] for entry in logged] == [0, 1]
+    last = logged[1]
     student, teacher = trainer.plain_student().double(), trainer.teacher.model.double()
     rollouts = written[-6:]
     expected = []
@@ -890,7 +892,7 @@ def test_a_held_out_divergence_is_that_of_whole_float64_logits(make, tmp_path, n
             for model in (student, teacher)
         )
         expected.append([float(value) for value in (s.exp() * (s - t)).sum(-1)])
-    rows = [json.loads(line) for line in (tmp_path / "run/eval/step-1/samples/reverse_kl.jsonl").open()]
+    rows = [json.loads(line) for line in (tmp_path / "run/eval/step-1/samples/reverse_kl_held_out.jsonl").open()]
     assert [(row["problem"], row["sample"], row["tokens"]) for row in rows] == [
         (place // 2, place % 2, len(values)) for place, values in enumerate(expected)
     ]
@@ -899,9 +901,9 @@ def test_a_held_out_divergence_is_that_of_whole_float64_logits(make, tmp_path, n
     # the mean over prompts of the mean over the tokens of a prompt
     of_prompts = [[*expected[place], *expected[place + 1]] for place in (0, 2, 4)]
     means = [sum(values) / len(values) for values in of_prompts]
-    assert last["eval_reverse_kl/mean"] == pytest.approx(sum(means) / 3, rel=1e-4)
-    assert last["eval_reverse_kl/standard_error"] > 0
-    assert "eval_reverse_kl/mean_at_2" not in last
+    assert last["eval_reverse_kl_held_out/mean"] == pytest.approx(sum(means) / 3, rel=1e-4)
+    assert last["eval_reverse_kl_held_out/standard_error"] > 0
+    assert "eval_reverse_kl_held_out/mean_at_2" not in last
 
 
 def test_a_held_out_divergence_needs_a_teacher_that_tells_everything():

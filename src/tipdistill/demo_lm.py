@@ -81,7 +81,7 @@ def _run(grid: Grid, threads: int, say: Callable[[str], None]) -> dict[str, Any]
         )
     students = {cell.row.name: str(cells.path(cell)) for cell in cells.every_cell()}
     ((_, looked),) = in_workers({"the answers": (_look, root, students, grid.test, seed)}, 1, threads, log)
-    tasks = {cells.tasks[test].name: test for test in grid.test}
+    tasks = {cells.tasks[test].divergence or cells.tasks[test].name: test for test in grid.test}
     result = {
         "teacher": smollm2.NAME,
         "dropped": json.loads((root / "models" / smollm2.STUDENT / "prune.json").read_text())["dropped"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .dataset import Dataset
-from .history import Run, is_accuracy
+from .history import Run, is_accuracy, is_divergence
 from .tip_map import FAINT, INK, KEPT, save_figure, tip_map_figure
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MOST_CONFUSIONS = 20
 PANELS: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "accuracy": (),
-    "held-out reverse KL (nats)": ("eval_reverse_kl/mean",),
+    "held-out divergence (nats)": (),
     "% of the tokens in Q1": ("quadrants/q1",),
     "% of the tokens in Q2": ("quadrants/q2",),
     "% of the tokens in Q3": ("quadrants/q3",),
@@ -164,7 +164,8 @@ def _training(runs: Sequence[Run]) -> Figure:
     for title, metrics in PANELS.items():
         lines = []
         for number, run in enumerate(runs):
-            named = metrics or [metric for metric in run.series if is_accuracy(metric)][:1]
+            told = is_divergence if "divergence" in title else is_accuracy
+            named = metrics or [metric for metric in run.series if told(metric)][:1]
             lines += [(number, run.series[metric]) for metric in named if metric in run.series]
         if lines:
             panels.append((title, lines))

@@ -12,6 +12,7 @@ from typing import Any
 from ..documents import read_json
 
 _ACCURACY = re.compile(r"(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$", re.IGNORECASE)
+_DIVERGENCE = re.compile(r"eval_(reverse|forward)_kl\w*/mean$")
 _NUMBERED = re.compile(r"checkpoint-[0-9]+")
 MOST_CELLS = 12
 _NOT_SERIES = {"step", "epoch", "total_flos"}
@@ -38,6 +39,16 @@ def is_accuracy(metric: str) -> bool:
         [True, True, False, False]
     """
     return _ACCURACY.search(metric) is not None
+
+
+def is_divergence(metric: str) -> bool:
+    """Whether a metric is a held-out divergence, by its name.
+
+    Example:
+        >>> [is_divergence(name) for name in ("eval_reverse_kl_heldout/mean", "reverse_kl", "eval_sums/mean_at_1")]
+        [True, False, False]
+    """
+    return _DIVERGENCE.match(metric) is not None
 
 
 def read_runs(directory: Path) -> list[Run]:

@@ -109,6 +109,8 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
         raise ValueError(f"{name} names no file: {key}=FILE.jsonl is the task {key!r} with the problems of a file.")
     if equals:
         task = _from_mapping(key, {**_mapping(key, TASKS.get(key, {})), "dataset": path, "split": "train"}, local=True)
+        if task.divergence is not None:  # held-out prompts and those for validation are measured side by side
+            task = replace(task, name=f"{key}_{Path(path).stem}")
     elif key in TASKS:
         task = _from_object(key, TASKS[key])
     elif Path(key).suffix in _SUFFIXES:

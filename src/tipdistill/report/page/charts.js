@@ -143,12 +143,13 @@ function resetFilters() {
 
 // Training.
 
+const ACCURACY = /(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$/i;
+const DIVERGENCE = /^eval_(reverse|forward)_kl\w*\/mean$/;
 const PANELS = [
   ["Loss", ["loss"], { logY: true }],
   ["Evaluation loss", ["eval_loss"], { logY: true }],
-  ["Held-out reverse KL, nats", ["eval_reverse_kl/mean"], { logY: true }],
-  ["Held-out forward KL, nats", ["eval_forward_kl/mean"], { logY: true }],
-  ["Accuracy", null, { share: true, zero: true }],
+  ["Accuracy", ACCURACY, { share: true, zero: true }],
+  ["Held-out divergence, nats", DIVERGENCE, { logY: true }],
   ["Share of tokens in Q1", ["quadrants/q1"], { share: true, zero: true }],
   ["Share of tokens in Q2", ["quadrants/q2"], { share: true, zero: true }],
   ["Share of tokens in Q3", ["quadrants/q3"], { share: true, zero: true }],
@@ -165,7 +166,6 @@ const PANELS = [
   ["Tokens per second", ["tokens_per_second"], { zero: true }],
 ];
 const STAGES = [["rollout", 0], ["score", 5], ["select", 4], ["loss", 1], ["optimizer", 2]];
-const ACCURACY = /(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$/i;
 
 function drawTraining() {
   $("run-legend").replaceChildren(...DATA.runs.map((run, number) => { const key = element("span", { class: "key" }); key.append(lineSample(number), run.name); return key; }));
@@ -177,8 +177,9 @@ function drawTraining() {
     charts.push(lineChart(title, lines, { ...options, logY: Boolean(options.logY) && low > 0 && high / low > 20, zero: options.zero || Boolean(options.logY) }));
   };
   for (const [title, metrics, options] of PANELS) {
-    if (metrics) { for (const metric of metrics) add(title, metric, options); continue; }
-    for (const metric of [...new Set(DATA.runs.flatMap((run) => Object.keys(run.series).filter((one) => ACCURACY.test(one))))].slice(0, 8)) add(metric === "accuracy" ? title : metric.replace(/^eval_/, "").replace("_at_", "@").replace("/", ": "), metric, options);
+    if (Array.isArray(metrics)) { for (const metric of metrics) add(title, metric, options); continue; }
+    const named = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.series).filter((name) => metrics.test(name))))];
+    for (const metric of named.slice(0, 8)) add(metric === "accuracy" ? title : metric.replace(/^eval_/, "").replace("_at_", "@").replace("/", ": "), metric, options);
   }
   const time = timeSplit();
   if (time) charts.push(time);

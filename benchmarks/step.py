@@ -1,4 +1,4 @@
-"""A whole training step of real architectures with random weights: plain PyTorch, TRL's trainer, ours.
+"""A whole training step of real architectures with random weights, or of a real pair: plain PyTorch, TRL's, ours.
 
 Every training runs in a process of its own, one at a time; rounds go through the variants in turn. Completions are
 random tokens of a fixed length, the same for every variant: what writes them is the same for all, and takes minutes.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from tipdistill.config import TIPConfig
@@ -50,7 +50,10 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 
 @dataclass(frozen=True)
 class StepSettings:
-    """A pair and a batch: `rollouts` completions of `completion` tokens, all in one micro-batch unless accumulated."""
+    """A pair and a batch: `rollouts` completions of `completion` tokens, all in one micro-batch unless accumulated.
+
+    `student` and `teacher` are keys of ARCHITECTURES, or directories of models.
+    """
 
     student: str
     teacher: str
@@ -65,6 +68,10 @@ class StepSettings:
 
 PRESETS = {
     "tiny": StepSettings("tiny-student", "tiny-teacher", 16_384, 8, 1, 64, "float32", "cpu"),
+    # after python -m tipdistill.tasks smollm2
+    "smollm2": StepSettings(
+        "runs/smollm2/models/student", "runs/smollm2/models/teacher", 49_152, 8, 1, 128, "float32", "cpu", 2
+    ),
     "qwen3-1.7b-0.6b": StepSettings("qwen3-0.6b", "qwen3-1.7b", rollouts=32, accumulation=4),
     "qwen3-8b-4b": StepSettings("qwen3-4b", "qwen3-8b", rollouts=16, accumulation=4, completion=2048),
 }
@@ -246,18 +253,26 @@ class StepWork:
             config = DistillationConfig(**options)
         base = {"tip": TIPTrainer, "plain": _PlainTrainer, "trl": DistillationTrainer}[variant.trainer]
         trainer = type(base.__name__, (_RandomRollout, base), {})(
-            model=_random_model(settings.student, settings, seed=0),
-            teacher_model=_random_model(settings.teacher, settings, seed=1),
+            model=_model(settings.student, settings, seed=0),
+            teacher_model=_model(settings.teacher, settings, seed=1),
             args=config,
             train_dataset=Dataset.from_dict({"prompt": ["12+34="] * settings.rollouts * (1 + self.steps)}),
-            processing_class=build_tokenizer(),
+            processing_class=_tokenizer(settings.student),
             callbacks=[clock],
         )
         clock.trainer = trainer
         return trainer
 
 
-def _random_model(name: str, settings: StepSettings, seed: int) -> Any:
+def _tokenizer(name: str) -> Any:
+    return build_tokenizer() if name in ARCHITECTURES else AutoTokenizer.from_pretrained(name, padding_side="left")
+
+
+def _model(name: str, settings: StepSettings, seed: int) -> Any:
+    """The model of a directory, or one of ARCHITECTURES with random weights."""
+    if name not in ARCHITECTURES:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, settings.dtype))
+        return model.to(settings.device)
     width, layers, heads, intermediate, tied = ARCHITECTURES[name]
     config = Qwen3Config(
         vocab_size=settings.vocabulary,
@@ -323,6 +338,9 @@ def run_step(
     settings = PRESETS[preset]
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"the preset {preset!r} needs a GPU, and torch sees none here. On the CPU: --preset tiny.")
+    for name in (settings.student, settings.teacher):
+        if name not in ARCHITECTURES and not Path(name).is_dir():
+            raise ValueError(f"there is no {name}: run `python -m tipdistill.tasks smollm2` first.")
     return {
         "benchmark": "step",
         "preset": preset,

@@ -22,7 +22,7 @@ from .head import shown
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
-    *("docs/engine.md", "docs/probe.md", "docs/report.md"),
+    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/language-model.md"),
     *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
 )
 WHOLE = ".whole"  # behind a result's name: every column of it
@@ -419,6 +419,26 @@ def _switch(entry: dict[str, Any]) -> list[str]:
     return [f"{1e3 * entry['seconds']:.1f}", over, f"{entry['extra_bytes'] / 2**20:.0f}"]
 
 
+def _students(result: dict[str, Any]) -> str:
+    """Kinds of students down; of each its means, and its quadrants at each pair of thresholds."""
+    entries = result["students"]
+    borders = [
+        f"ĥ ≥ {quadrant['entropy_threshold']:g}, δ ≥ {quadrant['divergence_threshold']:g}"
+        for quadrant in next(iter(entries.values()))["quadrants"]
+    ]
+    rows = [
+        [
+            name,
+            f"{entry['reverse_kl']:.2f}",
+            f"{entry['entropy']:.2f}",
+            *(" / ".join(f"{100 * share:.0f}" for share in quadrant["shares"]) for quadrant in entry["quadrants"]),
+        ]
+        for name, entry in entries.items()
+    ]
+    rows.append(["the paper's three pairs", "", "", "Q1+Q2 40–52, Q3 3–15, Q4 40–47", *[""] * (len(borders) - 1)])
+    return markdown_table(["student", "reverse KL", "entropy", *borders], rows)
+
+
 # Of each benchmarks/results/gpu-CARD.json, as benchmarks/gpu_lease.py writes it.
 OF_GPUS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu": _gpu_lines,
@@ -444,7 +464,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "select-cpu": _select,
     "select-cuda": _select,
     "targets-cpu": _cpu_targets,
+    "students-smollm2": _students,
     "step-tiny": _step,
+    "step-smollm2": _step,
     "step-qwen3-1.7b-0.6b": _step,
     "step-qwen3-8b-4b": _step,
 }

@@ -15,7 +15,7 @@ from tipdistill.tasks import smollm2
 def write_tiny_teacher(gguf, directory):
     """What `smollm2._write_teacher` does, with a model of half a million weights beside the embeddings."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 9, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(

@@ -1,6 +1,6 @@
 """The method on a real language model, on the CPU: prune SmolLM2, heal it on its own rollouts, show what it says.
 
-The teacher is SmolLM2-135M-Instruct, the student lacks four of its layers (`tasks/smollm2.py`). It is healed four ways,
+The teacher is SmolLM2-135M-Instruct, the student lacks six of its layers (`tasks/smollm2.py`). It is healed four ways,
 each a cell of `sweep/demo-lm.yaml`: on all tokens, on half of them, on two tenths. Models and cells that are finished
 are kept, so a killed demo goes on where it stopped.
 """
@@ -158,7 +158,7 @@ def _look(root: Path, students: Mapping[str, str], tasks: Sequence[str], seed: i
         scored.scores,
         root / "tip_map.png",
         selection=select(scored.scores, "soft_or", 0.5, rollout=torch.tensor(owners)),
-        title="SmolLM2 without four layers, before healing; kept by Soft-OR at 50 %",
+        title="SmolLM2 without six layers, before healing; kept by Soft-OR at 50 %",
     )
     quadrant = quadrants(scored.scores)
     shares = quadrant_shares(quadrant), quadrant_shares(quadrant, scored.scores.require("reverse_kl"))

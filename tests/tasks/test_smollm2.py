@@ -15,12 +15,12 @@ from tipdistill.tasks import smollm2
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("smollm2")
-    smollm2.prepare(root, layers=4, say=lambda line: None)
+    smollm2.prepare(root, say=lambda line: None)
     return root
 
 
 @pytest.mark.slow
-def test_the_teacher_knows_its_capitals_and_the_student_lacks_four_layers(root):
+def test_the_teacher_knows_its_capitals_and_the_student_lacks_six_layers(root):
     tokenizer = AutoTokenizer.from_pretrained(root / "models" / "teacher")
     teacher = AutoModelForCausalLM.from_pretrained(root / "models" / "teacher")
     asked = tokenizer.apply_chat_template(
@@ -35,7 +35,7 @@ def test_the_teacher_knows_its_capitals_and_the_student_lacks_four_layers(root):
     student = AutoModelForCausalLM.from_pretrained(root / "models" / "student")
     dropped = json.loads((root / "models" / "student" / "prune.json").read_text())["dropped"]
     kept = [number for number in range(30) if number not in dropped]
-    assert (len(student.model.layers), len(teacher.model.layers), len(dropped)) == (26, 30, 4)
+    assert (len(student.model.layers), len(teacher.model.layers), len(dropped)) == (24, 30, 6)
     for mine, number in zip(student.model.layers, kept, strict=True):
         assert torch.equal(mine.mlp.up_proj.weight, teacher.model.layers[number].mlp.up_proj.weight)
 
@@ -44,7 +44,7 @@ def test_the_teacher_knows_its_capitals_and_the_student_lacks_four_layers(root):
 def test_what_is_there_is_kept_and_another_number_of_layers_makes_another_student(root, monkeypatch):
     stamps = {path: path.stat().st_mtime_ns for path in root.glob("models/*/model.safetensors")}
     said = []
-    smollm2.prepare(root, layers=4, say=said.append)
+    smollm2.prepare(root, say=said.append)
     assert said == ["the teacher is there", "the student is there"]
     assert {path: path.stat().st_mtime_ns for path in root.glob("models/*/model.safetensors")} == stamps
     asked = []

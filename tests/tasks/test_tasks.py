@@ -129,11 +129,13 @@ def test_an_unknown_name_gives_the_nearest():
 
 
 def test_a_divergence_takes_prompts_without_answers(tmp_path):
-    path = write(tmp_path / "held_out.jsonl", [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}])
+    path = write(tmp_path / "held_out.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     task = load_task(f"reverse_kl={path}")
     assert (task.name, task.divergence, len(task.problems)) == ("reverse_kl_held_out", "reverse_kl", 2)
     assert task.prompt_of(task.problems[0]) == "a"
-    assert task.prompt_of(task.problems[1]) == [{"role": "user", "content": "b"}]
+    messages = [{"role": "user", "content": "b"}]
+    chat = load_task(f"reverse_kl={write(tmp_path / 'chat.jsonl', [{'prompt': messages}])}")
+    assert chat.prompt_of(chat.problems[0]) == messages
     assert load_task(f"forward_kl={path}[1:]").problems == task.problems[1:]
     assert load_task(f"forward_kl={path}").fingerprint() != task.fingerprint()
     with pytest.raises(ValueError, match=r"'forward_kl' needs prompts: forward_kl=FILE\.jsonl takes those of a file"):

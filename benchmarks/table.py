@@ -22,7 +22,7 @@ from .head import shown
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
-    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/language-model.md"),
+    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/smollm2.md"),
     *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
 )
 WHOLE = ".whole"  # behind a result's name: every column of it

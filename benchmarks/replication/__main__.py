@@ -1,4 +1,4 @@
-"""Write the tables and verdicts of docs/replication.md and benchmarks/results/replication.md."""
+"""Write the tables and verdicts of docs/replication.md, docs/smollm2.md and their long form in results/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from .. import measure
 from .results import RESULTS, collect, load
 from .tables import rendered
 
-DOCUMENTS = (measure.ROOT / "docs" / "replication.md", measure.RESULTS / "replication.md")
+DOCUMENTS = (
+    measure.ROOT / "docs" / "replication.md",
+    measure.RESULTS / "replication.md",
+    measure.ROOT / "docs" / "smollm2.md",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

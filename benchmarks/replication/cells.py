@@ -13,10 +13,10 @@ from pathlib import Path
 from tipdistill.files import write_text
 
 from .. import measure
-from .results import RESULTS
+from .results import LANGUAGE_MODEL, RESULTS
 
-KEPT = RESULTS / "smollm2" / "cells"
-RUNS = measure.ROOT / "runs" / "replication" / "smollm2"
+KEPT = RESULTS / LANGUAGE_MODEL / "cells"
+RUNS = measure.ROOT / "runs" / "replication" / LANGUAGE_MODEL
 
 
 def save(runs: Path, kept: Path) -> list[Path]:

@@ -15,7 +15,8 @@ from .. import measure
 RESULTS = measure.RESULTS / "replication"
 TEACHER = "teacher"  # folder of the grids that select by the teacher's entropy
 RATES = "rates"  # folder of the grids that try the rows at a higher rate
-PATTERNS = ("*", f"{TEACHER}/*", f"{RATES}/*")
+LANGUAGE_MODEL = "smollm2"  # folder of the grids on a real language model, whose outcome is a divergence
+PATTERNS = ("*", f"{TEACHER}/*", f"{RATES}/*", f"{LANGUAGE_MODEL}/*")
 # grids, in the order of the tables, and what the documents call their tasks
 TASKS = {"planted": "addition", "modular": "modular", "machine": "machine"}
 

@@ -12,7 +12,7 @@ from benchmarks.replication import __main__ as replication
 from benchmarks.replication import claims, tables
 from benchmarks.replication.results import RATES, RESULTS, TASKS, TEACHER, figure_of, load
 from tipdistill.sweep import Cell, Grid, read_grid, summarise
-from tipdistill.tasks import arithmetic, machine, modular
+from tipdistill.tasks import arithmetic, machine, modular, smollm2
 
 ROOT = Path(__file__).parents[2]
 GRIDS = sorted((ROOT / "benchmarks" / "replication").rglob("*.yaml"))
@@ -63,7 +63,9 @@ def assert_tables(text: str) -> None:
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: str(path.relative_to(GRIDS[0].parent)))
-def test_every_grid_can_be_read_and_names_where_it_runs(path):
+def test_every_grid_can_be_read_and_names_where_it_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    smollm2.write_prompts(Path("runs/smollm2"))  # which the language model's grids measure on
     grid = read_grid(path)
     assert grid.output_dir.name == path.stem
     assert f"tipdistill sweep {path.relative_to(ROOT).as_posix()}" in path.read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ def section(title: str) -> str:
 def in_table(title: str) -> set[str]:
     names = re.findall(r"^\| `([^`]+)` \|", section(title), re.M)
     assert len(names) == len(set(names)), f"a name stands twice under {title}"
-    return {name.replace("TASK", "sums").replace("_K", f"_{SAMPLES}") for name in names}
+    return {name.replace("TASK", "sums").replace("_K", f"_{SAMPLES}").replace("_FILE", "_held_out") for name in names}
 
 
 OURS = in_table("Ours, at every logged step")
@@ -61,10 +61,16 @@ def prompts(word_problems):
 
 def test_the_page_names_what_a_training_logs(pair, prompts, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "sums", {"problems": [("2 + 3 =", "5"), ("1 + 1 =", "2")]})
-    measured = {"eval_strategy": "steps", "eval_steps": 1, "eval_tasks": "sums", "eval_num_samples": SAMPLES}
-    args = TIPConfig(str(tmp_path), **TINY, **measured)
-    names = logged(TIPTrainer(*pair, args, prompts, eval_dataset=prompts.select(range(4))))
-    of_the_loss = {name for name in names if name.startswith("eval_") and not name.startswith("eval_sums")}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "2 + 3 ="}\n', encoding="utf-8")
+    measured = {"eval_strategy": "steps", "eval_steps": 1, "eval_num_samples": SAMPLES}
+    args = TIPConfig(str(tmp_path / "run"), **TINY, **measured, eval_tasks=f"sums,reverse_kl={held_out}")
+    every = logged(TIPTrainer(*pair, args, prompts, eval_dataset=prompts.select(range(4))))
+    # what a divergence shares with other tasks has its line under theirs
+    shared = {f"eval_reverse_kl_held_out/{name}" for name in ("standard_error", "mean_tokens", "truncated")}
+    assert shared <= every
+    names = every - shared
+    of_the_loss = {name for name in names if name.startswith("eval_") and name not in TASK}
     assert names - of_the_loss - OURS - TASK - TRL == set()
     assert (OURS | TASK) - names == set()
     # without tools there are none of theirs

@@ -1,7 +1,8 @@
-"""What tests/test_sharded.py launches under torchrun: a list of runs, each in processes of its own.
+"""What tests/test_sharded.py runs: a list of jobs, each in processes of its own.
 
-The ranks import everything once and fork for each run, so that every run has fresh process groups and singletons
-without paying for the imports again. `on_cpu` gives FSDP2 and DeepSpeed what accelerate withholds from them on a CPU.
+One process imports everything and forks the ranks of each job, so that every job has fresh process groups and
+singletons without paying for the imports again. `on_cpu` gives FSDP2 and DeepSpeed what accelerate withholds from them
+on a CPU.
 """
 
 import importlib
@@ -11,6 +12,8 @@ import os
 import signal
 import sys
 from pathlib import Path
+
+import forks
 
 # What `accelerate launch` exports for TRL's presets, but for mixed precision.
 FSDP = {
@@ -83,6 +86,7 @@ def kinds(model):
 
 def run(job):
     import torch
+    from accelerate.utils import gather_object
     from datasets import Dataset
     from torch.utils._python_dispatch import TorchDispatchMode
     from transformers import TrainerCallback
@@ -160,6 +164,7 @@ def run(job):
         models["teacher"] = trainer.accelerator.unwrap_model(trainer.teacher_model)
     parameters = {name: kinds(model) for name, model in models.items()}
     trainer.save_model(args.output_dir)
+    local_ranks = gather_object([args.local_process_index])
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         figures = {name: [entry[name] for entry in history] for name in history[0]}
@@ -169,6 +174,7 @@ def run(job):
             "collectives": collectives,
             "tiles": tiles,
             "processes": trainer.accelerator.num_processes,
+            "local_ranks": local_ranks,
         }
         found["engine"] = trainer.accelerator.distributed_type.value
         (Path(args.output_dir) / "figures.json").write_text(json.dumps(found))
@@ -177,10 +183,10 @@ def run(job):
     trainer.end()
 
 
-def main():
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+def main(path):
+    """Run the jobs of a file one after another."""
+    jobs = json.loads(Path(path).read_text())
     os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each run meets at a port of its own
     # all that a run imports somewhere on its way, seconds of it, is imported once
     imported = [
         "tipdistill.trainer",
@@ -194,29 +200,36 @@ def main():
             imported += ["torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon"]
     for name in imported:
         importlib.import_module(name)
-
-    alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     for job in jobs:
-        if job.get("alone") and os.environ["RANK"] != "0":
-            continue
-        sys.stdout.flush()
-        child = os.fork()
-        if child == 0:
-            os.environ.update(MASTER_PORT=str(job["port"]), **ENVIRONMENT[job["engine"]])
-            os.environ.update(alone if job.get("alone") else {})
-            code = 1
-            try:
-                run(job)
-                code = 0
-            finally:
-                sys.stdout.flush()
-                if code:
-                    sys.excepthook(*sys.exc_info())
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
+        together(job)
+    return 0
+
+
+def together(job):
+    """All ranks of a job at once, each told of the others as a launcher tells it; when one fails, the others end."""
+    sys.stdout.flush()
+    left = {fork(job, number) for number in range(job["processes"])}
+    while left:
+        child, status = os.wait()
+        left.discard(child)
         if bool(status) != bool(job.get("dies")):
+            for other in left:
+                os.kill(other, signal.SIGKILL)
             raise SystemExit(f"{job['out']}: ended with {status}")
 
 
-if __name__ == "__main__":
-    main()
+def fork(job, number):
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ.update(forks.rank(number, job["processes"], job["port"], job.get("hosts", 1)))
+        os.environ.update(ENVIRONMENT[job["engine"]])
+        run(job)
+        code = 0
+    finally:
+        sys.stdout.flush()
+        if code:
+            sys.excepthook(*sys.exc_info())
+        os._exit(code)

@@ -1,18 +1,19 @@
 """Several processes and sharded models against one process: DDP, FSDP2, ZeRO-2 and ZeRO-3 over gloo, no GPU needed.
 
 Every engine runs the same prompts in the same order, so losses, gradient norms and (with SGD, whose step is the
-gradient) final weights must be those of one process. One launch serves all checks of a number of processes.
+gradient) final weights must be those of one process. All runs are made once, by forks of one process.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
+import sharded_run
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
-RUN = Path(__file__).parent / "sharded_run.py"
 PLAIN = {
     "bf16": False,
     "gradient_checkpointing": False,
@@ -81,96 +81,89 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(jobs, directory, processes, nodes=1):
-    """Run the jobs one after another under torchrun, once per node."""
-    (directory / "jobs.json").write_text(json.dumps([{**job, "port": free_port()} for job in jobs]))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
-    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
-    command += [str(RUN), str(directory / "jobs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [directory / f"node-{node}.log" for node in range(nodes)]
-    started = []
-    for log in logs:
-        with log.open("w") as output:
-            started.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
-    try:
-        codes = [process.wait(timeout=400) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0] * nodes, "\n".join(log.read_text()[-6000:] for log in logs)
-
-
-def launch_once(jobs, root, processes):
-    """Figures and directory of each job; a second worker of pytest-xdist waits for the first, and reads its files."""
-    directory = root / f"launch-{processes}"
-    with FileLock(root / f"launch-{processes}.lock"):
-        if not (directory / "done").exists():
-            directory.mkdir(exist_ok=True)
-            launch(list(jobs.values()), directory, processes)
-            (directory / "done").touch()
-    return {key: (figures(asked["out"]), Path(asked["out"])) for key, asked in jobs.items()}
-
-
 def figures(out):
     return json.loads((Path(out) / "figures.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sharded"
-    path.mkdir(exist_ok=True)
-    return path
+class Jobs:
+    """Writes jobs: a student with tied embeddings, or a bias, and an untied teacher of another architecture."""
 
+    def __init__(self, root, tiny_model_dir, data):
+        self.root, self.models, self.data = root, tiny_model_dir, data
 
-@pytest.fixture(scope="module")
-def job(tiny_model_dir, word_problems, root):
-    """Factory of jobs: a student with tied embeddings, or a bias, and an untied teacher of another architecture."""
+    def job(self, engine, processes, name, student, settings, **told):
+        return {
+            "engine": engine,
+            "processes": processes,
+            "student": str(self.models(student, "student")),
+            "data": str(self.data),
+            "settings": {**PLAIN, **settings},
+            "out": str(self.root / name),
+            "port": free_port(),
+            **told,
+        }
 
-    def build(engine, processes, kind, accumulation=None, **more):
+    def sharded(self, engine, processes, kind, suffix="", **more):
         settings, told = KINDS[kind]
-        accumulation = accumulation or (4 if kind in ACCUMULATED and processes == 2 else 1)
+        accumulation = 4 if kind in ACCUMULATED and processes == 2 else 1
         settings = {
-            **PLAIN,
             **settings,
             "gradient_accumulation_steps": accumulation,
             "per_device_train_batch_size": 8 // processes // accumulation,
         }
-        student = tiny_model_dir("phi" if kind == "few" else "qwen3", "student")
-        return {
-            "engine": engine,
-            "student": str(student),
-            "teacher": str(tiny_model_dir("llama", "teacher")),
-            "data": str(word_problems),
-            "settings": settings,
-            "out": str(root / f"{engine}-{processes}-{kind}{more.pop('suffix', '')}"),
-            **told,
-            **more,
-        }
+        told = {"teacher": str(self.models("llama", "teacher")), **told, **more}
+        student = "phi" if kind == "few" else "qwen3"
+        return self.job(engine, processes, f"{engine}-{processes}-{kind}{suffix}", student, settings, **told)
 
-    return build
+    def served(self, kind, processes, name, urls, **told):
+        settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "record_rollouts": 0, **SERVED[kind]}
+        settings |= {"teacher_time_limit": 1.0, "gradient_accumulation_steps": 2}
+        settings |= {"per_device_train_batch_size": 4 // processes}
+        return self.job("ddp", processes, f"served-{name}", "qwen3", settings, teacher=None, urls=urls, **told)
+
+    def all(self, url, dying):
+        """Every job of this file, in order: each kind in one process, in two by engine, and on two hosts.
+
+        "adam" is killed in its third step and resumed. `url` and `dying` are teachers on servers; the one of the last
+        process goes away in "stopped".
+        """
+        jobs = {("one", kind): self.sharded("ddp", 1, kind) for kind in KINDS}
+        for engine in NAMES:
+            for kind in KINDS_OF[engine]:
+                jobs[engine, kind] = self.sharded(engine, 2, kind)
+            if engine in SHARDED:
+                jobs[engine, "tiles"] = self.sharded(engine, 2, "whole", "-tiles", tiles=True)
+                jobs[engine, "killed"] = self.sharded(engine, 2, "adam", dies=3)
+                jobs[engine, "adam"] = self.sharded(engine, 2, "adam", resume=True)
+        jobs["hosts"] = self.sharded("fsdp2", 4, "whole", "-hosts", hosts=2)
+        for kind, processes in itertools.product(SERVED, (1, 2)):
+            jobs["served", kind, processes] = self.served(kind, processes, f"{kind}-{processes}", [url] * processes)
+        jobs["stopped"] = self.served("reads", 2, "outage", [url, dying], stops=True)
+        jobs["resumed"] = self.served("reads", 2, "outage", [url, url], resume=True)
+        return jobs
 
 
 @pytest.fixture(scope="module")
-def one(job, root):
-    """Figures and directory of each kind of run in one process."""
-    return launch_once({kind: job("ddp", 1, kind) for kind in KINDS}, root, 1)
-
-
-@pytest.fixture(scope="module")
-def two(job, root):
-    """The same in two processes, by engine; "adam" is killed in its third step and resumed."""
-    jobs = {}
-    for engine in NAMES:
-        for kind in KINDS_OF[engine]:
-            jobs[engine, kind] = job(engine, 2, kind)
-        if engine in SHARDED:
-            jobs[engine, "tiles"] = job(engine, 2, "whole", tiles=True, suffix="-tiles")
-            killed = job(engine, 2, "adam", dies=3)
-            jobs[engine, "killed"] = killed
-            jobs[engine, "adam"] = {**killed, "dies": None, "resume": True}
-    return launch_once(jobs, root, 2)
+def ran(tiny_model_dir, tiny_tokenizer, word_problems, tmp_path_factory):
+    """Figures and directory of each job; a second worker of pytest-xdist waits for the first, and reads its files."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sharded"
+    root.mkdir(exist_ok=True)
+    jobs = Jobs(root, tiny_model_dir, word_problems)
+    with FileLock(root / "lock"):
+        if not (root / "done").exists():
+            teacher = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama", "teacher"))
+            with (
+                serving(teacher, tiny_tokenizer, max_logprobs=-1) as server,
+                serving(teacher, tiny_tokenizer, max_logprobs=-1) as dying,
+            ):
+                dying.dies_after = 1 + 2 * 4 + 2  # a probe, two steps, and in the middle of the third
+                asked = list(jobs.all(server.url, dying.url).values())
+                (root / "jobs.json").write_text(json.dumps(asked))
+                code = forks.run(sharded_run.main, root / "jobs.json", log=root / "log", seconds=500)
+            assert code == 0, (root / "log").read_text()[-6000:]
+            (root / "done").touch()
+    return {key: (figures(asked["out"]), Path(asked["out"])) for key, asked in jobs.all("", "").items()}
 
 
 def assert_same(found, expected, weights=True, normalized_together=True):
@@ -200,102 +193,59 @@ HOLDS = {
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_equal_one_in_losses_gradients_and_weights(engine, one, two):
+def test_two_processes_equal_one_in_losses_gradients_and_weights(engine, ran):
     first = KINDS_OF[engine][0]
-    found = two[engine, first]
+    found = ran[engine, first]
     assert found[0]["processes"] == 2
     kind, student, teacher = HOLDS[engine]
     assert found[0]["engine"] == kind
     assert found[0]["parameters"] == {"student": student, "teacher": teacher}
-    assert_same(found, one[first])
+    assert_same(found, ran["one", first])
 
 
 @pytest.mark.parametrize(
     ("engine", "kind"), [(engine, kind) for engine in NAMES for kind in KINDS_OF[engine] if kind != "whole"]
 )
-def test_ranks_without_a_token_neither_hang_nor_change_the_result(engine, kind, one, two):
-    assert_same(two[engine, kind], one[kind], normalized_together=kind != "empty_micro_batch")
+def test_ranks_without_a_token_neither_hang_nor_change_the_result(engine, kind, ran):
+    assert_same(ran[engine, kind], ran["one", kind], normalized_together=kind != "empty_micro_batch")
 
 
 @pytest.mark.parametrize("engine", SHARDED)
-def test_a_run_killed_on_one_rank_resumes_to_the_figures_of_one_process(engine, one, two):
-    figures, directory = two[engine, "adam"]
+def test_a_run_killed_on_one_rank_resumes_to_the_figures_of_one_process(engine, ran):
+    figures, directory = ran[engine, "adam"]
     assert len(figures["loss"]) == 4
     assert (directory / "checkpoint-2").is_dir()
     # Adam divides by the root of tiny second moments, so weights may differ where gradients are nearly zero
-    assert_same(two[engine, "adam"], one["adam"], weights=False)
+    assert_same(ran[engine, "adam"], ran["one", "adam"], weights=False)
 
 
 @pytest.mark.parametrize("engine", SHARDED)
-def test_collectives_do_not_grow_with_the_tiles(engine, two):
-    few, many = (two[engine, kind][0] for kind in ("whole", "tiles"))
+def test_collectives_do_not_grow_with_the_tiles(engine, ran):
+    few, many = (ran[engine, kind][0] for kind in ("whole", "tiles"))
     assert many["tiles"] > 10 * few["tiles"]
     assert len(few["collectives"]) == 3
     assert sum(few["collectives"][0].values()) > 0
     assert many["collectives"] == few["collectives"]
-    assert_same(two[engine, "tiles"], two[engine, "whole"])
+    assert_same(ran[engine, "tiles"], ran[engine, "whole"])
 
 
-def test_two_hosts_of_two_processes_equal_one(job, one, tmp_path):
-    """Two torchrun agents, as on two hosts, that meet at one endpoint."""
-    asked = job("fsdp2", 4, "whole", suffix="-hosts")
-    launch([asked], tmp_path, processes=2, nodes=2)
-    assert figures(asked["out"])["processes"] == 4
-    assert_same((figures(asked["out"]), Path(asked["out"])), one["whole"])
-
-
-@pytest.fixture(scope="module")
-def served(tiny_model_dir, word_problems, tiny_tokenizer, root):
-    """Runs of a teacher on a server: in one process, in two, and in two of which the last one's server goes away."""
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama", "teacher"))
-    with (
-        serving(teacher, tiny_tokenizer, max_logprobs=-1) as server,
-        serving(teacher, tiny_tokenizer, max_logprobs=-1) as dying,
-    ):
-        dying.dies_after = 1 + 2 * 4 + 2  # a probe, two steps, and in the middle of the third
-
-        def job(kind, name, processes=2, urls=None, **more):
-            settings, told = SERVED[kind], {"alone": processes == 1, **more}
-            settings = {
-                **PLAIN,
-                "optim": "sgd",
-                "learning_rate": 0.05,
-                "max_steps": 4,
-                "record_rollouts": 0,
-                **settings,
-            }
-            settings |= {"teacher_time_limit": 1.0, "gradient_accumulation_steps": 2}
-            settings |= {"per_device_train_batch_size": 4 // processes}
-            return {
-                "engine": "ddp",
-                "student": str(tiny_model_dir("qwen3", "student")),
-                "teacher": None,
-                "data": str(word_problems),
-                "settings": settings,
-                "urls": urls or [server.url] * processes,
-                "out": str(root / f"served-{name}"),
-                **told,
-            }
-
-        jobs = {(kind, n): job(kind, f"{kind}-{n}", n) for kind in SERVED for n in (1, 2)}
-        jobs["stopped"] = job("reads", "outage", urls=[server.url, dying.url], stops=True)
-        jobs["resumed"] = job("reads", "outage", resume=True)
-        directory = root / "launch-served"
-        directory.mkdir()
-        launch(list(jobs.values()), directory, 2)
-    return {key: (figures(asked["out"]), Path(asked["out"])) for key, asked in jobs.items()}
+def test_two_hosts_of_two_processes_equal_one(ran):
+    """As a launcher on each of two hosts tells its processes: ranks of 4, local ranks of 2."""
+    assert ran["hosts"][0]["processes"] == 4
+    assert ran["hosts"][0]["local_ranks"] == [0, 1, 0, 1]
+    assert_same(ran["hosts"], ran["one", "whole"])
 
 
 @pytest.mark.parametrize("kind", SERVED)
-def test_a_served_teacher_in_two_processes_equals_one(kind, served):
-    assert [served[kind, processes][0]["processes"] for processes in (1, 2)] == [1, 2]
-    assert_same(served[kind, 2], served[kind, 1])
-    asked = [served[kind, processes][0]["teacher/tokens_asked"] for processes in (1, 2)]
+def test_a_served_teacher_in_two_processes_equals_one(kind, ran):
+    assert [ran["served", kind, processes][0]["processes"] for processes in (1, 2)] == [1, 2]
+    assert_same(ran["served", kind, 2], ran["served", kind, 1])
+    asked = [ran["served", kind, processes][0]["teacher/tokens_asked"] for processes in (1, 2)]
     assert asked[0] == asked[1]
 
 
-def test_a_server_that_is_gone_for_one_process_stops_both_which_then_go_on(served):
-    directory = served["resumed"][1]
+def test_a_server_that_is_gone_for_one_process_stops_both_which_then_go_on(ran):
+    directory = ran["resumed"][1]
     messages = [(directory / f"stopped-{rank}").read_text() for rank in (0, 1)]
     assert "another process had no answer" in messages[0]
     assert "HTTP 503" in messages[1]
@@ -305,4 +255,4 @@ def test_a_server_that_is_gone_for_one_process_stops_both_which_then_go_on(serve
         "rng_state_0.pth",
         "rng_state_1.pth",
     }
-    assert_same(served["resumed"], served["reads", 2])
+    assert_same(ran["resumed"], ran["served", "reads", 2])

@@ -3,15 +3,13 @@
 import copy
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 from datasets import Dataset
@@ -610,39 +608,31 @@ def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_proble
         "retention": 0.4,
     }
 
-    def command(out, resume):
+    def train(out, resume):
         arguments = [*pair, str(word_problems), str(out), resume, json.dumps(settings)]
-        return [sys.executable, "-c", RESUME, *arguments]
+        return forks.start(forks.script, RESUME, arguments, log=out.with_suffix(f".{resume}"))
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    straight = subprocess.run(
-        command(tmp_path / "straight", "no"),
-        check=True,
-        timeout=300,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(command(killed, "no"), env=environment, stdout=subprocess.DEVNULL)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    whole = train(straight, "no")
+    whole.join(300)
+    process = train(killed, "no")
     # the fifth step is the first of the third epoch
     deadline = time.monotonic() + 240
     while not (killed / "checkpoint-5" / "trainer_state.json").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.exitcode is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (killed / "final").exists()
-    resumed = subprocess.run(
-        command(killed, "yes"), check=True, timeout=300, env=environment, capture_output=True, text=True
-    )
-    ends = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / run / "final").state_dict() for run in ("straight", "killed")
-    ]
+    resumed = train(killed, "yes")
+    resumed.join(300)
+    assert [whole.exitcode, resumed.exitcode] == [0, 0], (tmp_path / "killed.yes").read_text()
+    ends = [AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (straight, killed)]
     for name, parameter in ends[0].items():
         assert torch.equal(parameter, ends[1][name]), name
-    assert json.loads(resumed.stdout.splitlines()[-1]) == json.loads(straight.stdout.splitlines()[-1])
+    counts = [(tmp_path / name).read_text().splitlines()[-1] for name in ("straight.no", "killed.yes")]
+    assert json.loads(counts[0]) == json.loads(counts[1])
 
 
 @pytest.mark.parametrize("restore", [False, True])
@@ -841,15 +831,14 @@ def test_an_unknown_task_is_refused_before_anything_is_loaded(make):
 
 
 @pytest.mark.slow
-def test_two_processes_measure_a_task_together(pair, word_problems, tmp_path):
+def test_two_processes_measure_a_task_together(pair, word_problems, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "tasks_of_two.py").write_text("six = {'problems': [(f'{a} + 1 =', str(a + 1)) for a in range(5)]}\n")
     settings = {**PLAIN, "per_device_train_batch_size": 4, "max_steps": 1, "eval_tasks": "tasks_of_two:six"}
     settings |= {"eval_steps": 1, "eval_num_samples": 3, "per_device_eval_batch_size": 4}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(DISTRIBUTED)]
-    command += [*pair, str(word_problems), str(tmp_path / "run.json"), json.dumps(settings)]
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+    argv = [*pair, str(word_problems), str(tmp_path / "run.json"), json.dumps(settings)]
+    logs = [tmp_path / "rank-0", tmp_path / "rank-1"]
+    assert forks.ranks(forks.script, DISTRIBUTED.read_text(), argv, logs=logs) == [0, 0], logs[0].read_text()
     for step in (0, 1):
         lines = (tmp_path / "run" / "eval" / f"step-{step}" / "samples").glob("*.jsonl").__next__().read_text()
         rows = [json.loads(line) for line in lines.splitlines()]

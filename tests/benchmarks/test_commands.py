@@ -90,9 +90,27 @@ def test_examples_run(name):
 
 
 @pytest.mark.slow
-def test_a_module_is_a_command_and_its_work_is_done_in_processes_of_their_own(tmp_path):
-    arguments = [*SIZES, "--output", str(tmp_path / "r.json")]
-    subprocess.run([sys.executable, "-m", "benchmarks.head", *arguments], cwd=ROOT, check=True, capture_output=True)
+def test_a_module_is_a_command():
+    command = [sys.executable, "-m", "benchmarks.head", "--preset", "cpuu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "Did you mean 'cpu'?" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_result_is_made_in_processes_of_their_own(tmp_path, monkeypatch):
+    """Two of its variants; that each agrees is seen in tests/benchmarks/test_head.py."""
+    two = [head.Variant("plain"), head.Variant("chunked")]
+    monkeypatch.setattr(head, "variants_of", lambda device: two)
+    started, start = [], measure.Worker.__init__
+
+    def counted(self, *arguments):
+        start(self, *arguments)
+        started.append(self._process.pid)
+
+    monkeypatch.setattr(measure.Worker, "__init__", counted)
+    assert head.main([*SIZES, "--output", str(tmp_path / "r.json")]) == 0
     entries = json.loads((tmp_path / "r.json").read_text())["variants"]
-    assert {"plain", "trl", "chunked"} <= set(entries)
+    assert list(entries) == ["plain", "chunked"]
     assert not [entry["refused"] for entry in entries.values() if "refused" in entry]
+    assert len(set(started)) == 2

@@ -183,6 +183,10 @@ def test_time_is_linear_in_tokens_and_extra_memory_flat(monkeypatch):
     monkeypatch.setattr(chunked, "CPU_WORKSPACE", 2**19)
     monkeypatch.setitem(head.PRESETS, "scaling", {"student_width": 16, "teacher_width": 16})
     monkeypatch.setattr(head, "SCALING_FIXED", {"tokens": 256, "vocabulary": 2048})
+    # two thirds of the time, and no part of the growth
+    monkeypatch.setattr(head, "kernels", lambda *_: [])
+    monkeypatch.setattr(head, "time_split", lambda *_: {})
+    monkeypatch.setattr(head, "matmul_rate", lambda *_: 1.0)
     sizes = {"tokens": (128, 1024), "vocabulary": (1024, 8192)}
     result = run_scaling(rounds=5, say=lambda line: None, **sizes)
     assert [point["size"] for point in result["points"]] == [*sizes["tokens"], *sizes["vocabulary"]]

@@ -1,7 +1,8 @@
 """Every field set from a recipe and from a flag, and seen where it acts: in the batch, the log, the weights, the files.
 
 A field that is only stored does not pass: each case observes a finished run, once with the default and once with
-another value. A field of ours without a case fails `test_every_field_of_ours_has_a_case`.
+another value, which a flag gives; from a recipe the run would be given the very same. A field of ours without a case
+fails `test_every_field_of_ours_has_a_case`.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from trl import DistillationConfig, ScriptArguments
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.cli import main
-from tipdistill.recipes.read import TIPScriptArguments
+from tipdistill.recipes.read import TIPScriptArguments, build, read_arguments
 from tipdistill.records import open_records
 
 BASE = {
@@ -228,7 +229,7 @@ CASES = OURS | TRLS
 
 @pytest.fixture(scope="module")
 def run(tiny_model_dir, word_problems, tmp_path_factory):
-    """Factory: settings, and which of them stand in a recipe instead of a flag → the finished Run."""
+    """Factory: settings, each given as a flag → the finished Run."""
     data = tmp_path_factory.mktemp("data") / "problems.jsonl"
     rows = [json.loads(line)["prompt"] for line in word_problems.read_text().splitlines()]
     data.write_text("".join(json.dumps({"prompt": row, "problem": f"Second column {row}"}) + "\n" for row in rows))
@@ -240,28 +241,25 @@ def run(tiny_model_dir, word_problems, tmp_path_factory):
         "output_dir": "run",
     }
 
-    def start(settings, in_recipe=(), stale_checkpoint=False):
+    def start(settings, stale_checkpoint=False):
         root = tmp_path_factory.mktemp("root")
         run = Run(root)
         if stale_checkpoint:
             (root / "run" / "checkpoint-7").mkdir(parents=True)
-        settings = base | settings
-        recipe = {name: settings.pop(name) for name in in_recipe}
-        flags = itertools.chain.from_iterable((f"--{name}", as_flag(value)) for name, value in settings.items())
-        if recipe:
-            path = tmp_path_factory.mktemp("recipe") / "r.yaml"
-            path.write_text(yaml.safe_dump(recipe))
-            flags = ["--config", str(path), "--trust_recipe", *flags]
         tasks = tmp_path_factory.mktemp("tasks")
         (tasks / f"{TASK}.py").write_text("six = five = {'problems': [('2 + 3 =', '5')], 'prompt': 'own'}\n")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(root)
             patch.syspath_prepend(tasks)
             watch(patch, run)
-            run.code = main(["train", *flags])
+            run.code = main(["train", *as_flags(base | settings)])
         return run
 
     return start
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    return list(itertools.chain.from_iterable((f"--{name}", as_flag(value)) for name, value in settings.items()))
 
 
 def as_flag(value: Any) -> str:
@@ -319,13 +317,26 @@ def test_the_default_is_seen_where_it_acts(name, run_with_defaults):
     assert case.observe(run_with_defaults(case)) == case.before != case.after
 
 
-@pytest.mark.parametrize("where", ["recipe", "flag"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_value_is_seen_where_it_acts(name, where, run):
+def test_a_value_is_seen_where_it_acts(name, run):
     case = CASES[name]
-    settings = {**case.given, name: case.value}
-    finished = run(settings, in_recipe=[name] if where == "recipe" else [], stale_checkpoint=case.stale_checkpoint)
+    finished = run({**case.given, name: case.value}, stale_checkpoint=case.stale_checkpoint)
     assert case.observe(finished) == case.after
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_recipe_asks_for_what_a_flag_asks_for(name, tmp_path):
+    """Which is all that a run is made from."""
+    case, recipe = CASES[name], tmp_path / "recipe.yaml"
+    named = {"model_name_or_path": "student", "teacher_model_name_or_path": "teacher", "dataset_name": "prompts"}
+    settings = {**BASE, **named, "output_dir": "run", **case.given}
+    settings.pop(name, None)
+    recipe.write_text(yaml.safe_dump({name: case.value}))
+    plain = read_arguments([*as_flags(settings), "--trust_recipe"])
+    from_flag = read_arguments([*as_flags({**settings, name: case.value}), "--trust_recipe"])
+    from_recipe = read_arguments(["--config", str(recipe), "--trust_recipe", *as_flags(settings)])
+    assert vars(from_recipe.values) == vars(from_flag.values) != vars(plain.values)
+    assert build(from_recipe) == build(from_flag)
 
 
 def test_every_field_of_ours_has_a_case():

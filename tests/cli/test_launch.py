@@ -2,11 +2,9 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -131,13 +129,11 @@ def test_a_process_that_was_given_less_than_asked_for_stops(monkeypatch, capsys,
         (["torch.distributed.run", "--nproc_per_node", "2", "-m"], CPU[2:], "each would train alone"),
     ],
 )
-def test_real_launchers_leave_what_the_checks_look_for(launcher, flags, message):
-    command = [sys.executable, "-m", *launcher, "tipdistill.cli", "train", *PAIR, *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_real_launchers_leave_what_the_checks_look_for(launcher, flags, message, tmp_path):
+    name, *options = launcher
+    argv = [*options, "tipdistill.cli", "train", *PAIR, *flags]
+    assert forks.run(forks.module, name, argv, log=tmp_path / "log") != 0
+    assert message in (tmp_path / "log").read_text()
 
 
 def test_a_configuration_outside_the_command_line_refuses_processes_that_would_train_alone(monkeypatch, tmp_path):
@@ -156,15 +152,15 @@ def test_a_preset_trains_saves_and_loads(tiny_model_dir, word_problems, tmp_path
         settings = {**yaml.safe_load(Path(config).read_text()), "mixed_precision": "no"}
         config = tmp_path / "zero3.yaml"
         config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
-    command += [str(Path(__file__).parents[1] / "train_on_cpu.py"), "--dataset_name", str(word_problems)]
+    command = ["--config_file", str(config), "--num_processes", "2", str(Path(__file__).parents[1] / "train_on_cpu.py")]
+    command += ["--dataset_name", str(word_problems)]
     command += ["--model_name_or_path", str(student), "--teacher_model_name_or_path", str(teacher), "--max_steps", "2"]
     command += ["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--per_device_train_batch_size", "4"]
     command += ["--max_completion_length", "6", "--logging_steps", "1", "--disable_tqdm", "true", "--bf16", "false"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "8 prompts × 1 rollouts" in done.stdout
+    log, environment = tmp_path / "log", {"DS_ACCELERATOR": "cpu"}
+    code = forks.run(forks.module, "accelerate.commands.launch", command, log=log, environment=environment)
+    assert code == 0, log.read_text()[-4000:]
+    assert "8 prompts × 1 rollouts" in log.read_text()
     for directory in (tmp_path / "run/checkpoint-2", tmp_path / "run"):
         model = AutoModelForCausalLM.from_pretrained(directory)
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

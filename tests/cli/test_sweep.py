@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
 
 from tipdistill import cli
+from tipdistill.sweep import workers
 from tipdistill.tasks import arithmetic
 
 RATE = "rate0.001"
@@ -75,8 +75,8 @@ task = {"problems": problems, "prompt": "own", "check": lambda response, answer:
 def grid(world, tmp_path, monkeypatch):
     """Writes a grid and returns its path and the arguments that run it into a directory of its own."""
     (world / "ones.py").write_text(TASK)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(world), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(str(world))
+    monkeypatch.setattr(workers, "START_METHOD", forks.context().get_start_method())
 
     def write(directory="swept", **changes):
         asked = {
@@ -111,18 +111,6 @@ def written_at(directory: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in directory.glob("cells/*/cell.json")}
 
 
-def start(argv: list[str], workers: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tipdistill.cli", *argv, "--workers", str(workers)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        # a shell's background jobs are started with Ctrl-C ignored, and would hand that on
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
 def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
@@ -151,10 +139,10 @@ def test_killed_resumed_deleted_parallel_and_serial_come_to_the_same(grid, tmp_p
     assert result["before"]["ones.task[8:]"]["seeds"] == 1
 
     # killed in the middle, with two workers at work, and resumed
-    process = start(grid(directory="killed", **chosen), workers=2)
+    process = forks.start(forks.command, [*grid(directory="killed", **chosen), "--workers", "2"])
     wait_for(lambda: written_at(tmp_path / "killed"))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     before = written_at(tmp_path / "killed")
     assert 1 <= len(before) < 4
     assert not (tmp_path / "killed" / "sweep.json").exists()
@@ -253,15 +241,16 @@ def test_a_cell_goes_on_from_its_checkpoint_and_models_may_be_dropped(grid, worl
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc to see the workers")
 def test_an_interrupt_ends_everything_at_once(grid, tmp_path):
-    argv = grid(overrides={"max_steps": 10**6})
-    process = start(argv, workers=2)
+    argv, log = [*grid(overrides={"max_steps": 10**6}), "--workers", "2"], tmp_path / "log"
+    process = forks.start(forks.command, argv, log=log)
     wait_for(lambda: list(tmp_path.glob("swept/cells/*/config.yaml")))
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGINT)  # to this process alone, as a scheduler sends it
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert output.splitlines()[-1] == "tipdistill sweep: interrupted."
-    assert "FAILED" not in output
+    assert len(workers) == 2
+    os.kill(process.pid, signal.SIGINT)  # to this process alone, as a scheduler sends it
+    process.join(60)
+    assert process.exitcode == 130
+    assert log.read_text().splitlines()[-1] == "tipdistill sweep: interrupted."
+    assert "FAILED" not in log.read_text()
     wait_for(lambda: not [pid for pid in workers if Path(f"/proc/{pid}").exists()], seconds=20)
 
 

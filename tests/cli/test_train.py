@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -261,9 +262,7 @@ def test_a_mixture_of_datasets(models, word_problems, tmp_path):
 @pytest.mark.slow
 def test_two_processes_started_through_accelerate(arguments, tmp_path):
     flags = ["--accelerate_config", "multi_gpu", "--num_processes", "2", "--per_device_train_batch_size", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tipdistill.cli", "train", *arguments, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("8 prompts × 1 rollouts") == 1  # 4 on each of two processes, told once
+    log = tmp_path / "log"
+    assert forks.run(forks.command, ["train", *arguments, *flags], log=log) == 0, log.read_text()
+    assert log.read_text().count("8 prompts × 1 rollouts") == 1  # 4 on each of two processes, told once
     assert state(tmp_path / "run/checkpoint-2")["global_step"] == 2

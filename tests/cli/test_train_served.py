@@ -1,11 +1,9 @@
 """`tipdistill train --teacher_url`: the command against a stand-in for a vLLM server that holds a real tiny teacher."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -128,32 +126,34 @@ def test_what_the_server_cannot_serve_is_refused_in_one_line(arguments, served, 
 def test_a_teacher_that_stays_away_stops_the_command_which_then_goes_on(arguments, served, tmp_path):
     run, calm = tmp_path / "run", tmp_path / "calm"
 
+    log = tmp_path / "log"
+
     def train(*flags):
-        command = [sys.executable, "-m", "tipdistill.cli", "train", *arguments, "--max_steps", "4", *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        log.unlink(missing_ok=True)
+        code = forks.run(forks.command, ["train", *arguments, "--max_steps", "4", *flags], log=log)
+        return code, log.read_text()
 
     served.max_logprobs = -1
-    done = train("--output_dir", str(calm))
-    assert done.returncode == 0, done.stderr
+    code, said = train("--output_dir", str(calm))
+    assert code == 0, said
     served.dies_after = len(served.bodies) + 1 + 8 * 2 + 3  # the probe at the start, two steps, and in the third
-    stopped = train("--teacher_time_limit", "1")
-    assert stopped.returncode == 2
-    assert "Traceback" not in stopped.stderr
-    last = stopped.stderr.splitlines()[-1]
+    code, said = train("--teacher_time_limit", "1")
+    assert code == 2
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
     assert last.startswith(f"tipdistill train: the teacher at {served.url}")
     assert f"Step 2 was saved to {run}/checkpoint-2: go on with" in last
     assert not (run / "model.safetensors").exists()
-    refused = train()
-    assert refused.returncode == 2
-    assert "--resume_from_checkpoint true" in refused.stderr
+    code, said = train()
+    assert code == 2
+    assert "--resume_from_checkpoint true" in said
     # still away: nothing is lost by trying
-    again = train("--teacher_time_limit", "1", "--resume_from_checkpoint", "true")
-    assert again.returncode == 2
-    assert "gave no answer" in again.stderr.splitlines()[-1]
+    code, said = train("--teacher_time_limit", "1", "--resume_from_checkpoint", "true")
+    assert code == 2
+    assert "gave no answer" in said.splitlines()[-1]
     served.dies_after, served.dead = None, False
-    resumed = train("--resume_from_checkpoint", "true")
-    assert resumed.returncode == 0, resumed.stderr
+    code, said = train("--resume_from_checkpoint", "true")
+    assert code == 0, said
     assert [entry["step"] for entry in state(run)["log_history"] if "loss" in entry] == [1, 2, 3, 4]
     weights, expected = (load_file(path / "model.safetensors") for path in (run, calm))
     for name, weight in expected.items():

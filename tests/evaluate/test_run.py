@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 
+import forks
 import pytest
 
 from tipdistill.cli import main
@@ -260,16 +257,16 @@ def test_the_command_writes_metrics_and_prints_a_table(stub_server, problems, tm
 def test_a_killed_command_resumes_without_sampling_twice(stub_server, problems, tmp_path):
     stub_server.seconds = 0.1
     flags = command(stub_server.url, problems, tmp_path / "out", "--concurrency", "1")
-    process = subprocess.Popen([sys.executable, "-m", "tipdistill.cli", *flags], stderr=subprocess.PIPE)
+    log = tmp_path / "log"
+    process = forks.start(forks.command, flags, log=log)
     path = tmp_path / "out" / "samples" / "sums.jsonl"
     deadline = time.monotonic() + 120
     while not path.exists() or path.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.exitcode is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    process.kill()
+    process.join()
     kept = samples(tmp_path / "out")
     assert 4 <= len(kept) < 16
     stub_server.seconds = 0.0

@@ -1,9 +1,11 @@
-"""What every victim imports, once for all of them."""
+"""What every process of tests/forks.py imports, once for all of them."""
 
 import os
 from importlib import import_module
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 MODULES = (
     *(
@@ -17,6 +19,7 @@ MODULES = (
         "trl",
         "torch.optim",
     ),
+    *(["deepspeed"] if find_spec("deepspeed") else []),  # accelerate imports it wherever it is
     *(f"tipdistill.cli.{command}" for command in ("demo", "eval", "score", "sweep", "train")),
     *("tipdistill.demo", "tipdistill.evaluate.run", "tipdistill.evaluate.engines", "tipdistill.trainer"),
     *("tipdistill.records", "tipdistill.rollout", "tipdistill.score.models", "tipdistill.tasks.arithmetic"),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
-import os
-import subprocess
 import sys
 import time
 import traceback
 from dataclasses import dataclass, field
-from functools import cache
-from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import forks
 
 ACTIONS = {"count": 0, "kill": 1, "half": 2, "full": 3}
 
@@ -38,7 +36,7 @@ class Victim:
         argv: of `tipdistill`.
         log: takes what it prints.
         fault: what happens to it.
-        small: replace slow parts of a sweep or of the demo, see `_make_small`.
+        small: replace slow parts of the demo, see `_make_small`.
         environment: further variables.
     """
 
@@ -48,10 +46,8 @@ class Victim:
     small: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
-    def start(self) -> multiprocessing.process.BaseProcess:
-        process = _context().Process(target=_run, args=(self,))
-        process.start()
-        return process
+    def start(self) -> BaseProcess:
+        return forks.start(_run, self, log=self.log, environment=self.environment)
 
 
 def run(*victims: Victim, seconds: float = 300) -> list[int]:
@@ -69,57 +65,16 @@ def run(*victims: Victim, seconds: float = 300) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-@cache
-def _library() -> Path:
-    source = Path(__file__).with_name("preload.c")
-    library = (
-        Path(os.environ.get("TMPDIR", "/tmp")) / f"tipdistill-faults-{os.getuid()}-{int(source.stat().st_mtime)}.so"
-    )
-    if not library.exists():
-        built = library.with_suffix(f".{os.getpid()}")
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, source, "-ldl"], check=True)
-        built.replace(library)
-    return library
-
-
-@cache
-def _context() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults.imports"])
-    os.environ["LD_PRELOAD"] = str(_library())
-    paths = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [paths])])
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ["LD_PRELOAD"]
-        if paths is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = paths
-    return context
-
-
-def _run(victim: Victim) -> None:
-    with victim.log.open("a") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
-    assert "faults.imports" in sys.modules, "the fork server could not import what every victim needs"
-    os.environ.pop("LD_PRELOAD", None)
-    os.environ.update(victim.environment)
-    from tipdistill import cli
-
+def _run(victim: Victim) -> int:
     if victim.small:
         _make_small()
-    library = ctypes.CDLL(str(_library()))
+    library = ctypes.CDLL(str(forks.library()))
     if victim.fault is not None:
         fault = victim.fault
         library.fault_arm(str(fault.directory).encode(), ACTIONS[fault.action], ctypes.c_long(fault.number))
     code = 70
     try:
-        code = cli.main(victim.argv)
+        code = forks.command(victim.argv)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -127,18 +82,15 @@ def _run(victim: Victim) -> None:
     if victim.fault is not None and victim.fault.action == "count":
         library.fault_seen.restype = ctypes.c_long
         print(f"operations {library.fault_seen()}", flush=True)
-    os._exit(code)
+    return code
 
 
 def _make_small() -> None:
-    """Workers are forked instead of started anew, and the demo teaches and trains for a few steps."""
+    """The demo teaches and trains for a few steps."""
     from dataclasses import replace
 
     from tipdistill import demo
-    from tipdistill.sweep import workers
 
-    spawning = multiprocessing.get_context
-    workers.multiprocessing.get_context = lambda _: spawning("fork")
     demo.TAUGHT["demo-quick"] = {"teacher": 4, "student": 4}
     tiny = {"layers": 1, "width": 32}
     small_task = replace(

@@ -123,7 +123,7 @@ def command(kind: str, root: Path, out: Path) -> list[str]:
         argv += ["--dataset", str(root / "prompts.jsonl"), "--max_prompts", "12", "--max_new_tokens", "6"]
         return [*argv, "--output_dir", str(out)]
     if kind == "sweep":
-        return ["sweep", str(root / "grid.yaml"), "--output_dir", str(out), "--workers", "1"]
+        return ["sweep", str(root / "grid.yaml"), "--output_dir", str(out), "--workers", "1", "--threads", "1"]
     assert kind == "demo", kind
     return ["demo", "--quick", "--output_dir", str(out), "--workers", "1"]
 

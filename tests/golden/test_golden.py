@@ -8,13 +8,12 @@ are the same bit for bit; elsewhere, where a sum may round differently, losses a
 
 import hashlib
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
+import sharded_run
 import torch
 import yaml
 from datasets import Dataset
@@ -29,6 +28,7 @@ from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.cli import main
 from tipdistill.records import open_records
 from tipdistill.score.top_k_teacher import tail_reverse_kl, top_k_scores
+from tipdistill.sweep import workers
 
 HERE = Path(__file__).parent
 # figures of the clock and of the machine, and not of the run
@@ -151,23 +151,18 @@ def test_served(name, pair, prompts, tiny_tokenizer, tmp_path, holds):
 @pytest.mark.slow
 def test_two_processes(pair, word_problems, tmp_path, holds):
     """DDP and FSDP2 over gloo."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     settings = {**PLAIN, "retention": 0.3, "per_device_train_batch_size": 2}
     del settings["use_cpu"]
-    same = {"student": pair[0], "teacher": pair[1], "data": str(word_problems), "settings": settings}
-    engines = ("ddp", "fsdp2")
-    jobs = [
-        {**same, "engine": engine, "out": str(tmp_path / engine), "port": port + 1 + place}
-        for place, engine in enumerate(engines)
-    ]
+    same = {"student": pair[0], "teacher": pair[1], "data": str(word_problems), "settings": settings, "processes": 2}
+    engines, jobs = ("ddp", "fsdp2"), []
+    for engine in engines:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        jobs.append({**same, "engine": engine, "out": str(tmp_path / engine), "port": port})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += [str(HERE.parent / "sharded_run.py"), str(tmp_path / "jobs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    log = tmp_path / "log"
+    assert forks.run(sharded_run.main, tmp_path / "jobs.json", log=log) == 0, log.read_text()[-4000:]
     results = {}
     for engine in engines:
         state = json.loads((tmp_path / engine / "figures.json").read_text())
@@ -209,8 +204,8 @@ def test_sweep(pair, word_problems, tmp_path, holds, monkeypatch):
         "problems = [(arithmetic.prompt_of(*pair), '1') for pair in arithmetic.problems(12, 0, held_out=True)]\n"
         "task = {'problems': problems, 'prompt': 'own', 'check': lambda response, answer: 'e' in response}\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(workers, "START_METHOD", forks.context().get_start_method())
     recipe = {
         **{name: value for name, value in PLAIN.items() if name not in ("report_to", "disable_tqdm", "logging_steps")},
         "model_name_or_path": pair[0],

@@ -14,8 +14,10 @@ from tipdistill.plan.report import changes, fits
 
 SMALL = Case(width=128, layers=3, vocabulary=4096, teacher_width=128, teacher_layers=1, micro_batch=4, prompt=16)
 LIVE = {
-    "Soft-OR 0.2, accumulated": replace(SMALL, accumulation=2, retention=0.2),
-    "all tokens, checkpointed": replace(SMALL, rule="all", checkpointing=True, layers=6, vocabulary=2048),
+    "Soft-OR 0.2, accumulated": replace(SMALL, accumulation=2, retention=0.2, completion=64),
+    "all tokens, checkpointed": replace(
+        SMALL, rule="all", checkpointing=True, layers=6, vocabulary=2048, completion=64
+    ),
     "bf16, Llama": replace(SMALL, bf16=True, architecture="llama", tied=False),
 }
 
@@ -81,7 +83,11 @@ def test_published_sizes_are_the_models():
 
 @pytest.fixture
 def small():
-    return setup_of("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", prompt=128, completion=384, micro_batch=2, accumulation=2)
+    """Of published widths and three layers, which are counted one by one; deeper ones follow from short copies."""
+    student, teacher = (read_config(name) for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"))
+    student.num_hidden_layers = teacher.num_hidden_layers = 3
+    student.layer_types, teacher.layer_types = student.layer_types[:3], teacher.layer_types[:3]
+    return setup_of(student, teacher, prompt=128, completion=384, micro_batch=2, accumulation=2)
 
 
 def total(setup):

@@ -3,10 +3,9 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -158,14 +157,14 @@ def test_a_run_is_finished_once_its_log_lies_beside_its_model(run):
 
 
 @pytest.mark.slow
-def test_a_half_written_checkpoint_is_passed_over_in_a_fresh_process(run):
+def test_a_half_written_checkpoint_is_passed_over_in_a_fresh_process(run, tmp_path):
     """accelerate's logger raises where there is no trainer yet, which is where this is asked."""
     (run / "checkpoint-6" / "trainer_state.json").unlink()
     code = "import sys; from tipdistill.trainer import last_complete_checkpoint as last; print(last(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(run / "checkpoint-4")
-    assert "checkpoint-6 is passed over: an interrupted save left trainer_state.json out." in done.stderr
+    log = tmp_path / "log"
+    assert forks.run(forks.script, code, [str(run)], log=log) == 0, log.read_text()
+    assert log.read_text().splitlines()[-1] == str(run / "checkpoint-4")
+    assert "checkpoint-6 is passed over: an interrupted save left trainer_state.json out." in log.read_text()
 
 
 def test_accelerates_logger_is_used_where_there_is_a_trainer_and_nowhere_else():

@@ -12,6 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+START_METHOD = "spawn"  # torch's threads do not survive a fork
+
 
 def cores() -> int:
     """Cores that this process may use."""
@@ -26,7 +28,7 @@ def process_pool(workers: int, threads: int, log: Path) -> ProcessPoolExecutor:
         threads: of each.
         log: takes what they print.
     """
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    context = multiprocessing.get_context(START_METHOD)
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads, log))
 
 

@@ -46,7 +46,7 @@ def test_figures_are_those_of_the_sweeps():
     for task in TASKS:
         with (SWEEPS / f"{task}.csv").open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                figures.setdefault((row["name"], f"{100 * float(row['retention']):g} %"), {})[task] = row["accuracy"]
+                figures.setdefault((row["name"], f"{100 * float(row['retention']):g} %"), {})[task] = row["mean"]
     told = {}
     in_rollouts, over_batch = section("### What we measured").split("over the whole batch")
     for text, suffix in ((in_rollouts, ""), (over_batch, " batch")):

@@ -40,10 +40,16 @@ def test_an_unknown_preset_names_the_nearest():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
+@pytest.mark.parametrize("preset", [name for name, settings in PRESETS.items() if settings.device == "cuda"])
 def test_a_preset_for_a_gpu_says_so(preset):
     with pytest.raises(ValueError, match="needs a GPU"):
         run_step(preset)
+
+
+def test_a_preset_of_a_real_pair_says_what_writes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no runs/smollm2/models/student: run `python -m tipdistill\.tasks"):
+        run_step("smollm2")
 
 
 def test_a_rollout_is_random_of_the_full_length_and_the_same_for_every_variant():

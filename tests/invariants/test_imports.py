@@ -30,7 +30,7 @@ ORDER = [
     {"loss"},
     {"records"},
     {"config", "integrations", "teachers"},
-    {"pair"},
+    {"pair", "prune"},
     {"evaluate"},
     {"tasks"},
     {"training"},
@@ -40,7 +40,7 @@ ORDER = [
     {"plan"},
     {"probe"},
     {"sweep"},
-    {"demo"},
+    {"demo", "demo_lm"},
     {"cli"},
 ]
 # The one look ahead: `token_scores(rule=...)` asks the registry which statistics a rule reads.

@@ -158,6 +158,15 @@ def command(argv: list[str]) -> int:
     return cli.main(argv)
 
 
+def small_demo(grids: Path, taught: dict[str, int], argv: list[str]) -> int:
+    """`tipdistill demo --quick` with another folder of grids, and models that are taught for fewer steps."""
+    from tipdistill import demo
+
+    demo.GRIDS = grids
+    demo.TAUGHT["demo-quick"] = taught
+    return command(argv)
+
+
 def module(name: str, argv: list[str]) -> int:
     """`python -m NAME`, of a module with a `main` that reads the command line."""
     sys.argv = [name, *argv]

@@ -30,7 +30,9 @@ def by_name(recipe):
 
 
 def test_the_packaged_recipes_are_among_them():
-    assert {"laptop", "llama-70b-8b", "machine", "modular", "qwen2.5-14b-1.5b", "qwen3-8b-4b"} == set(recipe_names())
+    assert {"laptop", "llama-70b-8b", "machine", "modular", "smollm2", "qwen2.5-14b-1.5b", "qwen3-8b-4b"} == set(
+        recipe_names()
+    )
     assert set(recipe_names()) <= {recipe.stem for recipe in RECIPES}
 
 

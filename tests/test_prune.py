@@ -34,11 +34,12 @@ KINDS = [
 
 def test_influence_is_the_mean_cosine_distance_of_a_layers_input_and_output():
     model = tiny("qwen3", num_hidden_layers=4)
-    states = model.model(input_ids=TOKENS, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        states = model.model(input_ids=TOKENS, output_hidden_states=True).hidden_states
     # the last entry has the final norm behind it
     expected = [
         float((1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)).mean())
-        for before, after in itertools.pairwise(states)
+        for before, after in itertools.pairwise(states[:4])
     ]
     influence = prune.block_influence(model, [(TOKENS, MASK)])
     assert influence[:3] == pytest.approx(expected, rel=1e-4)

@@ -22,8 +22,8 @@ def main(argv: list[str]) -> int:
         nargs="?",
         choices=("addition", "smollm2"),
         default="addition",
-        help="addition (default): two models taught here; smollm2: a real language model, pruned and healed, in a "
-        "quarter of an hour",
+        help="addition (default): two models taught here; smollm2: a real language model, pruned "
+        "and healed, which takes longer",
     )
     parser.add_argument("--quick", action="store_true", help="a short version: shorter training, fewer runs")
     parser.add_argument(

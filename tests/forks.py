@@ -112,7 +112,8 @@ def _run(
     assert "faults.imports" in sys.modules, "the fork server could not import what every process needs"
     os.environ.pop("LD_PRELOAD", None)
     os.environ.update(environment)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in the order of standard error
+    # in the order of standard error; to mypy it may be any text stream, here it is the interpreter's own
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     code = 70
     try:
         code = target(*arguments)
@@ -138,7 +139,7 @@ def ranks(target: Callable[..., Any], *arguments: Any, logs: list[Path], seconds
     for process in processes:
         process.kill()
         process.join()
-    return [process.exitcode for process in processes]  # type: ignore[misc]
+    return [process.exitcode for process in processes]  # type: ignore[misc]  # a process that was joined has one
 
 
 def rank(number: int, count: int, port: int, hosts: int = 1) -> dict[str, str]:

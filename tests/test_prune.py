@@ -83,6 +83,11 @@ def test_a_pruned_model_is_the_same_with_a_cache_and_once_it_is_loaded_again(kin
         torch.testing.assert_close(type(model).from_pretrained(tmp_path)(input_ids=TOKENS).logits, pruned)
 
 
+def test_as_many_end_tokens_as_layers_are_all_kept():
+    model = tiny("llama", num_hidden_layers=4, eos_token_id=[1, 2, 3, 4])
+    assert prune.drop_layers(model, [1]).config.eos_token_id == [1, 2, 3, 4]
+
+
 def test_what_cannot_be_dropped_is_refused():
     model = tiny("llama", num_hidden_layers=4)
     with pytest.raises(ValueError, match="layers are numbered 0 to 3"):

@@ -834,16 +834,25 @@ def test_an_unknown_task_is_refused_before_anything_is_loaded(make):
 def test_two_processes_measure_a_task_together(pair, word_problems, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "tasks_of_two.py").write_text("six = {'problems': [(f'{a} + 1 =', str(a + 1)) for a in range(5)]}\n")
-    settings = {**PLAIN, "per_device_train_batch_size": 4, "max_steps": 1, "eval_tasks": "tasks_of_two:six"}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(f'{{"prompt": "{number} + 1 ="}}\n' for number in range(5)))
+    asked = f"tasks_of_two:six,reverse_kl={held_out}"
+    settings = {**PLAIN, "per_device_train_batch_size": 4, "max_steps": 1, "eval_tasks": asked}
     settings |= {"eval_steps": 1, "eval_num_samples": 3, "per_device_eval_batch_size": 4}
     argv = [*pair, str(word_problems), str(tmp_path / "run.json"), json.dumps(settings)]
     logs = [tmp_path / "rank-0", tmp_path / "rank-1"]
     assert forks.ranks(forks.script, DISTRIBUTED.read_text(), argv, logs=logs) == [0, 0], logs[0].read_text()
     for step in (0, 1):
-        lines = (tmp_path / "run" / "eval" / f"step-{step}" / "samples").glob("*.jsonl").__next__().read_text()
-        rows = [json.loads(line) for line in lines.splitlines()]
-        assert [(row["problem"], row["sample"]) for row in rows] == [(p, s) for p in range(5) for s in range(3)]
-        assert all(row["prompt"].startswith(f"{row['problem']} + 1 =") for row in rows)
+        paths = sorted((tmp_path / "run" / "eval" / f"step-{step}" / "samples").glob("*.jsonl"))
+        assert len(paths) == 2
+        for path in paths:
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            assert [(row["problem"], row["sample"]) for row in rows] == [(p, s) for p in range(5) for s in range(3)]
+            assert all(row["prompt"].startswith(f"{row['problem']} + 1 =") for row in rows)
+            assert all((row.get("divergence", 0) > 0) == ("reverse_kl" in path.name) for row in rows)
+            # greedy, so an answer and its divergence are the same whichever process wrote it
+            of_problems = {row["problem"]: row.get("divergence") for row in rows}
+            assert all(row.get("divergence") == pytest.approx(of_problems[row["problem"]]) for row in rows)
 
 
 @pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
@@ -895,11 +904,22 @@ def test_a_held_out_divergence_is_that_of_whole_float64_logits(make, tmp_path, n
     assert "eval_reverse_kl_held_out/mean_at_2" not in last
 
 
-def test_a_held_out_divergence_needs_a_teacher_that_tells_everything():
-    from tipdistill.training.evaluation import load_tasks
-
-    with pytest.raises(ValueError, match="reverse_kl=FILE"):
-        load_tasks(["reverse_kl"])
+def test_a_held_out_divergence_needs_a_teacher_that_tells_everything(make, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "2 + 3 ="}\n')
+    with pytest.raises(ValueError, match=r"reverse_kl_held_out needs the teacher's whole distribution"):
+        TIPTrainer(  # refused before either model is looked for
+            "absent/model",
+            args=TIPConfig(
+                str(tmp_path / "run"),
+                **PLAIN,
+                teacher_url="http://127.0.0.1:1/v1",
+                record_rollouts=0,
+                eval_tasks=f"reverse_kl={held_out}",
+                eval_steps=1,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": ["2 + 3 ="] * 8}),
+        )
 
 
 def test_a_task_may_ask_for_shorter_completions_than_the_run(make, tmp_path, monkeypatch):

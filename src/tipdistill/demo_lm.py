@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from .demo import GRIDS, in_workers
+from .documents import read_json
 from .files import alone, write_text
 from .sweep import Grid, read_grid
 from .sweep.cells import Cells
@@ -23,7 +24,6 @@ from .tasks.instructions import as_chat, heldout_prompts
 from .text import markdown_table
 
 GRID = "demo-lm"
-_PACKAGED = f"runs/{GRID}"
 # of the map, and of the answers that are shown
 _MAP_PROMPTS, _MAP_TOKENS = 32, 32
 _SHOWN = ("Name two facts about rabbits.", "Write a short sentence about bees.", "Explain snow to a child.")
@@ -84,7 +84,7 @@ def _run(grid: Grid, threads: int, say: Callable[[str], None]) -> dict[str, Any]
     tasks = {cells.tasks[test].divergence or cells.tasks[test].name: test for test in grid.test}
     result = {
         "teacher": smollm2.NAME,
-        "dropped": json.loads((root / "models" / smollm2.STUDENT / "prune.json").read_text())["dropped"],
+        "dropped": read_json(root / "models" / smollm2.STUDENT / "prune.json")["dropped"],
         "settings": _settings(cells, seed),
         **looked,
         "measured": list(tasks),
@@ -124,6 +124,7 @@ def _figure(figure: Mapping[str, Any]) -> dict[str, float]:
 
 def _look(root: Path, students: Mapping[str, str], tasks: Sequence[str], seed: int) -> dict[str, Any]:
     """What teacher and students answer, the teacher's accuracy, and the quadrants before; draws tip_map.png."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .report.tip_map import tip_map
@@ -152,8 +153,6 @@ def _look(root: Path, students: Mapping[str, str], tasks: Sequence[str], seed: i
     rollouts = write(student, heldout_prompts()[:_MAP_PROMPTS], _MAP_TOKENS, temperature=1.0)
     scored = score_rollouts(student, teacher, rollouts)
     owners = [number for number, rollout in enumerate(rollouts) for _ in rollout.completion_ids]
-    import torch
-
     tip_map(
         scored.scores,
         root / "tip_map.png",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .files import sync_tree, write_text
 from .score.forward import called, last_hidden_states, without_peft
-from .types import Rollout
+from .score.models import padded
 
 # lists that name layers by their numbers, which would name others once some are dropped
 _BY_NUMBER = ("mlp_only_layers", "no_rope_layer_indices", "attn_layer_indices", "full_attn_idxs", "global_attn_idx")
@@ -126,7 +126,8 @@ def drop_layers(model: Any, numbers: Sequence[int]) -> Any:
             )
     kept = [number for number in range(count) if number not in set(numbers)]
     for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == count:
+        of_layers = not name.endswith("token_id") and name != "architectures"  # several end tokens are no layers
+        if of_layers and isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[number] for number in kept])
     config.num_hidden_layers = len(kept)
     for number in sorted(set(numbers), reverse=True):
@@ -134,7 +135,7 @@ def drop_layers(model: Any, numbers: Sequence[int]) -> Any:
     for place, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # where the cache keeps its keys and values
-                module.layer_idx = place  # type: ignore[assignment]
+                module.layer_idx = place  # type: ignore[assignment]  # to mypy a module holds modules and tensors
     return model
 
 
@@ -200,10 +201,10 @@ def write_pruned(
         for rollout in batch
     ]
     pieces = [rollouts[start : start + 32] for start in range(0, len(rollouts), 32)]
-    influence = block_influence(loaded, [_as_batch(piece, loaded.device) for piece in pieces])
+    influence = block_influence(loaded, [padded(piece, loaded.device) for piece in pieces])
     numbers = least_influential(influence, layers)
     drop_layers(loaded, numbers)
-    probe, mask = _as_batch(rollouts[:1], device)
+    probe, mask = padded(rollouts[:1], device)
     expected = last_hidden_states(loaded, probe, mask).float()
     kind = called(loaded)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -237,12 +238,3 @@ def _check_loaded(states: Tensor, expected: Tensor, kind: str) -> None:
             f"{kind} gives other hidden states once it is loaded without these layers: what its layers do depends on "
             "their number, so dropping some is not offered."
         )
-
-
-def _as_batch(rollouts: Sequence[Rollout], device: Any) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask of whole rollouts, padded on the right."""
-    rows = [[*rollout.prompt_ids, *rollout.completion_ids] for rollout in rollouts]
-    width = max(map(len, rows))
-    ids = [[*row, *[0] * (width - len(row))] for row in rows]
-    mask = [[*[1] * len(row), *[0] * (width - len(row))] for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

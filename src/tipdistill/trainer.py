@@ -282,13 +282,7 @@ class TIPTrainer(ResumableTrainer):
             )
         mask, fields = loss_mask(batch), self._fields_now()
         seen = for_models(batch)
-        pieces = scoring_pieces(
-            seen,
-            self.accelerator,
-            self.args.per_device_train_batch_size,
-            self.args.scoring_tokens,
-            fixed_width=self.pad_to_multiple_of is not None,
-        )
+        pieces = self.scoring_pieces(seen)
         # a rule that reads the divergence needs the teacher's word on every token; for others, and from a teacher that
         # answers before the loss, what is trained on is enough
         answers = None
@@ -312,6 +306,11 @@ class TIPTrainer(ResumableTrainer):
         return batch
 
     # Score: one student forward over the generation batch.
+
+    def scoring_pieces(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Rows of each forward of a scoring pass."""
+        most, tokens = self.args.per_device_train_batch_size, self.args.scoring_tokens
+        return scoring_pieces(batch, self.accelerator, most, tokens, fixed_width=self.pad_to_multiple_of is not None)
 
     def _is_full_step(self) -> bool:
         every = self.args.score_logging_steps

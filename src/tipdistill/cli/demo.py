@@ -65,6 +65,8 @@ def _language_model(options: argparse.Namespace, threads: int) -> int:
     grid = demo_lm.demo_grid("demo-lm-quick" if options.quick else "demo-lm", options.output_dir, options.seed)
     result = demo_lm.run(grid, threads)
     show_language_model(result, grid.output_dir, time.monotonic() - started)
+    if options.quick:
+        print("This was a short version: fewer steps, fewer runs. `tipdistill demo smollm2` has all of them.")
     return 0
 
 

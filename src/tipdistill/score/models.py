@@ -36,18 +36,28 @@ def hidden_states(model: Any, rollouts: Sequence[Rollout]) -> Tensor:
     Returns:
         [N, H], in the order of the rollouts' tokens.
     """
-    sequences = [(*rollout.prompt_ids, *rollout.completion_ids) for rollout in rollouts]
-    longest = max(map(len, sequences))
-    device = model.get_input_embeddings().weight.device
-    # padded on the right, where causal attention needs no correction
-    tokens = torch.tensor([(*sequence, *(0,) * (longest - len(sequence))) for sequence in sequences], device=device)
-    mask = torch.tensor(
-        [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences], device=device
-    )
-    hidden = last_hidden_states(model, tokens, mask)
+    hidden = last_hidden_states(model, *padded(rollouts, model.get_input_embeddings().weight.device))
     return torch.cat(
-        [hidden[row, len(rollout.prompt_ids) - 1 : len(sequences[row]) - 1] for row, rollout in enumerate(rollouts)]
+        [hidden[row, len(rollout.prompt_ids) - 1 : _length(rollout) - 1] for row, rollout in enumerate(rollouts)]
     )
+
+
+def padded(rollouts: Sequence[Rollout], device: Any = None) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask of whole rollouts, int64 [R, longest]; padded on the right, where causal attention
+    needs no correction.
+
+    Example:
+        >>> padded([Rollout(0, "", (3,), (4, 5), True), Rollout(1, "", (6,), (), False)])
+        (tensor([[3, 4, 5],
+                [6, 0, 0]]), tensor([[1, 1, 1],
+                [1, 0, 0]]))
+    """
+    sequences = [torch.tensor([*rollout.prompt_ids, *rollout.completion_ids], device=device) for rollout in rollouts]
+    tokens, mask = (
+        torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+        for values in (sequences, list(map(torch.ones_like, sequences)))
+    )
+    return tokens, mask
 
 
 def head_of(model: Any, hidden: Tensor) -> Head:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from ..chat import encode_prompts
@@ -17,7 +18,7 @@ from ..evaluate.engines import Completion, Sampling, as_fed
 from ..evaluate.run import check_names, run, write_metrics
 from ..evaluate.task import Task
 from ..tasks import load_task
-from .scoring import evaluating, scoring_pieces
+from .scoring import evaluating
 
 _LOGGED = ("mean_at_k", "mean", "standard_error", "maj_at_k", "mean_tokens", "truncated")
 
@@ -88,8 +89,7 @@ def evaluate_tasks(trainer: Any, tasks: Sequence[Task], num_samples: int) -> dic
 
     Sampling is the run's own (`temperature`, `top_p`, `max_completion_length` or the task's `max_new_tokens` where that
     is less, vLLM where it is used), from random numbers of its own, so that training goes on as if it had not been
-    measured. The samples are kept in
-    `<output_dir>/eval/step-<n>`.
+    measured. The samples are kept in `<output_dir>/eval/step-<n>`.
 
     Args:
         trainer: in the middle of `train`.
@@ -173,17 +173,15 @@ def _completions(trainer: Any, task: Task, num_samples: int) -> list[Completion]
 @contextmanager
 def _no_longer_than(trainer: Any, tokens: int | None) -> Iterator[None]:
     """Completions of at most so many tokens meanwhile; None, or more than the run's own: as in the run."""
-    places = [(trainer.generation_config, "max_new_tokens")]
+    place, name = trainer.generation_config, "max_new_tokens"
     if trainer.use_vllm:
-        places.append((trainer.vllm_generation, "max_completion_length"))
-    own = trainer.args.max_completion_length
+        place, name = trainer.vllm_generation, "max_completion_length"
+    own = getattr(place, name)
     try:
-        for place, name in places:
-            setattr(place, name, min(own, tokens or own))
+        setattr(place, name, min(own, tokens or own))
         yield
     finally:
-        for place, name in places:
-            setattr(place, name, own)
+        setattr(place, name, own)
 
 
 def _divergences(
@@ -197,33 +195,19 @@ def _divergences(
         name: "reverse_kl" or "forward_kl".
     """
     device = trainer.accelerator.device
-    batch = {
-        **_padded("prompt", prompts, device, left=True),
-        **_padded("completion", written, device),
-    }
-    mask = batch["completion_mask"].bool()
-    pieces = scoring_pieces(
-        batch,
-        trainer.accelerator,
-        trainer.args.per_device_train_batch_size,
-        trainer.args.scoring_tokens,
-        fixed_width=trainer.pad_to_multiple_of is not None,
-    )
+    batch = _padded("prompt", prompts, device, side="left") | _padded("completion", written, device)
+    mask, pieces = batch["completion_mask"].bool(), trainer.scoring_pieces(batch)
     answers = trainer.teacher.answer(batch, mask, pieces)
     scores = trainer._score(batch, mask, pieces, (name,), answers)[name]
     return (scores.double().sum(1) / mask.sum(1)).tolist()
 
 
-def _padded(name: str, rows: Sequence[Sequence[int]], device: Any, left: bool = False) -> dict[str, torch.Tensor]:
+def _padded(name: str, rows: Sequence[Sequence[int]], device: Any, side: str = "right") -> dict[str, torch.Tensor]:
     """<name>_ids and <name>_mask, int64 [B, longest]; padding is 0, and masked."""
-    width = max(map(len, rows))
-    blank = [[0] * (width - len(row)) for row in rows]
-    pairs = list(zip(rows, blank, strict=True))
-    ids = [[*padding, *row] if left else [*row, *padding] for row, padding in pairs]
-    mask = [[*padding, *[1] * len(row)] if left else [*[1] * len(row), *padding] for row, padding in pairs]
+    ids = [torch.tensor(row, device=device) for row in rows]
     return {
-        f"{name}_ids": torch.tensor(ids, device=device),
-        f"{name}_mask": torch.tensor(mask, device=device),
+        f"{name}_{kind}": pad_sequence(values, batch_first=True, padding_side=side)
+        for kind, values in (("ids", ids), ("mask", list(map(torch.ones_like, ids))))
     }
 
 

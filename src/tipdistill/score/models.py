@@ -37,8 +37,9 @@ def hidden_states(model: Any, rollouts: Sequence[Rollout]) -> Tensor:
         [N, H], in the order of the rollouts' tokens.
     """
     hidden = last_hidden_states(model, *padded(rollouts, model.get_input_embeddings().weight.device))
+    firsts = [len(rollout.prompt_ids) - 1 for rollout in rollouts]
     return torch.cat(
-        [hidden[row, len(rollout.prompt_ids) - 1 : _length(rollout) - 1] for row, rollout in enumerate(rollouts)]
+        [hidden[row, firsts[row] : firsts[row] + _length(rollout)] for row, rollout in enumerate(rollouts)]
     )
 
 

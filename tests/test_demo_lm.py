@@ -3,27 +3,12 @@
 import json
 
 import pytest
-import torch
 import yaml
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_smollm2 import write_tiny_teacher
 
 from tipdistill import demo_lm
 from tipdistill.cli.demo import show_language_model
 from tipdistill.tasks import smollm2
-
-
-def write_tiny_teacher(gguf, directory):
-    """What `smollm2._write_teacher` does, with a model of half a million weights beside the embeddings."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 9, "num_attention_heads": 4}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
-        )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from trl import DistillationConfig
 
 from .http import server_url, variable_name
 from .redact import without_secrets
-from .select import SCOPES, resolve_rule
+from .select import SCOPES, resolve_rule, rule_name
 from .text import check_known
 
 NORMALIZATIONS = ("batch", "micro_batch")
@@ -23,7 +23,8 @@ class TIPConfig(DistillationConfig):
     """Configuration of `TIPTrainer`; every field of `trl.DistillationConfig` keeps its name and meaning.
 
     Args:
-        selection_rule: name in `tipdistill.RULES`, "complement:<name>", or the dotted path of a callable.
+        selection_rule: name in `tipdistill.RULES`, "complement:<name>", a function or a `Rule` of it, or the
+            dotted path of one.
         retention: share of the completion tokens that is trained on, in (0, 1].
         selection_scope: "rollout" spends the budget inside each rollout (paper Eq. 8), "batch" over the whole batch;
             None: the rule's own, "rollout" for all but teachability.
@@ -228,11 +229,12 @@ class TIPConfig(DistillationConfig):
                 "be brought to another."
             )
 
-    # Keys stay in this process. Trainer pickles its arguments into every checkpoint (training_args.bin), and sends
-    # `to_dict` to trackers.
+    # Keys stay in this process, as does a function that is the rule. Trainer pickles its arguments into each checkpoint
+    # (training_args.bin), and sends `to_dict` to trackers.
 
     def __getstate__(self) -> dict[str, Any]:
-        return without_secrets(self.__dict__)
+        # a function need not be one that can be pickled
+        return without_secrets({**self.__dict__, "selection_rule": rule_name(self.selection_rule)})
 
     def __copy__(self) -> TIPConfig:
         return self._with(dict(self.__dict__))
@@ -246,8 +248,9 @@ class TIPConfig(DistillationConfig):
         return copied
 
     def to_dict(self) -> dict[str, Any]:
-        """TRL's, without keys in its nested dictionaries either."""
+        """TRL's, without keys in its nested dictionaries either; a rule by its name."""
         shown = super().to_dict()
+        shown["selection_rule"] = rule_name(self.selection_rule)
         return {name: without_secrets(value) if isinstance(value, dict) else value for name, value in shown.items()}
 
     def __repr__(self) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,3 +92,36 @@ def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
         finally:
             if writer is not None:
                 writer.close()
+
+
+def check_sidecar(sidecar: Any) -> None:
+    """Refuse values of a records.json that no records have; what is left out has a default.
+
+    Raises:
+        ValueError: which value.
+    """
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    if not isinstance(sidecar, dict):
+        raise ValueError(f"it holds a {type(sidecar).__name__}")
+    checks = {
+        "schema_version": is_count,
+        "tokens": is_count,
+        "rollouts": is_count,
+        "vocabulary": is_count,
+        "step": lambda value: value is None or is_count(value),
+        "rule": lambda value: isinstance(value, str),
+        "rules": lambda value: isinstance(value, list) and all(isinstance(rule, str) for rule in value),
+        "retention": lambda value: is_number(value) and 0 < value <= 1,
+        "scope": lambda value: value in (None, "rollout", "batch"),
+        "entropy_threshold": is_number,
+        "divergence_threshold": is_number,
+    }
+    for name, allowed in checks.items():
+        if name in sidecar and not allowed(sidecar[name]):
+            raise ValueError(f"{name} is {sidecar[name]!r:.60}")

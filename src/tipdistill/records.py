@@ -9,9 +9,8 @@ worked out when the parts are put together.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from torch import Tensor
 
 from .documents import read_json
 from .files import write_text
-from .parquet import PARTS, DamagedRecordsError, check_kinds, open_parquet, remedy, whole, write_tables
+from .parquet import PARTS, DamagedRecordsError, check_kinds, check_sidecar, open_parquet, remedy, whole, write_tables
 from .provenance import versions
-from .select import SCOPES, kept_counts, resolve_rule, rule_fields, select
+from .select import SCOPES, Rule, kept_counts, resolve_rule, rule_fields, rule_name, select
 from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .types import Rollout, Scored, TokenScores, TopTokens
 from .vocabulary import token_bytes
@@ -87,7 +86,7 @@ class About:
     Args:
         student, teacher: names or directories of the models.
         vocabulary: V, the vocabulary they share; entropy / log V is the normalised entropy.
-        rules: selection rules by name, the main one first.
+        rules: selection rules as `select` takes them, the main one first; written down by their names.
         retention: share of the tokens that each rule keeps, in (0, 1].
         scope: "rollout" or "batch" (all the records); None: each rule's own.
         seed: of the sampling, and of rules that draw.
@@ -103,7 +102,7 @@ class About:
     student: str
     teacher: str
     vocabulary: int
-    rules: Sequence[str] = ("soft_or",)
+    rules: Sequence[str | Callable[[TokenScores], Tensor] | Rule] = ("soft_or",)
     retention: float = 0.5
     scope: str | None = None
     seed: int = 0
@@ -114,8 +113,8 @@ class About:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.rules or len(set(self.rules)) < len(self.rules):
-            raise ValueError(f"rules must name at least one rule, each once, got {list(self.rules)}.")
+        if not self.rules or len(set(self.names())) < len(self.rules):
+            raise ValueError(f"rules must name at least one rule, each once, got {self.names()}.")
         single = torch.ones(1, dtype=torch.int64)
         for rule in self.rules:
             kept_counts(single, self.retention, rule)  # refuses an unknown rule, and a retention that is no share
@@ -123,6 +122,14 @@ class About:
         quadrants(nothing, self.entropy_threshold, self.divergence_threshold)
         if self.scope not in (None, *SCOPES):
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}.")
+
+    def names(self) -> list[str]:
+        """The rules' names, as they stand in the columns and in records.json."""
+        return [rule_name(rule) for rule in self.rules]
+
+    def described(self) -> dict[str, Any]:
+        """Everything, of JSON's types."""
+        return {**asdict(self), "rules": self.names()}
 
     def fields(self) -> tuple[str, ...]:
         """Statistics to score: those of the schema and those that the rules read.
@@ -267,13 +274,13 @@ class RecordsWriter:
             ValueError: nothing was written.
         """
         self.flush()
-        _assemble(self.directory, complete=True)
+        _assemble(self.directory, complete=True, about=self.about)
         (self._parts / SIDECAR_FILE).unlink()  # parts that do not say what they are of are never gone on with
         shutil.rmtree(self._parts)
 
     def _begin(self) -> None:
         """A fresh folder for parts, or that of the same records begun before."""
-        described = json.loads(json.dumps(asdict(self.about)))
+        described = json.loads(json.dumps(self.about.described()))
         try:
             known = read_json(self._parts / SIDECAR_FILE)
             if not isinstance(known, dict):
@@ -400,7 +407,7 @@ def open_records(directory: str | Path) -> Records:
     rollouts = _read_rollouts(directory / ROLLOUTS_FILE)
     try:
         sidecar = read_json(directory / SIDECAR_FILE)
-        _check_sidecar(sidecar)
+        check_sidecar(sidecar)
         written, promised = sidecar["schema_version"], sidecar["tokens"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -440,10 +447,11 @@ def joined_text(tokens: Sequence[str], raw: Sequence[bytes | None]) -> str:
 # Putting parts together.
 
 
-def _assemble(directory: Path, complete: bool) -> None:
+def _assemble(directory: Path, complete: bool, about: About | None = None) -> None:
     parts = directory / PARTS
-    with whole(parts / SIDECAR_FILE):
-        about = About(**read_json(parts / SIDECAR_FILE))
+    if about is None:
+        with whole(parts / SIDECAR_FILE):
+            about = About(**read_json(parts / SIDECAR_FILE))
     # a part whose rollouts are missing was never finished
     count = len(_part_files(parts, ROLLOUTS_FILE))
     if count == 0:
@@ -451,7 +459,7 @@ def _assemble(directory: Path, complete: bool) -> None:
     opened = [open_parquet(path) for path in _part_files(parts, TOKENS_FILE)[:count]]
     with whole(parts):
         added, scores = _choose(opened, about)
-    schema = tokens_schema(about.rules)
+    schema = tokens_schema(about.names())
 
     def pieces() -> Iterable[pa.Table]:
         row = 0
@@ -475,9 +483,10 @@ def _assemble(directory: Path, complete: bool) -> None:
         "complete": complete,
         "rollouts": len(rollouts),
         "tokens": len(quadrant),
-        "rule": about.rules[0],
-        **asdict(about),
+        "rule": about.names()[0],
+        **about.described(),
         "scope": about.scope or resolve_rule(about.rules[0]).scope,
+        "budgets": {rule_name(rule): resolve_rule(rule).budget for rule in about.rules},
         "quadrants": {
             f"q{number}": {"token_share": share, "divergence_share": mass}
             for (number, share), mass in zip(
@@ -504,7 +513,7 @@ def _choose(parts: Sequence[pq.ParquetFile], about: About) -> tuple[dict[str, np
     if "quadrant" not in recorded:
         added["quadrant"] = quadrants(scores, about.entropy_threshold, about.divergence_threshold).numpy()
     for place, rule in enumerate(about.rules):
-        suffix = f"_{rule}" if place else ""
+        suffix = f"_{rule_name(rule)}" if place else ""
         if f"kept{suffix}" in recorded:
             continue
         generator = torch.Generator().manual_seed(about.seed)
@@ -546,35 +555,6 @@ def _read_rollouts(path: Path) -> pa.Table:
         if len(table) and min(table["tokens"].to_pylist()) < 0:
             raise ValueError("a rollout of fewer than 0 tokens.")
         return table
-
-
-def _check_sidecar(sidecar: Any) -> None:
-    """Refuse values that no records have, where they are read; what is left out has a default."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    if not isinstance(sidecar, dict):
-        raise ValueError(f"it holds a {type(sidecar).__name__}")
-    checks = {
-        "schema_version": is_count,
-        "tokens": is_count,
-        "rollouts": is_count,
-        "vocabulary": is_count,
-        "step": lambda value: value is None or is_count(value),
-        "rule": lambda value: isinstance(value, str),
-        "rules": lambda value: isinstance(value, list) and all(isinstance(rule, str) for rule in value),
-        "retention": lambda value: is_number(value) and 0 < value <= 1,
-        "scope": lambda value: value in (None, *SCOPES),
-        "entropy_threshold": is_number,
-        "divergence_threshold": is_number,
-    }
-    for name, allowed in checks.items():
-        if name in sidecar and not allowed(sidecar[name]):
-            raise ValueError(f"{name} is {sidecar[name]!r:.60}")
 
 
 def _texts(pieces: Sequence[bytes]) -> tuple[pa.Array, pa.Array]:

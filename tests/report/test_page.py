@@ -78,7 +78,7 @@ def test_a_recorded_score_is_what_its_rule_ranks_by(tmp_path, records_writer):
     }
     records_writer(tmp_path, tokens, shared=shared, sidecar={"rule": "gradient_norm", "retention": 0.3})
     dataset, payload, _ = payload_of(tmp_path)
-    assert payload["rules"][0] == {"name": "gradient_norm", "recorded": True, "sampled": False}
+    assert payload["rules"][0] == {"name": "gradient_norm", "recorded": True, "sampled": False, "whole": False}
     assert torch.equal(dataset.selection("gradient_norm", 0.3).mask, picked.mask)
     # of a rule whose code is not here the score is all that is needed
     best_last = select(TokenScores(reverse_kl=1 - score), "divergence", 0.3, rollout).mask

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..records import STATISTICS, TOKENS_FILE, Records
-from ..select import COMPLEMENT, DRAWN, RULES, resolve_rule
+from ..select import COMPLEMENT, DRAWN, RULES, draw, resolve_rule
+from ..select.budget import ranks
 from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrants
+from ..select.rule import BUDGETS
 from ..types import Selection, TokenScores
 from .budgets import BOTTOM, BUDGETED, RETENTIONS, computable_rules, keep_levels, ranking
 from .texts import joined_texts, shown_bytes
-
-_DRAWN = {name for name, rule in RULES.items() if rule.budget in DRAWN}
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class RuleChoice:
         level: uint8 [N], see `keep_levels`.
         score: float32 [N].
         recorded: ranked by the score that was recorded, not recomputed.
+        budget: what it does with its score, see `Rule`. "all" and "weight" keep every token at any retention.
     """
 
     name: str
     level: np.ndarray
     score: np.ndarray
     recorded: bool
+    budget: str
 
 
 @dataclass(frozen=True)
@@ -139,14 +142,18 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
     recorded_rule = str(sidecar["rule"]) if "rule" in sidecar else None
     given = retention if retention is not None else sidecar.get("retention")
     retentions = tuple(sorted({*RETENTIONS, *([float(given)] if given is not None else [])}))
-    rules = _rules(scores, rollout, retentions, column, recorded_rule, sidecar.get("scope"), path, seed)
+    rules = _rules(scores, rollout, retentions, column, recorded_rule, sidecar, path, seed)
     first = rule or recorded_rule
-    if rule in RULES and RULES[rule].budget not in BUDGETED:
-        raise ValueError(f"the rule {rule!r} keeps every token at any retention: there is nothing to show of it.")
-    if rule is not None and rule not in [choice.name for choice in rules]:
+    offered = [choice.name for choice in rules]
+    if rule in RULES and RULES[rule].budget not in BUDGETED and rule not in offered:
+        raise ValueError(
+            f"the rule {rule!r} keeps every token at any retention, and these records do not hold its scores: there is "
+            "nothing to show of it."
+        )
+    if rule is not None and rule not in offered:
         raise ValueError(
             f"the records in {records.directory} do not suffice for the rule {rule!r}; they do for "
-            f"{', '.join(choice.name for choice in rules)}. `tipdistill score --rules {rule}` records its scores."
+            f"{', '.join(offered)}. `tipdistill score --rules {rule}` records its scores."
         )
     rules = tuple(sorted(rules, key=lambda choice: choice.name != first))
     kept = {name: column[name].to_numpy(zero_copy_only=False) for name in wanted if name.startswith("kept")}
@@ -186,32 +193,56 @@ def _rules(
     retentions: Sequence[float],
     column: dict[str, pa.Array],
     recorded_rule: str | None,
-    scope: str | None,
+    sidecar: dict[str, Any],
     path: Path,
     seed: int,
 ) -> tuple[RuleChoice, ...]:
-    """Rules ranked by their recorded scores (the whole batch's normalisation is in them), or else recomputed."""
+    """Rules ranked by their recorded scores (the whole batch's normalisation is in them), or else recomputed.
+
+    A rule that draws keeps first what the records say that it drew, and draws the rest anew.
+    """
     choices: dict[str, RuleChoice] = {}
-    recorded = {name[6:]: name for name in column if name.startswith("score_")}
+    recorded = {name[6:]: (name, f"kept_{name[6:]}") for name in column if name.startswith("score_")}
     if recorded_rule is not None and "score" in column:
-        recorded = {recorded_rule: "score"} | recorded
+        recorded = {recorded_rule: ("score", "kept")} | recorded
     computable = computable_rules(scores)
-    for name in [*computable, *(name for name in recorded if name not in computable)]:
-        # a rule of somebody's own is not looked up: its code need not be here, and reading records must run none
-        resolved = resolve_rule(name) if name.removeprefix(COMPLEMENT) in RULES else None
-        if resolved is not None and resolved.budget not in BUDGETED:
-            continue
-        score = None
-        if name in recorded and (resolved is None or resolved.budget == "top"):
-            score = _finite(column[recorded[name]], recorded[name], path)
+    for name in dict.fromkeys([*computable, *recorded]):
+        budget, like = _budget(name, sidecar)
+        drawn = column.get(recorded[name][1]) if name in recorded else None
+        score = _finite(column[recorded[name][0]], recorded[name][0], path) if name in recorded else None
+        generator = torch.Generator().manual_seed(seed)
         if score is not None:
-            order = kept_by = torch.from_numpy(score)
+            kept_by = torch.from_numpy(score)
+            order = draw(resolve_rule(like), kept_by, generator) if budget in DRAWN else kept_by
         elif name in computable:
-            kept_by, order = ranking(scores, name, torch.Generator().manual_seed(seed))
+            kept_by, order = ranking(scores, name, generator)
         else:
             continue
-        like = name if resolved is not None else BOTTOM if name.startswith(COMPLEMENT) else "soft_or"
-        level = keep_levels(order, rollout, retentions, like, scope or resolve_rule(like).scope)
-        choices[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None)
+        if budget not in BUDGETED:
+            level = np.zeros(len(kept_by), dtype=np.uint8)
+        else:
+            if budget in DRAWN and drawn is not None:
+                # a complement keeps what comes last
+                ahead = torch.tensor(drawn.to_numpy(zero_copy_only=False) ^ resolve_rule(like).complement)
+                order = ahead * len(order) - ranks(order, torch.zeros_like(rollout), 1).double()
+            level = keep_levels(order, rollout, retentions, like, sidecar.get("scope") or resolve_rule(like).scope)
+        choices[name] = RuleChoice(name, level, kept_by.numpy(), recorded=score is not None, budget=budget)
     # those that look at every token first, then the draws, then the control that keeps what is left
-    return tuple(sorted(choices.values(), key=lambda choice: (choice.name == BOTTOM, choice.name in _DRAWN)))
+    return tuple(sorted(choices.values(), key=lambda choice: (choice.name == BOTTOM, choice.budget in DRAWN)))
+
+
+def _budget(name: str, sidecar: dict[str, Any]) -> tuple[str, str]:
+    """What a rule does with its score, and a rule of ours that does the same.
+
+    A rule of somebody's own is not looked up: its code need not be here, and reading records must run none. The records
+    say what it did; those that do not are of rules that kept the highest scores.
+    """
+    inner = name.removeprefix(COMPLEMENT)
+    if inner in RULES:
+        return resolve_rule(name).budget, name
+    budgets = sidecar.get("budgets")
+    known = budgets.get(name) if isinstance(budgets, dict) else None
+    budget = known if known in BUDGETS else "top"
+    if name != inner:
+        return budget, BOTTOM if budget == "top" else f"{COMPLEMENT}random"
+    return budget, {"sample": "random", "importance": "gradient_norm_sampling"}.get(budget, "soft_or")

@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 import torch
 
 from ..records import STATISTICS, TOKENS_FILE, Records
-from ..select import DRAWN, RULES
+from ..select import DRAWN
 from ..select.normalize import clipped_entropy
 from ..select.quadrants import NAMES
+from .budgets import BUDGETED
 from .confusions import CONTEXTS, confusions
-from .dataset import Dataset
+from .dataset import Dataset, RuleChoice
 from .density import Hexagons, hexagons
 from .pack import Pack, short_floats
 from .texts import joined_texts
@@ -60,7 +61,7 @@ def dataset_payload(dataset: Dataset, pack: Pack, max_tokens: int, seed: int) ->
         "entropy_range": [float(raw.min()), top],
         "differing": dataset.differing,
         "retentions": list(dataset.retentions),
-        "rules": [_rule(choice.name, choice.recorded) for choice in dataset.rules],
+        "rules": [_rule(choice) for choice in dataset.rules],
         "shares": _shares(dataset, divergence),
         "map": _map(dataset, cells, pack),
         "confusions": _confusions(dataset, first, divergence, in_view, place),
@@ -68,9 +69,13 @@ def dataset_payload(dataset: Dataset, pack: Pack, max_tokens: int, seed: int) ->
     }
 
 
-def _rule(name: str, recorded: bool) -> dict[str, Any]:
-    sampled = name in RULES and RULES[name].budget in DRAWN
-    return {"name": name, "recorded": recorded, "sampled": sampled}
+def _rule(choice: RuleChoice) -> dict[str, Any]:
+    return {
+        "name": choice.name,
+        "recorded": choice.recorded,
+        "sampled": choice.budget in DRAWN,
+        "whole": choice.budget not in BUDGETED,
+    }
 
 
 def _settings(sidecar: dict[str, Any]) -> list[list[str]]:

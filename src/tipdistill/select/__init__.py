@@ -7,7 +7,7 @@ from .choose import draw, kept_counts, select
 from .contrib import CONTRIB
 from .order import Order
 from .quadrants import quadrants
-from .registry import COMPLEMENT, RULES, needs_teacher, resolve_rule, rule_fields
+from .registry import COMPLEMENT, RULES, needs_teacher, resolve_rule, rule_fields, rule_name
 from .rule import DRAWN, SCOPES, Rule
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "quadrants",
     "resolve_rule",
     "rule_fields",
+    "rule_name",
     "select",
 ]

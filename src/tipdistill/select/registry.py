@@ -63,6 +63,27 @@ def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
     return RULES[rule] if rule in RULES else _imported(rule)
 
 
+def rule_name(rule: str | Callable[[TokenScores], Tensor] | Rule) -> str:
+    """What a rule is called in records and logs: its name, or the dotted path of its function.
+
+    Args:
+        rule: as in `select`.
+
+    Example:
+        >>> rule_name("q3"), rule_name(rules.entropy), rule_name(RULES["random"])
+        ('q3', 'tipdistill.select.rules.entropy', 'random')
+    """
+    if isinstance(rule, str):
+        return rule
+    if isinstance(rule, Rule):
+        known = [name for name, listed in RULES.items() if listed == rule]
+        if known:
+            return known[0]
+        return (COMPLEMENT if rule.complement else "") + rule_name(rule.score)
+    named = rule if hasattr(rule, "__qualname__") else type(rule)  # a partial, or an object that can be called
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def rule_fields(rule: str | Callable[[TokenScores], Tensor] | Rule) -> tuple[str, ...] | None:
     """Names of the statistics that a rule reads; None: those that `token_scores` computes by default.
 

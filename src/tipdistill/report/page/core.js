@@ -67,6 +67,8 @@ function short(value) {
   if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)} k`;
   return size < 1e-3 ? value.toExponential(0) : String(+value.toPrecision(3));
 }
+/** A rule and the retention it is shown at; one that keeps every token has none. */
+function ruleAt(rule, retention) { return rule.whole ? ruleName(rule.name) : `${ruleName(rule.name)} at ${percent(retention)}`; }
 function ruleName(name) {
   const known = {
     soft_or: "Soft-OR", soft_or_log: "Soft-OR (log)", q3: "Q3", entropy: "entropy", entropy_sampling: "entropy, sampled",

@@ -149,7 +149,7 @@ function drawQuadrants() {
     }
   }
   const add = (list) => list.reduce((a, b) => a + b, 0);
-  heading("Kept", `by ${ruleName(set.rules[state.rule].name)} at ${percent(set.retentions[state.level])}`);
+  heading("Kept", `by ${ruleAt(set.rules[state.rule], set.retentions[state.level])}`);
   row("tokens", "held", add(keptTokens) / set.tokens);
   row("divergence", "held", add(keptMass) / total);
   $("quadrants").querySelector("tbody")?.remove();
@@ -162,7 +162,9 @@ function drawHeadline(keptTokens, keptMass, total) {
   const set = current(), share = set.shares.tokens[2] / set.tokens, mass = set.shares.mass[2] / total;
   $("headline").textContent =
     `${percent(share)} of the tokens are confident and wrong (Q3); they hold ${percent(mass)} of the divergence. ` +
-    `${ruleName(set.rules[state.rule].name)} at ${percent(set.retentions[state.level])} keeps ${percent(keptTokens)} of the tokens and ${percent(keptMass)} of the divergence.`;
+    (set.rules[state.rule].whole
+      ? `${ruleName(set.rules[state.rule].name)} keeps every token.`
+      : `${ruleAt(set.rules[state.rule], set.retentions[state.level])} keeps ${percent(keptTokens)} of the tokens and ${percent(keptMass)} of the divergence.`);
   const facts = [`${count(set.tokens)} tokens in ${count(set.rollouts)} rollouts`];
   if (set.step !== null && set.step !== undefined) facts.push(`step ${set.step}`);
   const named = new Map(set.settings);

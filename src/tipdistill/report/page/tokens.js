@@ -127,7 +127,7 @@ function drawLegend() {
   };
   if (state.shade === "quadrant") for (const number of [1, 2, 3, 4]) swatch(`q${number}`, `Q${number} ${NAMES[number]}`);
   else if (!SHADES[state.shade]?.ramp) {
-    const what = state.shade === "kept" ? `${ruleName(current().rules[state.rule].name)} at ${percent(current().retentions[state.level])}` : "as recorded";
+    const what = state.shade === "kept" ? ruleAt(current().rules[state.rule], current().retentions[state.level]) : "as recorded";
     swatch("hold", `kept: ${what}`);
     swatch("drop", "dropped");
   } else if (state.shade === "score" && current().view.scores[state.rule] === null) {
@@ -370,7 +370,7 @@ function describe(token) {
   const retentions = current().retentions;
   current().rules.forEach((rule, number) => {
     const level = levelOf(token, number), kept = level <= state.level;
-    row(`${ruleName(rule.name)} keeps it from`, `${percent(retentions[level])} ${kept ? "✓" : "–"}`, kept ? "yes" : "no");
+    row(`${ruleName(rule.name)} keeps it from`, `${rule.whole ? "any" : percent(retentions[level])} ${kept ? "✓" : "–"}`, kept ? "yes" : "no");
   });
   table.append(body);
   panel.replaceChildren(title, where, models, table);

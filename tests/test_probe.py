@@ -13,7 +13,6 @@ from tipdistill import quadrants, select
 from tipdistill.probe import Settings, probe
 from tipdistill.rollout import generate
 from tipdistill.score.models import score_rollouts
-from tipdistill.types import TokenScores
 
 TOLERANCE = 1e-6
 PROMPTS = [f"{name} has {number}" for number, name in enumerate(("Ada", "Emmy", "Kurt", "Alan", "Grace", "Ada"), 10)]
@@ -223,99 +222,15 @@ def test_intervals_narrow_as_prompts_are_added():
     assert 5 < width[0] / width[1] < 20
 
 
-# Advice.
-
-
-def row_of(rule, retention, share, low, **others):
-    return {
-        "rule": rule,
-        "retention": retention,
-        "kept": retention,
-        "divergence_share": 0.9,
-        "q2_of_kept": 0.1,
-        "descent": share,
-        "descent_share": share,
-        "descent_interval": [low, share],
-        "descent_share_interval": [low, 1.0],
-        "over_random_interval": [0.1, 0.2],
-        **others,
-    }
-
-
-ALL = row_of("all", 1.0, 1.0, 1.0, over_random_interval=None)
-
-
-def test_the_least_retention_that_keeps_the_signal_is_recommended():
-    rows = [
-        ALL,
-        row_of("soft_or", 0.5, 1.0, 0.99),
-        row_of("soft_or", 0.2, 0.97, 0.93),
-        row_of("q3", 0.2, 0.99, 0.95),
-        row_of("q3", 0.1, 0.95, 0.8),
-        row_of("q3", 0.05, 1.0, 0.99),
-        row_of("random", 0.2, 0.5, 0.4),
-    ]
-    best = module._recommend(rows, [])
-    assert (best["rule"], best["retention"]) == ("q3", 0.2)
-    assert "random tokens: 0.50" in best["reason"]
-    best = module._recommend(rows, [(("q3", 0.2), "known to fail")])
-    assert (best["rule"], best["retention"]) == ("soft_or", 0.2)
-
-
-def test_all_tokens_where_no_rule_keeps_the_signal():
-    rows = [ALL, row_of("q3", 0.2, 0.95, 0.5), row_of("random", 0.2, 0.5, 0.4)]
-    assert module._recommend(rows, [])["rule"] == "all"
-
-
-def advice(rows, rollouts, uncertain_share=0.3, prompts=80, heaviest=0.1, largest=2.0):
-    count = 100
-    quadrant = torch.full((count,), 4, dtype=torch.int8)
-    quadrant[: int(uncertain_share * count)] = 2
-    quadrant[-3:] = 3
-    delta = torch.zeros(count, dtype=torch.float64)
-    delta[-3:] = torch.tensor([1.0, 1.0, largest])
-    found = module._warnings(rows, TokenScores(reverse_kl=delta), quadrant, rollouts, prompts, heaviest, Settings())
-    return [text for _, text in found]
-
-
-@pytest.fixture
-def finished(rollouts):
-    return [replace(rollout, finished=True) for rollout in rollouts]
-
-
-def test_a_budget_smaller_than_the_uncertain_share_is_warned_of(finished):
-    spent = {"q2_of_kept": 0.9}
-    assert (
-        "spends 90% of that on tokens both models agree on"
-        in advice([ALL, row_of("soft_or", 0.2, 0.1, 0.1, **spent)], finished)[0]
-    )
-    assert not advice([ALL, row_of("soft_or", 0.5, 1, 0.9, **spent)], finished)
-    assert not advice([ALL, row_of("gradient_norm", 0.2, 1, 0.9, **spent)], finished)
-
-
-def test_a_rule_that_turns_away_is_warned_of_at_small_budgets(finished):
-    assert "may collapse in training" in advice([ALL, row_of("q3", 0.05, 1, 1)], finished)[0]
-    assert not advice([ALL, row_of("q3", 0.1, 1, 1)], finished)
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "text"),
-    [
-        ([ALL, row_of("q3", 0.2, 1, 0.9, over_random_interval=[-0.1, 0.3])], {}, "not told apart from random"),
-        ([ALL], {"largest": 500.0}, "dwarfs the others"),
-        ([ALL], {"heaviest": 0.6}, "one prompt makes up 60% of the squared gradient norms"),
-        ([ALL], {"prompts": 9}, "9 prompts are few"),
-        ([{**ALL, "descent_interval": [-0.1, 1.0]}], {}, "does not reliably lower the held-out loss"),
-    ],
-    ids=["random", "outlier", "heavy", "few", "noise"],
-)
-def test_further_warnings(finished, rows, options, text):
-    (found,) = advice(rows, finished, **options)
-    assert text in found
-
-
-def test_rollouts_cut_at_the_limit_are_warned_of(rollouts):
-    assert "were cut at the length limit" in advice([ALL], [replace(one, finished=False) for one in rollouts])[0]
+def test_every_rule_that_draws_is_drawn_as_often_as_the_control(scores, rollouts):
+    owner = torch.cat([torch.full((len(rollout.completion_ids),), number) for number, rollout in enumerate(rollouts)])
+    settings = Settings(rules=("q3", "gradient_norm_sampling"), retentions=(0.5,), random_seeds=3)
+    gradient = replace(scores, gradient_norm=scores.require("reverse_kl").abs() + 0.01)
+    chosen = list(module._choices(gradient, owner, settings))
+    assert [choice.rule for choice in chosen] == ["q3", *["gradient_norm_sampling"] * 3, *["random"] * 3]
+    weights = torch.stack([choice.weight for choice in chosen[1:4]])
+    assert not torch.equal(weights[0], weights[1])
+    assert weights.max() > 1  # inverse of the probability
 
 
 @pytest.mark.parametrize(

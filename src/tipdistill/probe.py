@@ -16,24 +16,19 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
+from .advice import recommend, warnings_of
 from .loss import fused_divergence_loss
 from .score.models import head_of, hidden_states, micro_batches
-from .select import resolve_rule, rule_fields, select
-from .select.normalize import min_max
+from .select import DRAWN, resolve_rule, rule_fields, select
 from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
 from .types import Rollout, TokenScores
 
 SCHEMA_VERSION = 1
-RULES = ("soft_or", "soft_or_log", "entropy", "entropy_sampling", "q3", "divergence", "gradient_norm")
+RULES = ("soft_or", "soft_or_log", "entropy", "q3", "divergence", "gradient_norm", "gradient_norm_sampling")
 RETENTIONS = (0.5, 0.2, 0.1, 0.05)
 PARAMETERS = ("auto", "all", "last_blocks", "lora")
 # What `auto` differentiates in full.
 ALL_PARAMETERS_UP_TO = 100_000_000
-# A step is called as good as one on all tokens where its descent is at least this share of theirs.
-ENOUGH = 0.9
-# The least retention that is recommended: below it rules were seen to collapse in training that look well at its start.
-LEAST_RETENTION = 0.1
-_FEW_PROMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Settings:
             as retention 1.
         retentions: shares of the tokens to keep, each in (0, 1).
         scope: "rollout" or "batch", where the budget is spent; None: each rule's own.
-        random_seeds: draws of the random control.
+        random_seeds: draws of the random control, and of every rule that draws.
         temperature: of the sampling; it divides the logits of both models.
         seed: of the rules that draw, of the bootstrap and of LoRA's projections.
         parameters: whose gradient is taken: "all", "last_blocks", "lora" (rank-8 adapters on every linear layer, a
@@ -173,10 +168,10 @@ def probe(
 
     rows = _rows(kept, quadrant, batch, torch.stack(cosines).mean(0), descent)
     shares = quadrant_shares(quadrant)
-    warnings = _warnings(rows, batch, quadrant, rollouts, len(prompts), heaviest, settings)
+    warnings = warnings_of(rows, batch, quadrant, rollouts, len(prompts), heaviest, settings.rules)
     return {
         "schema_version": SCHEMA_VERSION,
-        "recommendation": _recommend(rows, warnings),
+        "recommendation": recommend(rows, warnings),
         "warnings": [text for _, text in warnings],
         "rows": rows,
         "quadrants": {
@@ -219,7 +214,7 @@ def _choices(batch: TokenScores, rollout: Tensor, settings: Settings) -> Iterato
         yield kept(rule, 1.0)
     for retention in settings.retentions:
         for rule in dict.fromkeys([*(rule for rule in settings.rules if rule not in weighing), "random"]):
-            for draw in range(settings.random_seeds if rule == "random" else 1):
+            for draw in range(settings.random_seeds if resolve_rule(rule).budget in DRAWN else 1):
                 yield kept(rule, retention, draw)
 
 
@@ -404,7 +399,7 @@ def _bootstrap(slope: Tensor, tokens: Tensor, settings: Settings) -> Tensor:
 def _rows(
     kept: Sequence[Kept], quadrant: Tensor, batch: TokenScores, cosine: Tensor, descent: Tensor
 ) -> list[dict[str, Any]]:
-    """One row per rule and retention, the draws of the control averaged, and the row of all tokens first."""
+    """One row per rule and retention, the draws of one averaged, and the row of all tokens first."""
     divergence = batch.require("reverse_kl").double()
     q3 = quadrant == 3
     whole = descent[:, -1]
@@ -475,124 +470,3 @@ def _overlap(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """Mean |A ∩ B| / |A ∪ B| over all pairs of draws."""
     pairs = [(a & b).sum() / (a | b).sum() for a in mine for b in theirs]
     return float(torch.stack(pairs).mean())
-
-
-# Advice.
-
-_TURNS_AWAY = ("q3", "divergence", "hellinger", "signal_to_curvature")
-_BY_ENTROPY = ("soft_or", "soft_or_log", "entropy")
-
-
-def _warnings(
-    rows: Sequence[dict[str, Any]],
-    batch: TokenScores,
-    quadrant: Tensor,
-    rollouts: Sequence[Rollout],
-    prompts: int,
-    heaviest: float,
-    settings: Settings,
-) -> list[tuple[tuple[str, float] | None, str]]:
-    """(the rule and retention that it speaks against, or None) and what to know."""
-    warnings: list[tuple[tuple[str, float] | None, str]] = []
-    shares = quadrant_shares(quadrant)
-    uncertain = shares[1] + shares[2]
-    for row in rows[1:]:
-        place, kept = (row["rule"], row["retention"]), row["kept"]
-        name = f"{place[0]} at {place[1]:g}"
-        if place[0] in _BY_ENTROPY and kept < uncertain and row["q2_of_kept"] > 0.5:
-            warnings.append(
-                (
-                    place,
-                    f"{name} keeps {kept:.1%} of the tokens where {uncertain:.1%} are uncertain, and spends "
-                    f"{row['q2_of_kept']:.0%} of that on tokens both models agree on (Q2): a known failure of rules "
-                    "that follow the entropy. Take a larger retention, or gradient_norm.",
-                )
-            )
-        if place[0] in _TURNS_AWAY and place[1] < LEAST_RETENTION:
-            warnings.append(
-                (
-                    place,
-                    f"{name} may collapse in training although it looks well here: tokens that are never trained "
-                    "drift, and it does not call them back (seen on the addition task at 5 %, docs/rules.md).",
-                )
-            )
-        interval = row["over_random_interval"]
-        if interval is not None and interval[0] <= 0:
-            warnings.append((place, f"{name} is not told apart from random tokens here, or is worse."))
-    delta = batch.require("reverse_kl")
-    confident = quadrant == 3
-    if "soft_or" in settings.rules and confident.any():
-        typical = float(min_max(delta)[confident].median())
-        if typical < 0.05:
-            warnings.append(
-                (
-                    None,
-                    f"the largest divergence ({float(delta.max()):.3g} nats) dwarfs the others: the typical confident "
-                    f"mistake scores {typical:.2f} after min-max, so soft_or ranks by entropy. soft_or_log does not.",
-                )
-            )
-    if rows[0]["descent_interval"][0] <= 0:
-        warnings.append(
-            (
-                None,
-                "the gradient of all tokens does not reliably lower the held-out loss: these rollouts are too few or "
-                "too unlike to tell rules apart. Probe with more prompts.",
-            )
-        )
-    if heaviest > 0.5:
-        warnings.append(
-            (
-                None,
-                f"one prompt makes up {heaviest:.0%} of the squared gradient norms: whatever keeps or drops its tokens "
-                "decides the figures, and training would clip it. Probe with more prompts.",
-            )
-        )
-    if prompts < _FEW_PROMPTS:
-        warnings.append((None, f"{prompts} prompts are few: the intervals are rough. Probe with more."))
-    cut = sum(not rollout.finished for rollout in rollouts) / len(rollouts)
-    if cut > 0.5:
-        warnings.append(
-            (
-                None,
-                f"{cut:.0%} of the rollouts were cut at the length limit: what comes later in a completion was not "
-                "probed. Let them be as long as in training.",
-            )
-        )
-    return warnings
-
-
-def _recommend(
-    rows: Sequence[dict[str, Any]], warnings: Sequence[tuple[tuple[str, float] | None, str]]
-) -> dict[str, Any]:
-    """The smallest retention at which a rule keeps the signal, and the rule that keeps most of it there."""
-    against = {place for place, _ in warnings if place is not None}
-    fit = [
-        row
-        for row in rows[1:]
-        if row["rule"] != "random"
-        and LEAST_RETENTION <= row["retention"] < 1
-        and (row["rule"], row["retention"]) not in against
-        and row["descent_share_interval"] is not None
-        and row["descent_share_interval"][0] >= ENOUGH
-    ]
-    if not fit:
-        return {
-            "rule": "all",
-            "retention": 1.0,
-            "reason": f"no rule at a retention of {LEAST_RETENTION:g} or more keeps {ENOUGH:.0%} of the held-out "
-            "descent of all tokens with confidence and beats random tokens. Train on all tokens, or probe with more "
-            "prompts.",
-        }
-    least = min(row["retention"] for row in fit)
-    best = max((row for row in fit if row["retention"] == least), key=lambda row: row["descent"])
-    random = next(row for row in rows if row["rule"] == "random" and row["retention"] == least)
-    low, high = best["descent_share_interval"]
-    return {
-        "rule": best["rule"],
-        "retention": least,
-        "reason": f"it keeps {best['kept']:.1%} of the tokens, {best['divergence_share']:.0%} of the divergence, and "
-        f"a step along its gradient lowers the held-out loss {best['descent_share']:.2f} times as fast as one on all "
-        f"tokens ({low:.2f} to {high:.2f}; random tokens: {random['descent_share']:.2f}). {least:g} is the smallest "
-        f"retention probed, from {LEAST_RETENTION:g} up, at which a rule keeps {ENOUGH:.0%} with confidence and beats "
-        "random. This speaks of the first steps of a run: watch selection/dropped_divergence in the later ones.",
-    }

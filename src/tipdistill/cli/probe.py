@@ -136,15 +136,20 @@ def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path) ->
 
 
 def show(result: dict[str, Any]) -> None:
-    """The rows of a probe as a table, its warnings, and what it recommends."""
+    """What a probe recommends, its warnings, and its rows as a table."""
     console = PlainConsole()
     if console.width < _WIDTH:
         console = PlainConsole(width=_WIDTH)  # a table that is cut off is no use; a terminal wraps it
+    best = result["recommendation"]
+    console.print(
+        f"Take {best['rule']} at a retention of {best['retention']:g}: {best['reason']}", style="bold", soft_wrap=True
+    )
+    for warning in result["warnings"]:
+        console.print(f"! {warning}", soft_wrap=True)
     table = Table(
         *("rule", "kept", "divergence", "Q3", "cosine", "descent / all", "over random"),
         title=f"{result['student']} from {result['teacher']}",
     )
-    best = result["recommendation"]
     for row in result["rows"]:
         chosen = (row["rule"], row["retention"]) == (best["rule"], best["retention"])
         table.add_row(
@@ -158,9 +163,6 @@ def show(result: dict[str, Any]) -> None:
             style="bold" if chosen else None,
         )
     console.print(table)
-    for warning in result["warnings"]:
-        console.print(f"! {warning}", soft_wrap=True)
-    console.print(f"Take {best['rule']} at a retention of {best['retention']:g}: {best['reason']}", soft_wrap=True)
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from ..chat import check_columns, filled_columns
 from ..config import TIPConfig
+from ..extras import check_packages
 from ..text import near_names
 
 
@@ -17,7 +18,9 @@ def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_datas
 
     Raises:
         ValueError: which, and what to give instead.
+        ImportError: a package that they ask for is not installed, with the command that does.
     """
+    check_packages(args)
     check_one_teacher(teacher_model, args)
     check_distinct(model, teacher_model)
     check_datasets(train_dataset, eval_dataset)

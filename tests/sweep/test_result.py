@@ -106,6 +106,27 @@ def test_a_share_of_no_gain_is_none():
         compared({0: [1]}, {1: [1]}, 2)
 
 
+def test_draws_without_a_gain_are_left_out_before_they_divide():
+    # few draws gain nothing, and one of them exactly nothing
+    rows = {0: [1, 1, 1, 1, 1, 1, 0, 0]}
+    with np.errstate(all="raise"):
+        share = gain_share(rows, rows, {0: [0] * 8})
+    assert share is not None
+    assert (share["mean"], share["interval"], share["seeds"]) == (1.0, [1.0, 1.0], 1)
+
+
+def test_one_seed_is_called_one(tmp_path):
+    grid = grid_of(tmp_path, learning_rates=[1e-3], seeds=[3])
+    row_cells = {
+        cell.key: figures(test=[1] * 16, before=[0] * 16 if cell.on_start else None)
+        for row in grid.rows
+        for cell in grid.last_cells(row, 1e-3)
+    }
+    result = summarise(grid, row_cells, {})
+    assert result["interval"] == "95 %, paired bootstrap over problems, 10,000 draws"
+    assert "(one seed, 3)" in markdown(result)
+
+
 def test_text_says_what_the_figures_are(result):
     found, _ = result
     text = markdown(found)

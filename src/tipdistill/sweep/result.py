@@ -95,13 +95,14 @@ def summarise(grid: Grid, results: Results, failed: Mapping[str, str]) -> dict[s
                 "tasks": {task: _of_task(grid, row, tables[task], before[task]) for task in grid.test if ran},
             }
         )
+    drawn = "problems" if len(grid.seeds) == 1 else "seeds and problems"
     return {
         "num_samples": grid.num_samples,
         "test": list(grid.test),
         "seeds": list(grid.seeds),
         "validation": {"task": grid.validation_task, "seeds": list(grid.validation_seeds)},
         "learning_rates": list(grid.learning_rates),
-        "interval": f"95 %, paired bootstrap over seeds and problems, {DRAWS:,} draws",
+        "interval": f"95 %, paired bootstrap over {drawn}, {DRAWS:,} draws",
         "before": {task: _figure(seeds) for task, seeds in before.items() if seeds},
         "rows": rows,
         "failed": dict(failed),
@@ -161,8 +162,8 @@ def gain_share(
     if interval(gain)[0] <= 0:
         return None
     mean = (tables[0].mean() - tables[2].mean()) / (tables[1].mean() - tables[2].mean())
-    # a draw in which nothing is gained has no share
-    return {"mean": float(mean), "interval": [*interval((own / gain)[gain > 0])], "seeds": len(seeds)}
+    gains = gain > 0  # a draw in which nothing is gained has no share
+    return {"mean": float(mean), "interval": [*interval(own[gains] / gain[gains])], "seeds": len(seeds)}
 
 
 def _of_task(grid: Grid, row: Row, table: dict[str, Any], before: dict[int, Any]) -> dict[str, Any]:
@@ -292,7 +293,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += [_line(row, task) for row in result["rows"]]
         parts.append(f"**{task}**\n\n" + markdown_table(headings, lines))
     notes = [
-        f"In brackets: {result['interval']} ({len(result['seeds'])} seeds: {', '.join(map(str, result['seeds']))}). "
+        f"In brackets: {result['interval']} ({_seeds(result['seeds'])}). "
         "Differences are paired; the share of the gain is (row − before) / (all tokens − before)."
     ]
     if len(result["learning_rates"]) > 1:
@@ -324,6 +325,10 @@ def _line(row: Mapping[str, Any], task: str) -> list[str]:
         f"{row['peak_memory_gib']:.2f} GiB",
         f"{row['learning_rate']:g}",
     ]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"one seed, {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds: {', '.join(map(str, seeds))}"
 
 
 def _with_interval(figure: Mapping[str, Any] | None, signed: bool = False, percent: bool = False) -> str:

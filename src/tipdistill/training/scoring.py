@@ -122,6 +122,10 @@ def evaluating(model: Any) -> Iterator[None]:
     """The model in eval mode meanwhile: no dropout, so that scores are those of the student that wrote."""
     was_training = model.training
     model.eval()
+    for module in model.modules():
+        # in eval mode bitsandbytes packs a layer's weights for a CPU, once and for all: no gradient passes them then
+        if any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__):
+            module.training = True
     try:
         yield
     finally:

@@ -28,9 +28,9 @@ def finished(tmp_path_factory):
         patch.setattr(demo_lm, "_MAP_PROMPTS", 4)
         patch.setattr(smollm2, "_write_teacher", write_tiny_teacher)
         grid = demo_lm.demo_grid("demo-lm", root)
-        smollm2.prepare(root, say=lambda line: None)
+        smollm2.prepare(root, 6, say=lambda line: None)
     said = []
-    return demo_lm.run(grid, threads=1, say=said.append), root, said
+    return demo_lm.run(grid, threads=1, say=said.append, layers=6), root, said
 
 
 @pytest.mark.slow

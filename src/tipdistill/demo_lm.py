@@ -1,8 +1,8 @@
 """The method on a real language model, on the CPU: prune SmolLM2, heal it on its own rollouts, show what it says.
 
-The teacher is SmolLM2-135M-Instruct, the student lacks six of its layers (`tasks/smollm2.py`). It is healed four ways,
-each a cell of `sweep/demo-lm.yaml`: on all tokens, on half of them, on two tenths. Models and cells that are finished
-are kept, so a killed demo goes on where it stopped.
+The teacher is SmolLM2-135M-Instruct, the student lacks ten of its 30 layers (`tasks/smollm2.py`). It is healed four
+ways, each a cell of `sweep/demo-lm.yaml`: on all tokens, on half of them, on two tenths. Models and cells that are
+finished are kept, so a killed demo goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .tasks.instructions import as_chat, heldout_prompts
 from .text import markdown_table
 
 GRID = "demo-lm"
+# dropped: without six the student still writes, and heals too slowly to be seen in minutes
+LAYERS = 10
 # of the map, and of the answers that are shown
 _MAP_PROMPTS, _MAP_TOKENS = 32, 32
 _SHOWN = ("Name two facts about rabbits.", "Write a short sentence about bees.", "Explain snow to a child.")
@@ -45,13 +47,14 @@ def demo_grid(name: str = GRID, output_dir: Path | None = None, seed: int = 0) -
     return read_grid(write_text(root / "grid.yaml", text))
 
 
-def run(grid: Grid, threads: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(grid: Grid, threads: int, say: Callable[[str], None] = print, layers: int = LAYERS) -> dict[str, Any]:
     """Make the pair, heal every cell, and write results.json, results.md, tip_map.png and report.html.
 
     Args:
         grid: as `demo_grid` returns it, with one seed.
         threads: of the one process that works at a time.
         say: takes a line of progress.
+        layers: how many of its teacher's the student lacks.
 
     Returns:
         What results.json holds.
@@ -63,13 +66,13 @@ def run(grid: Grid, threads: int, say: Callable[[str], None] = print) -> dict[st
     """
     smollm2.gguf_file()
     with alone(grid.output_dir, "demo"):
-        return _run(grid, threads, say)
+        return _run(grid, threads, say, layers)
 
 
-def _run(grid: Grid, threads: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _run(grid: Grid, threads: int, say: Callable[[str], None], layers: int) -> dict[str, Any]:
     root, (seed,) = grid.output_dir, grid.seeds
     log = root / LOG
-    for _, lines in in_workers({"SmolLM2": (_make_pair, root)}, 1, threads, log):
+    for _, lines in in_workers({"SmolLM2": (_make_pair, root, layers)}, 1, threads, log):
         say("; ".join(lines))
     cells = Cells(grid, root)
     cells.check()
@@ -105,9 +108,9 @@ def _run(grid: Grid, threads: int, say: Callable[[str], None]) -> dict[str, Any]
     return result
 
 
-def _make_pair(root: Path) -> list[str]:
+def _make_pair(root: Path, layers: int) -> list[str]:
     lines: list[str] = []
-    smollm2.prepare(root, say=lines.append)
+    smollm2.prepare(root, layers, say=lines.append)
     return lines
 
 
@@ -157,7 +160,7 @@ def _look(root: Path, students: Mapping[str, str], tasks: Sequence[str], seed: i
         scored.scores,
         root / "tip_map.png",
         selection=select(scored.scores, "soft_or", 0.5, rollout=torch.tensor(owners)),
-        title="SmolLM2 without six layers, before healing; kept by Soft-OR at 50 %",
+        title="SmolLM2 without some of its layers, before healing; kept by Soft-OR at 50 %",
     )
     quadrant = quadrants(scored.scores)
     shares = quadrant_shares(quadrant), quadrant_shares(quadrant, scored.scores.require("reverse_kl"))

@@ -30,7 +30,7 @@ from . import measure as measuring
 from .measure import Here, Worker, growth, kernels, matmul_rate, peak_bytes, spread, time_split, timed
 
 # Those of training/monitor.py, which takes seconds to import.
-LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
+LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl")
 PEERS = ("plain", "trl", "liger")
 RETENTIONS = (0.5, 0.2, 0.1)
 # Relative errors against float64 from the same inputs: loss and Frobenius norm of the gradients. Float32 sums of 10⁵

@@ -218,7 +218,6 @@ LOGGED = [
     "quadrants/q4",
     "entropy",
     "reverse_kl",
-    "forward_kl",
     "tokens_per_second",
     "time/rollout",
     "time/loss",
@@ -238,6 +237,7 @@ def test_every_step_logs_what_happened_to_its_tokens(make, normalization):
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(history) == 2
+    assert ["forward_kl" in entry for entry in history] == [True, False]  # every score_logging_steps
     scored_ahead = ["time/score", "time/select"] if normalization == "batch" else []
     for entry in history:
         assert [name for name in [*LOGGED, *scored_ahead] if entry.get(name) is None] == []
@@ -678,6 +678,34 @@ def test_records_change_nothing_of_the_training(make, tmp_path, settings):
     assert all(torch.equal(*pair) for pair in zip(weights, weights_recorded, strict=True))
     assert not (tmp_path / "0" / "records").exists()
     assert sorted(path.name for path in (tmp_path / "5" / "records").iterdir()) == ["step-0", "step-2"]
+
+
+def test_a_function_is_a_rule_from_the_records_to_the_checkpoints(make, tmp_path):
+    def late(scores):  # no file holds it, so nothing can import or pickle it
+        return scores.require("reverse_kl") * torch.arange(len(scores), dtype=torch.float32)
+
+    late.fields = ("reverse_kl",)
+    trainer = make(selection_rule=late, retention=0.4, score_logging_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    records = open_records(tmp_path / "run" / "records" / "step-1")
+    name = f"{__name__}.test_a_function_is_a_rule_from_the_records_to_the_checkpoints.<locals>.late"
+    assert (records.sidecar["rule"], records.sidecar["budgets"]) == (name, {name: "top"})
+    score = records.read(["score", "reverse_kl"])
+    assert score["score"].to_numpy()[1:].sum() > score["reverse_kl"].to_numpy()[1:].sum()
+    saved = torch.load(tmp_path / "run" / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert saved.selection_rule == trainer.args.to_dict()["selection_rule"] == name
+    assert "late" in repr(trainer.args)
+
+
+def test_a_gradient_of_exactly_0_stops_the_run(make):
+    trainer = make(max_steps=5)
+    forward = trainer.compute_loss
+    # a loss that hangs on the weights in name alone, as that of a layer packed for inference
+    trainer.compute_loss = lambda model, *args, **kwargs: (
+        forward(model, *args, **kwargs).detach() + 0 * sum(parameter.sum() for parameter in model.parameters())
+    )
+    with pytest.raises(ValueError, match=r"the gradient of step 1 is exactly 0 at a loss of 1\.\d+.*requires_grad"):
+        trainer.train()
 
 
 def test_records_are_what_the_step_did(make, tmp_path, pair):

@@ -39,6 +39,7 @@ from .score.models import head, lm_head_dtype
 from .select import kept_counts, needs_teacher, quadrants, resolve_rule, rule_fields, select
 from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
+from .training.card import PAPER, TAGS
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_arguments
 from .training.engine_check import EngineCheck
@@ -46,6 +47,7 @@ from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
 from .training.images import prepared, with_images
 from .training.lengths import check_batch, check_completions, check_problems_fit, check_prompts_fit, position_limits
 from .training.monitor import (
+    ALL_FIELDS,
     LOGGED_FIELDS,
     TALLIED,
     StepClock,
@@ -54,6 +56,7 @@ from .training.monitor import (
     metrics,
     tally,
 )
+from .training.progress import MetricsFile
 from .training.recording import record_step
 from .training.resumable import ResumableTrainer
 from .training.rollouts import for_processor, never_sample, state_policy
@@ -106,16 +109,9 @@ class TIPTrainer(ResumableTrainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    _tag_names = ["trl", "distillation", "tipdistill"]  # noqa: RUF012 - a class attribute of TRL's
+    _tag_names = TAGS
     _name = "TIP"
-    _paper = {  # noqa: RUF012 - a class attribute of TRL's
-        "title": "TIP: Token Importance in On-Policy Distillation",
-        "id": "2604.14084",
-        "citation": (
-            "@article{tip2026,\n    title   = {{TIP: Token Importance in On-Policy Distillation}},\n"
-            "    year    = 2026,\n    eprint  = {arXiv:2604.14084}\n}"
-        ),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -159,7 +155,7 @@ class TIPTrainer(ResumableTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[monitor, *(callbacks or [])],
+            callbacks=[monitor, MetricsFile(), *(callbacks or [])],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
@@ -321,8 +317,11 @@ class TIPTrainer(ResumableTrainer):
         if self._rule_fields is None:
             return ()
         if self._reads_teacher or self._is_full_step():
-            return tuple(dict.fromkeys((*self._rule_fields, *LOGGED_FIELDS)))
+            return tuple(dict.fromkeys((*self._rule_fields, *self._logged_fields())))
         return tuple(dict.fromkeys((*self._rule_fields, "entropy", "entropy_norm")))
+
+    def _logged_fields(self) -> tuple[str, ...]:
+        return ALL_FIELDS if self._is_full_step() else LOGGED_FIELDS
 
     def _projects_teacher(self, fields: tuple[str, ...]) -> bool:
         return not fields or self._reads_teacher or "reverse_kl" in fields
@@ -503,7 +502,7 @@ class TIPTrainer(ResumableTrainer):
                     )
             else:
                 with naming_rollouts(asked):
-                    loss, scores = teacher.loss(student, None, fields=LOGGED_FIELDS, **options)
+                    loss, scores = teacher.loss(student, None, fields=self._logged_fields(), **options)
         if self.model.training:
             sums = tally(scores, selection)
             self._sums = sums if self._sums is None else self._sums + sums

@@ -117,7 +117,7 @@ def test_without_trl_the_others_are_measured_beside_plain(monkeypatch):
 @pytest.mark.parametrize(
     ("variant", "of_scores"),
     [
-        (Variant("chunked", "soft_or", 0.5), {"entropy", "entropy_norm", "reverse_kl", "forward_kl"}),
+        (Variant("chunked", "soft_or", 0.5), {"entropy", "entropy_norm", "reverse_kl"}),
         (Variant("chunked", "entropy", 0.5), {"entropy", "entropy_norm"}),
         (Variant("chunked"), None),
     ],

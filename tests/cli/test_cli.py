@@ -47,7 +47,11 @@ def test_version(capsys):
 
 def test_unknown_command(capsys):
     assert main(["trian"]) == 2
-    assert "no command 'trian'. Did you mean train?" in capsys.readouterr().err
+    assert "no command 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+    assert main(["zzz"]) == 2
+    assert "no command 'zzz'. There are demo, probe, score, " in capsys.readouterr().err
+    assert main(["recipes", "show", "zzz"]) == 2
+    assert "no recipe 'zzz'. There are laptop, " in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_its_traceback_is_there_on_request(capsys, monkeypatch):
@@ -121,7 +125,7 @@ def test_recipes_are_listed_with_hardware_and_command_and_shown_in_full(capsys):
     assert main(["recipes", "show", "qwen3-8b-4b"]) == 0
     assert capsys.readouterr().out == recipe_path("qwen3-8b-4b").read_text(encoding="utf-8")
     assert main(["recipes", "show", "qwen3"]) == 2
-    assert "Did you mean qwen3-8b-4b" in capsys.readouterr().err
+    assert "Did you mean 'qwen3-8b-4b'" in capsys.readouterr().err
     assert main(["recipes", "shwo", "laptop"]) == 2
 
 
@@ -221,7 +225,9 @@ def test_bad_yaml_is_refused(tmp_path, capsys, settings, message):
         (["--dataset_name", ""], "prompts come from --dataset_name"),
         (["--config", "a", "--config", "b"], "--config takes one YAML file"),
         (["--config", "qwen3-8b.yaml"], "there is no file qwen3-8b.yaml. Did you mean 'qwen3-8b-4b'"),
-        (["--config", "qwen3-8b"], "there is no recipe 'qwen3-8b'. Did you mean qwen3-8b-4b"),
+        (["--config", "qwen3-8b"], "there is no recipe 'qwen3-8b'. Did you mean 'qwen3-8b-4b'"),
+        (["--report_to", "wandbd"], "Did you mean 'wandb' or"),
+        (["--attn_implementation", "flash_attn_2"], "Did you mean 'flash_attention_2' or"),
     ],
     ids=str,
 )
@@ -240,12 +246,23 @@ def test_bad_flags_are_refused(capsys, flags, message):
         (["--deepspeed", "zero.json"], "deepspeed", 'pip install "tipdistill[deepspeed]"'),
         (["--accelerate_config", "zero3"], "deepspeed", 'pip install "tipdistill[deepspeed]"'),
         (["--load_in_4bit"], "bitsandbytes", "pip install bitsandbytes"),
+        (["--report_to", "wandb"], "wandb", "pip install wandb"),
+        (["--report_to", "trackio"], "trackio", "pip install trackio"),
+        (["--optim", "adamw_bnb_8bit"], "bitsandbytes", "pip install bitsandbytes"),
+        (["--optim", "galore_adamw"], "galore_torch", "pip install galore-torch"),
+        (["--use_liger_kernel"], "liger_kernel", "pip install liger-kernel"),
+        (
+            ["--attn_implementation", "flash_attention_2"],
+            "flash_attn",
+            "pip install flash-attn, or pip install kernels",
+        ),
+        (["--attn_implementation", "kernels-community/flash-attn2"], "kernels", "pip install kernels"),
     ],
 )
 def test_a_missing_package_is_named_with_its_command(capsys, monkeypatch, flags, package, command):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *rest: None if name == package else find_spec(name, *rest)
+        "importlib.util.find_spec", lambda name, *rest: None if name in (package, "kernels") else find_spec(name, *rest)
     )
     assert main(["train", *MODELS, *CPU, *flags]) == 2
     assert f"needs the package {package}, which is not installed: {command}" in capsys.readouterr().err

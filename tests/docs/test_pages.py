@@ -170,7 +170,7 @@ def help_of(command: str) -> str:
 
     said = io.StringIO()
     with redirect_stdout(said), suppress(SystemExit):
-        main([command, "--help"])
+        main([command, "--help", *(["all"] if command == "train" else [])])
     return said.getvalue()
 
 

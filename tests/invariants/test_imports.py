@@ -38,10 +38,12 @@ ORDER = [
     {"recipes"},
     {"report"},
     {"plan"},
+    {"advice"},
     {"probe"},
     {"sweep"},
     {"demo", "demo_lm"},
     {"cli"},
+    {"__main__"},
 ]
 # The one look ahead: `token_scores(rule=...)` asks the registry which statistics a rule reads.
 AHEAD = {"score/tokens.py": {"select"}}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..signals import EXIT_FILE, Interrupted, Stopped, stopping_at_once
-from ..text import near_names, printable
+from ..text import nearest, printable
 
 # command: (module, relative to this one, with `main(argv) -> int`, what it does)
 COMMANDS = {
@@ -23,12 +23,16 @@ COMMANDS = {
     "probe": (".probe", "say which rule and which retention suit a pair, before anything is trained"),
     "score": (".score", "roll a student out, score its tokens beside a teacher, write token records"),
     "plan": (".plan", "memory and time per GPU of a recipe on machines that are not at hand: --config F.yaml --gpus 8"),
+    "init": (".init", "write a commented recipe for a student and a teacher of your own"),
     "train": (".train", "distil a student from a recipe: --config F.yaml [--field value]"),
     "sweep": (".sweep", "run rule × retention × rate × seed of a grid, and compare with intervals"),
     "prune": (".prune", "make a student of a teacher: drop the layers that matter least"),
     "eval": (".eval", "mean@k, pass@k and maj@k of a model on tasks, answers checked"),
     "report": (".report", "one page of a run or of token records: the TIP map, every token, what each rule keeps"),
-    "recipes": (".recipes", "list the packaged recipes; `recipes show NAME` prints one"),
+    "recipes": (
+        ".recipes",
+        "list the packaged recipes; `show NAME` prints one, `schema` says where their JSON schema is",
+    ),
 }
 
 # what a signal that ends a command at once leaves
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         >>> main(["trian"])
         2
         >>> main(["recipes", "--help"])
-        usage: tipdistill recipes [show NAME]
+        usage: tipdistill recipes [show NAME | schema]
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -68,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        near = near_names(command, COMMANDS) or list(COMMANDS)
-        return _refuse("tipdistill", f"there is no command {command!r}. Did you mean {' or '.join(near)}?")
+        near = nearest(command, COMMANDS) or f" There are {', '.join(COMMANDS)}."
+        return _refuse("tipdistill", f"there is no command {command!r}.{near}")
     module, _ = COMMANDS[command]
     try:
         with stopping_at_once():

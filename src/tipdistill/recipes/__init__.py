@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from ..text import near_names
+from ..text import nearest
 
 
 def recipe_names() -> list[str]:
@@ -33,8 +33,8 @@ def recipe_path(name: str) -> Path:
     """
     path = _folder() / f"{name.removesuffix('.yaml')}.yaml"
     if path.name not in {known.name for known in _folder().glob("*.yaml")}:
-        near = near_names(path.stem, recipe_names()) or recipe_names()
-        raise ValueError(f"there is no recipe {name!r}. Did you mean {' or '.join(near)}?")
+        near = nearest(path.stem, recipe_names()) or f" There are {', '.join(recipe_names())}."
+        raise ValueError(f"there is no recipe {name!r}.{near}")
     return path
 
 

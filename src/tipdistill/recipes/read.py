@@ -22,7 +22,7 @@ from trl.scripts.utils import DatasetConfig
 from ..config import TIPConfig
 from ..documents import parse_mapping, read_yaml
 from ..dotted import names_only
-from ..extras import EXTRAS, require
+from ..extras import check_packages
 from ..files import write_text
 from ..redact import is_secret_variable, without_secrets
 from ..text import near_names, nearest
@@ -31,7 +31,7 @@ from .trust import FLAG, OF_MODELS, check_environment, code_named, confirm, with
 
 # Asked of one run, so never part of a configuration that is written down; a token is never written at all.
 _OF_ONE_RUN = (
-    *("dry_run", "overwrite_output_dir", "resume_from_checkpoint", "trust_recipe"),
+    *("dry_run", "overwrite_output_dir", "resume_from_checkpoint", "trust_recipe", "verbose"),
     *("hub_token", "push_to_hub_token"),
 )
 _VERSIONS = ("tipdistill", "trl", "transformers", "accelerate", "datasets", "torch")
@@ -52,6 +52,7 @@ class TIPScriptArguments(ScriptArguments):
         accelerate_config: start through accelerate, with one of TRL's presets (multi_gpu, zero2, zero3, fsdp2, ...) or
             a file of `accelerate config`; "none" for no launcher.
         num_processes: processes to start; the preset's own number where None.
+        verbose: print warnings of Python's and bars of other libraries too.
         trust_recipe: run the code that the recipe names (docs/security.md). A flag alone: no recipe vouches for itself.
     """
 
@@ -77,6 +78,9 @@ class TIPScriptArguments(ScriptArguments):
         metadata={"help": "Start through accelerate: one of TRL's presets (multi_gpu, zero2, zero3, ...) or a file."},
     )
     num_processes: int | None = field(default=None, metadata={"help": "Processes that accelerate starts."})
+    verbose: bool = field(
+        default=False, metadata={"help": "Print other libraries' warnings and bars too, which train.log holds."}
+    )
     trust_recipe: bool = field(default=False, metadata={"help": "Run the code that the recipe names."})
 
     def __post_init__(self) -> None:
@@ -97,7 +101,7 @@ class Request:
     values: dict[str, Any]
 
 
-_TYPES = (TIPScriptArguments, TIPConfig, ModelConfig, DatasetMixtureConfig)
+TYPES = (TIPScriptArguments, TIPConfig, ModelConfig, DatasetMixtureConfig)
 
 
 class _Parser(TrlParser):
@@ -200,7 +204,7 @@ def build(arguments: Arguments) -> Request:
 def _with_config(argv: list[str]) -> tuple[_Parser, list[str], Path | None, dict[str, Any]]:
     """A parser whose defaults are the YAML file's, the remaining flags, the file, and what it says."""
     parser = _Parser(
-        _TYPES,
+        TYPES,
         prog="tipdistill train",
         usage="tipdistill train --config RECIPE [--field value ...]",
         description="RECIPE is a YAML file or one of: "
@@ -275,14 +279,24 @@ def config_path(source: str) -> Path:
     return recipe_path(source)
 
 
+def in_recipes(name: str) -> bool:
+    """Whether a field may stand in a recipe; one that asks something of a single run is a flag alone.
+
+    Example:
+        >>> in_recipes("retention"), in_recipes("trust_recipe")
+        (True, False)
+    """
+    return name != "trust_recipe"
+
+
 def _field_names() -> list[str]:
-    return [field.name for kind in _TYPES for field in fields(kind) if field.init]
+    return [field.name for kind in TYPES for field in fields(kind) if field.init]
 
 
 @cache
 def _kinds(name: str) -> tuple[Any, ...]:
     """The types that a field takes, without what stands in their brackets."""
-    for kind in _TYPES:
+    for kind in TYPES:
         hint = get_type_hints(kind).get(name)
         if hint is not None:
             parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -394,9 +408,7 @@ def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
             f"num_generations = {namespace.num_generations} repeats prompts, which a stream does not: read the dataset "
             "whole (dataset_streaming and streaming false)."
         )
-    for name, (module, command) in EXTRAS.items():
-        if getattr(namespace, name):
-            require(module, f"{name} = {getattr(namespace, name)}", command)
+    check_packages(namespace)
     return namespace
 
 
@@ -413,7 +425,7 @@ def _plain(value: Any) -> Any:
 def as_yaml(values: dict[str, Any]) -> str:
     """A configuration as YAML: versions in a comment, what was set, then what was left at its default."""
     defaults = {}
-    for kind in _TYPES:
+    for kind in TYPES:
         for entry in fields(kind):
             default = entry.default_factory() if callable(entry.default_factory) else entry.default
             defaults[entry.name] = _plain(default)

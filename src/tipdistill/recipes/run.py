@@ -5,6 +5,7 @@ Everything is refused in the order of its cost: names, then files, then tokenize
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -31,7 +32,9 @@ from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from ..training.evaluation import load_tasks
 from ..training.images import prepared
 from ..training.lengths import REMEDY, check_problems_fit, check_prompts_fit, position_limits
+from .hub import check_hub
 from .launch import check_launched, is_launched, launch_arguments, num_processes
+from .noise import logged, quiet
 from .read import Request, as_yaml, build, read_arguments, write_config
 from .trust import FLAG
 
@@ -50,7 +53,7 @@ def run_recipe(argv: list[str]) -> int:
     arguments = read_arguments(argv)
     _resume(arguments.values)  # refuses before anything is loaded
     if arguments.values.dry_run:  # starts nothing, and imports nothing that the recipe names
-        with names_only():
+        with names_only(), quiet(arguments.values.verbose):
             return _train(build(arguments), arguments.values, arguments.code)
     launch = launch_arguments(arguments.values)
     if launch or not arguments.environment.items() <= os.environ.items():
@@ -58,11 +61,15 @@ def run_recipe(argv: list[str]) -> int:
     if is_launched():
         end_with_parent()
     check_launched(bool(arguments.values.use_cpu))
-    request = build(arguments)
-    from ..training.resumable import alone_in  # loads TRL's trainer
+    with quiet(arguments.values.verbose):
+        request = build(arguments)
+        from ..training.resumable import alone_in  # loads TRL's trainer
 
-    with alone_in(request.config.output_dir):
-        return _train(request, arguments.values)
+        with alone_in(request.config.output_dir):
+            if request.config.process_index != 0:
+                return _train(request, arguments.values)
+            with logged(Path(request.config.output_dir)):
+                return _train(request, arguments.values)
 
 
 # What a run would overwrite, and how it is started.
@@ -132,6 +139,8 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     train_dataset = prepared(train_dataset, "the training set", config, tokenizer)
     eval_dataset = prepared(eval_dataset, "the evaluation set", config, tokenizer)
     described |= _describe_steps(request, train_dataset, dropped, tokenizer)
+    if config.push_to_hub and main_process:
+        described["hub"] = check_hub(config)
     if script.dry_run:  # a run's trainer does the same
         limits = position_limits(model.model_name_or_path, config.teacher_model_name_or_path, config)
         check_prompts_fit(limits, eval_dataset, tokenizer, config, "the evaluation set")
@@ -141,7 +150,10 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     if main_process:
         if script.dry_run:
             print(printable(as_yaml(request.values)), end="")
-        print("\n".join(f"# {label:<10}{_line(text)}" for label, text in described.items()), flush=True)
+        lines = [f"# {label:<10}{_line(text)}" for label, text in described.items()]
+        print("\n".join(lines), flush=True)
+        for line in lines:
+            logging.getLogger("tipdistill.run").info(line)
     if script.dry_run:
         return 0
     steps = _steps(request, train_dataset)
@@ -153,7 +165,10 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
             print(finished(config.output_dir, done, steps))
         return 0
 
+    from transformers import ProgressCallback
+
     from ..trainer import TIPTrainer
+    from ..training.progress import StepTable
 
     config.model_init_kwargs = {
         "revision": model.model_revision,
@@ -184,6 +199,10 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    table = StepTable()
+    if not config.disable_tqdm:  # as in TRL: where it is on, each step's figures are printed as a dict
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(table)
     output_dir = Path(config.output_dir)
     if main_process:
         if script.overwrite_output_dir:
@@ -200,6 +219,8 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
             # whatever fails this late is no matter of a flag: one line would not do
             print(printable(traceback.format_exc()), file=sys.stderr)
             raise
+        finally:
+            table.close()
         trainer.save_model(config.output_dir)
         trainer.save_state()  # the log of the run, which the report draws, and the sign that it is finished
     trainer.accelerator.print(printable(f"The distilled student is in {config.output_dir}."))

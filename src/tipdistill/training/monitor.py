@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import resource
 import sys
 import time
@@ -26,8 +27,9 @@ from ..select.quadrants import quadrants
 from ..types import Selection, TokenScores
 
 TALLIED = ("tokens", "kept", "entropy", "reverse_kl", "kept_reverse_kl", "forward_kl", "q1", "q2", "q3", "q4")
-# the statistics behind them, where they cost no projection of their own
-LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl", "forward_kl")
+# the statistics behind them: at every step, where they cost no projection of their own, and every score_logging_steps
+LOGGED_FIELDS = ("entropy", "entropy_norm", "reverse_kl")
+ALL_FIELDS = (*LOGGED_FIELDS, "forward_kl")
 # parts of a step before its loss, which times them
 PREPARATION = ("rollout", "score", "select", "record", "teacher")
 BASELINE_STEPS = 5
@@ -194,7 +196,8 @@ def reset_peak_memory() -> None:
 
 
 class TrainingMonitor(TrainerCallback, ExportableState):
-    """What must survive a resume: the tokens trained on so far and the drift guard's baseline.
+    """What must survive a resume: the tokens trained on so far and the drift guard's baseline. It stops a run whose
+    gradient is exactly 0.
 
     The drift guard: a run on few tokens can collapse through the tokens that are never trained, and only their
     divergence shows it in time. The baseline is the mean dropped divergence of the first `BASELINE_STEPS` observations;
@@ -269,3 +272,12 @@ class TrainingMonitor(TrainerCallback, ExportableState):
         if state.global_step > 0 and isinstance(saved, dict):  # a resumed run continues its own baseline
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # DeepSpeed keeps the norm of the step before where float16 overflowed
+        if logs and logs.get("grad_norm") == 0 and logs.get("loss") and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+            raise ValueError(
+                f"the gradient of step {state.global_step} is exactly 0 at a loss of {logs['loss']:.4g}: the student "
+                "does not learn, since no trained parameter has a part in its logits. Look at `requires_grad`, at the "
+                "adapter's target_modules, and train a quantized model with an adapter (use_peft)."
+            )

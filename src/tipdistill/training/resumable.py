@@ -26,7 +26,8 @@ from trl import DistillationTrainer
 
 from ..files import alone, put_in_place, sync_tree
 from ..signals import StopRequest, stop
-from ..teachers import TeacherUnavailableError
+from ..teachers import Teacher, TeacherUnavailableError
+from .card import complete_card
 from .checkpoints import STATE, LastWholeStep, checkpoint_to_resume, final_step, finished
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class ResumableTrainer(DistillationTrainer):
     _staging: Path | None = None
     _saved_step = -1
     _last_whole_step: LastWholeStep
+    teacher: Teacher
 
     @property
     def stop_request(self) -> StopRequest:
@@ -233,6 +235,9 @@ class ResumableTrainer(DistillationTrainer):
         self.args.output_dir = str(self._staging or output_dir)
         try:
             super().create_model_card(*args, **kwargs)
+            if self.is_world_process_zero():
+                card = Path(self.args.output_dir) / "README.md"
+                complete_card(card, self.teacher.name, self.args, self.state.log_history)
         finally:
             self.args.output_dir = output_dir
 

@@ -1,0 +1,5 @@
+"""`python -m tipdistill`: the command line."""
+
+from .cli import run
+
+run()

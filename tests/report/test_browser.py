@@ -467,3 +467,71 @@ def test_in_print_the_text_is_there_and_the_controls_are_not(open_page):
     style = page.evaluate("getComputedStyle(document.querySelector('.t.q3')).textDecorationLine")
     assert style == "underline"  # the colours of a printer may be off
     assert len(page.pdf()) > 10_000
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280, 1700])
+def test_axe_finds_nothing(open_page, scheme, width):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page = open_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    found = axe.Axe().run(page).response
+    told = [
+        f"{violation['id']}: {node['target']} {node['failureSummary']}"
+        for violation in found["violations"]
+        for node in violation["nodes"]
+    ]
+    assert told == []
+    assert len(found["passes"]) > 20
+
+
+def boxes(page, selector):
+    return page.eval_on_selector_all(
+        selector,
+        "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.top, box.right, box.bottom])",
+    )
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_the_quadrants_names_do_not_collide(open_page, width):
+    page = open_page(viewport={"width": width, "height": 900})
+    names = boxes(page, "#hexagons .corner, #hexagons .corner-name")
+    assert len(names) == 8
+    for place, (left, top, right, bottom) in enumerate(names):
+        for other in names[place + 1 :]:
+            apart = right <= other[0] or other[2] <= left or bottom <= other[1] + 3 or other[3] <= top + 3
+            assert apart, (names[place], other)
+
+
+def test_wide_tables_fit_where_there_is_room(open_page):
+    page = open_page(viewport={"width": 1280, "height": 900})
+    for one in page.locator(".scroll").all():
+        assert one.evaluate("box => box.scrollWidth - box.clientWidth") <= 1
+
+
+def test_losses_of_other_tokens_are_said_not_to_compare(open_page):
+    note = open_page().locator("#training-note").text_content()
+    assert note == ""  # both runs of this page kept the same
+    page = open_page()
+    page.evaluate(
+        "DATA.runs.forEach((run, number) => { run.series['selection/kept_fraction'] = [[1], [0.1 + number]]; });"
+        "drawTraining()"
+    )
+    assert "losses of different rules do not compare" in page.locator("#training-note").text_content()
+
+
+def test_a_page_without_records_has_a_headline(browser, tmp_path):
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept" / "sweep.json").write_text(json.dumps(SWEEP))
+    (tmp_path / "trained").mkdir()
+    history = [{"step": step, "loss": 2.0 / step, "reverse_kl": 1.0 / step} for step in (1, 2, 4)]
+    (tmp_path / "trained" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    for name, said in (
+        ("swept", "On sums, all tokens have the best accuracy of 3 rows: 0.900, before 0.200."),
+        ("trained", "Over 4 steps the reverse KL of trained went from 1 to 0.25."),
+    ):
+        address = write_report([tmp_path / name], figures=False).as_uri()
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("html[data-ready]", timeout=20_000)
+        assert page.locator("#headline").text_content().startswith(said)
+        page.close()

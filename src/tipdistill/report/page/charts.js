@@ -108,9 +108,10 @@ function drawConfusions() {
     ? `Of ${count(found.tokens)} Q3 tokens, ${count(wrong)} (${percent(wrong / found.tokens)}) have a student whose first choice is not the teacher's; they hold ${percent(found.mass / total)} of the divergence. In the others both prefer the same token, and the teacher is less sure of it.`
     : "There is no Q3 token.";
   const head = element("tr");
-  for (const [name, kind] of [["context", ""], ["student → teacher", ""], ["times", "number"], ["of the divergence", "number"], ["", "wide"], ["mean p, student → teacher", "number"], ["", ""]]) {
-    const cell = element("th", { class: kind, scope: "col" });
-    cell.textContent = name;
+  for (const [name, kind] of [["context", ""], ["student → teacher", ""], ["times", "number"], ["of the divergence", "number"], ["as a bar", "wide hush"], ["mean p, student → teacher", "number"], ["in the text", "hush"]]) {
+    const cell = element("th", { class: kind.replace("hush", ""), scope: "col" }), words = element("span", kind.includes("hush") ? { class: "hidden" } : {});
+    words.textContent = name;
+    cell.append(words);
     head.append(cell);
   }
   const rows = found.tables[Number($("context").value)];
@@ -183,7 +184,24 @@ function drawTraining() {
   }
   const time = timeSplit();
   if (time) charts.push(time);
+  $("training-note").textContent = lossesDiffer()
+    ? "Each run's loss is the mean over the tokens that it kept, so losses of different rules do not compare; the reverse KL is over all tokens."
+    : "";
   $("training-charts").replaceChildren(...charts);
+}
+/** What the page says first where it shows nothing but training. */
+function runHeadline(run) {
+  const told = [["reverse_kl", "the reverse KL"], ["loss", "the loss"]].find(([metric]) => run.series[metric]?.[1].length > 1);
+  if (!told) return "";
+  const [steps, values] = run.series[told[0]];
+  return `Over ${count(steps[steps.length - 1])} steps ${told[1]} of ${run.name} went from ${short(values[0])} to ${short(values[values.length - 1])}.`;
+}
+/** Whether some runs kept other shares of the tokens than others, or by other rules. */
+function lossesDiffer() {
+  const shares = DATA.runs.map((run) => run.series["selection/kept_fraction"]?.[1]).filter((share) => share);
+  const held = DATA.runs.map((run) => run.series["selection/kept_divergence_share"]?.[1]).filter((share) => share);
+  const differ = (lists) => lists.some((list) => Math.abs(list[0] - lists[0][0]) > 0.005);
+  return DATA.runs.length > 1 && (differ(shares) || differ(held));
 }
 function timeSplit() {
   const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
@@ -229,6 +247,7 @@ const PROBE_CHARTS = [
   ["descent_share", "First-order descent on held-out rollouts, of all tokens'"], ["cosine", "Cosine to the full gradient"],
   ["divergence_share", "Share of the divergence kept"], ["q3_share", "Share of Q3 kept"],
 ];
+const HARD = "\u00a0"; // a space where no line breaks
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
 function drawProbe(name, probe) {
@@ -267,12 +286,12 @@ function drawProbe(name, probe) {
     add(percent(row.retention));
     for (const [field, , format] of columns) {
       const interval = row[`${field}_interval`];
-      add(isNumber(row[field]) ? format(row[field]) + (Array.isArray(interval) && interval.every(isNumber) ? ` (${interval.map(format).join(" – ")})` : "") : "");
+      add(isNumber(row[field]) ? format(row[field]) + (Array.isArray(interval) && interval.every(isNumber) ? ` (${interval.map(format).join(`${HARD}–${HARD}`)})` : "") : "");
     }
     const alike = Object.entries(row.jaccard ?? {}).filter(([rule, value]) => rule !== row.rule && isNumber(value)).sort((a, b) => b[1] - a[1])[0];
     add(alike ? `${ruleName(alike[0])} (Jaccard ${alike[1].toFixed(2)})` : "", "");
     body.append(line);
   }
-  box.append(legend, charts, element("div", { class: "scroll" }, element("table", { class: "rows" }, element("thead", {}, head), body)));
+  box.append(legend, charts, element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rows of the probe" }, element("table", { class: "rows" }, element("thead", {}, head), body)));
   return box;
 }

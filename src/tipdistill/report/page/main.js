@@ -77,6 +77,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if
   try {
     if (DATA.sets.length) { await unpackAll(); setUp(); }
     if (DATA.runs.length) drawTraining();
+    if (!DATA.sets.length) $("headline").textContent = DATA.sweeps.length ? sweepHeadline(DATA.sweeps[0]) : DATA.runs.length ? runHeadline(DATA.runs[0]) : "";
     if (DATA.probes.length) drawProbes();
     if (DATA.sweeps.length) drawSweeps();
     document.documentElement.dataset.ready = "yes";

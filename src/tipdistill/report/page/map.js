@@ -85,7 +85,9 @@ function drawMap() {
     const share = set.shares.tokens[number - 1] / set.tokens;
     // beside the border, where a map has fewer tokens than at its edges, if there is room
     const roomy = borderX - plot.x > 128, x = right ? borderX + 8 : roomy ? borderX - 8 : plot.x + 6, anchor = right || !roomy ? "start" : "end";
-    const y = above ? plot.y + 13 : plot.y + plot.h - 21;
+    // where the left side is narrower than its words they stand in rows of their own
+    const aside = right || roomy ? 0 : 34;
+    const y = above ? plot.y + 13 + aside : plot.y + plot.h - 21 - aside;
     picture.append(
       text("text", { class: "corner", x, y, "text-anchor": anchor }, `Q${number} · ${percent(share)}`),
       text("text", { class: "corner-name", x, y: y + 15, "text-anchor": anchor }, NAMES[number]),

@@ -20,6 +20,19 @@ const SWEEP_COLUMNS = [
 function drawSweeps() {
   $("sweeps").replaceChildren(...DATA.sweeps.flatMap(({ name, sweep }) => sweep.test.map((task) => drawSweep(DATA.sweeps.length > 1 ? name : "", sweep, task))));
 }
+/** What the page says first where it shows no records: how the best row compares, on the first task. */
+function sweepHeadline({ sweep }) {
+  const task = sweep.test[0], rows = sweep.rows.filter((row) => row.tasks[task]);
+  if (!rows.length) return `No row of ${task} is finished.`;
+  const least = rows.some((row) => row.tasks[task].divergence), sign = least ? -1 : 1;
+  const mean = (row) => row.tasks[task].mean, named = (row) => (row.rule === "all" ? "all tokens" : `${ruleName(row.name)} at ${percent(row.retention)}`);
+  const best = rows.reduce((a, b) => (sign * mean(b) > sign * mean(a) ? b : a)), whole = rows.find((row) => row.rule === "all");
+  const what = least ? "the least divergence" : "the best accuracy", started = sweep.before[task];
+  const parts = [`On ${task}, ${named(best)} ${best.rule === "all" ? "have" : "has"} ${what} of ${count(rows.length)} rows: ${mean(best).toFixed(3)}`];
+  if (whole && whole !== best) parts.push(`all tokens ${mean(whole).toFixed(3)}`);
+  if (started) parts.push(`before ${started.mean.toFixed(3)}`);
+  return `${parts.join(", ")}. Rows whose intervals overlap are not told apart.`;
+}
 function drawSweep(name, sweep, task) {
   const box = element("div", { class: "sweep" }), head = element("h3"), note = element("p", { class: "small" });
   head.textContent = [name, task].filter((part) => part).join(" · ");
@@ -62,7 +75,7 @@ function drawSweep(name, sweep, task) {
       columns.forEach((column, place) => {
         const value = cellOf(column, entry), cell = element("td", { class: place ? "number" : "" });
         const text = column.text ?? String;
-        if (value !== null) cell.textContent = column.measured ? `${text(value.mean)} [${value.interval.map(text).join(", ")}]` : text(value);
+        if (value !== null) cell.textContent = column.measured ? `${text(value.mean)} [${value.interval.map(text).join(`,${HARD}`)}]` : text(value);
         else if (place === 2) cell.textContent = "failed";
         tr.append(cell);
       });
@@ -79,7 +92,7 @@ function drawSweep(name, sweep, task) {
     );
   };
   show();
-  box.append(head, plots, element("div", { class: "scroll" }, table), note);
+  box.append(head, plots, element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Rows of ${task}` }, table), note);
   return box;
 }
 /** A dot and a line per row, its name before it; a mark where `at` is. */

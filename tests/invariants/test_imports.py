@@ -45,8 +45,9 @@ ORDER = [
     {"cli"},
     {"__main__"},
 ]
-# The one look ahead: `token_scores(rule=...)` asks the registry which statistics a rule reads.
-AHEAD = {"score/tokens.py": {"select"}}
+# The two looks ahead: `token_scores(rule=...)` asks the registry which statistics a rule reads, and trackers are shown
+# the report's map while a run is under way.
+AHEAD = {"score/tokens.py": {"select"}, "training/trackers.py": {"report"}}
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

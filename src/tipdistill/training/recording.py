@@ -17,6 +17,7 @@ from ..score.models import joined, score_heads
 from ..teachers.local import name_of
 from ..types import Rollout, Scored
 from .scoring import evaluating, loss_mask
+from .trackers import show_records
 
 logger = logging.getLogger(__name__)
 
@@ -126,5 +127,6 @@ def record_step(trainer: Any, batch: dict[str, Any], choice: Choice | None) -> N
                 joined(scored),
                 choice and choice_of_rows(choice, mask, sample),
             )
+        show_records(trainer.callback_handler.callbacks, directory, about.step or 0)
     except (OSError, ValueError) as error:
         logger.warning(f"Step {about.step}: no token records were written to {directory}: {error}")

@@ -1,5 +1,6 @@
 """The examples run as a stranger would run them."""
 
+import json
 import os
 import re
 import signal
@@ -80,3 +81,42 @@ def test_slurm_saves_queues_itself_again_and_resumes(tmp_path):
     assert (tmp_path / "queued").read_text() == "17\n"
     assert (tmp_path / "asked").read_text().endswith("train --resume_from_checkpoint auto --config laptop\n")
     assert "#SBATCH --signal=B:USR1@" in (EXAMPLES / "slurm.sh").read_text()
+
+
+SHORT = {"max_steps": 2, "max_completion_length": 8, "per_device_train_batch_size": 4, "use_cpu": True}
+
+
+@pytest.mark.slow
+def test_a_script_of_trls_is_the_same_run_on_all_tokens(tiny_model_dir, word_problems, tmp_path):
+    models = [str(tiny_model_dir("qwen3", role)) for role in ("student", "teacher")]
+    command = [sys.executable, EXAMPLES / "from_trl.py", "--model", models[0], "--teacher", models[1]]
+    command += ["--dataset", word_problems, "--output_dir", tmp_path, "--use_cpu"]
+    command += [part for name, value in SHORT.items() if name != "use_cpu" for part in (f"--{name}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = dict(re.findall(r"^(.+): first loss (\d+\.\d+)", done.stdout, re.MULTILINE))
+    assert list(said) == ["trl", "all tokens", "half of them"]
+    assert float(said["all tokens"]) == pytest.approx(float(said["trl"]), rel=1e-3)
+    kept = re.findall(r"tokens trained on (\d+)%", done.stdout)
+    assert kept[:2] == ["100", "100"]
+    assert 30 <= int(kept[2]) <= 50
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tiny_model_dir, word_problems, tmp_path):
+    """Its own cells in order, with tiny models and a few steps in the place of the settings."""
+    cells = json.loads((EXAMPLES / "from_trl.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell.get("outputs") for cell in cells)
+    space = {}
+    exec(sources[0], space)
+    space.update(
+        zip(("STUDENT", "TEACHER"), (str(tiny_model_dir("qwen3", r)) for r in ("student", "teacher")), strict=True)
+    )
+    space.update(PROMPTS=str(word_problems), OUTPUT=str(tmp_path))
+    space["SETTINGS"] |= {**SHORT, "bf16": False, "gradient_checkpointing": False}
+    for source in sources[1:]:
+        exec(source, space)
+    before, after = space["losses"]
+    assert after == pytest.approx(before, rel=1e-3)
+    assert (tmp_path / "half" / "report.html").is_file()

@@ -30,6 +30,7 @@ LAYERS = 10
 _MAP_PROMPTS, _MAP_TOKENS = 32, 32
 _SHOWN = ("Name two facts about rabbits.", "Write a short sentence about bees.", "Explain snow to a child.")
 _ANSWER_TOKENS = 48
+_ANSWER_TEMPERATURE = 0.6  # the likeliest tokens of a damaged model go round in circles
 
 
 def demo_grid(name: str = GRID, output_dir: Path | None = None, seed: int = 0) -> Grid:
@@ -165,8 +166,8 @@ def _look(root: Path, students: Mapping[str, str], tasks: Sequence[str], seed: i
     quadrant = quadrants(scored.scores)
     shares = quadrant_shares(quadrant), quadrant_shares(quadrant, scored.scores.require("reverse_kl"))
     texts = {
-        "teacher": said(teacher, _SHOWN, _ANSWER_TOKENS, 0.0),
-        "before": said(student, _SHOWN, _ANSWER_TOKENS, 0.0),
+        "teacher": said(teacher, _SHOWN, _ANSWER_TOKENS, _ANSWER_TEMPERATURE),
+        "before": said(student, _SHOWN, _ANSWER_TOKENS, _ANSWER_TEMPERATURE),
     }
     accuracy = {}
     for name in tasks:
@@ -180,7 +181,7 @@ def _look(root: Path, students: Mapping[str, str], tasks: Sequence[str], seed: i
         accuracy[task.name] = fmean(right)
     del teacher, student
     for name, path in students.items():
-        texts[name] = said(load(path), _SHOWN, _ANSWER_TOKENS, 0.0)
+        texts[name] = said(load(path), _SHOWN, _ANSWER_TOKENS, _ANSWER_TEMPERATURE)
     return {
         "teacher_accuracy": accuracy,
         "quadrants": {
@@ -227,7 +228,7 @@ def _with_interval(figure: Mapping[str, Any]) -> str:
 
 
 def answers(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of the three prompts and their answers, greedy."""
+    """Headings and lines of the three prompts and their answers."""
     after = result["rows"][1]["name"] if len(result["rows"]) > 1 else result["rows"][0]["name"]
     headings = ["prompt", "the teacher", "the student before", f"after ({after})"]
     return headings, [

@@ -149,32 +149,7 @@ class TIPConfig(DistillationConfig):
         rule = resolve_rule(self.selection_rule)
         if self.selection_scope is None:
             self.selection_scope = rule.scope
-        for name, value in (("retention", self.retention), ("drift_retention", self.drift_retention)):
-            # `bool` is an `int`, and `retention: true` in a YAML file would otherwise pass as 1.0.
-            share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
-            if not share and (name == "retention" or value is not None):
-                raise ValueError(f"{name} must be in (0, 1], got {value!r}.")
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive, got {self.temperature}: rollouts are sampled, not greedy.")
-        if self.drift_retention is not None and self.drift_factor == 0:
-            raise ValueError("drift_retention acts on the drift guard's warning, and drift_factor = 0 turns that off.")
-        check_known("selection_scope", self.selection_scope, SCOPES)
-        check_known("normalization", self.normalization, NORMALIZATIONS)
-        for name, least in (
-            ("num_generations", 1),
-            ("score_logging_steps", 0),
-            ("record_rollouts", 0),
-            ("scoring_tokens", 0),
-            ("eval_num_samples", 1),
-            ("teacher_concurrency", 1),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
-        if not (math.isfinite(self.drift_factor) and (self.drift_factor == 0 or self.drift_factor > 1)):
-            raise ValueError(f"drift_factor must be 0 (off) or > 1, got {self.drift_factor}.")
-        if self.vllm_sync_tolerance is not None and not 0 <= self.vllm_sync_tolerance < math.inf:
-            raise ValueError(f"vllm_sync_tolerance must be ≥ 0 nats, got {self.vllm_sync_tolerance}.")
+        check_values(self)
         if self.task_names() and not self.eval_steps:
             raise ValueError(f"eval_tasks = {self.eval_tasks} are measured every eval_steps steps: set eval_steps.")
         if self.teacher_offload and self.normalization != "batch":
@@ -263,3 +238,41 @@ class TIPConfig(DistillationConfig):
     def task_names(self) -> list[str]:
         """The names in `eval_tasks`."""
         return [name.strip() for name in (self.eval_tasks or "").split(",") if name.strip()]
+
+
+def check_values(values: Any) -> None:
+    """Refuse a value of ours that is out of range, before anything is built from it.
+
+    Args:
+        values: a `TIPConfig`, or what has its fields.
+
+    Raises:
+        ValueError: which field, and what is allowed.
+    """
+    for name, value in (("retention", values.retention), ("drift_retention", values.drift_retention)):
+        # `bool` is an `int`, and `retention: true` in a YAML file would otherwise pass as 1.0.
+        share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
+        if not share and (name == "retention" or value is not None):
+            raise ValueError(f"{name} must be in (0, 1], got {value!r}.")
+    if not 0.0 < values.temperature < math.inf:
+        raise ValueError(f"temperature must be positive, got {values.temperature}: rollouts are sampled, not greedy.")
+    if values.drift_retention is not None and values.drift_factor == 0:
+        raise ValueError("drift_retention acts on the drift guard's warning, and drift_factor = 0 turns that off.")
+    if values.selection_scope is not None:
+        check_known("selection_scope", values.selection_scope, SCOPES)
+    check_known("normalization", values.normalization, NORMALIZATIONS)
+    for name, least in (
+        ("num_generations", 1),
+        ("score_logging_steps", 0),
+        ("record_rollouts", 0),
+        ("scoring_tokens", 0),
+        ("eval_num_samples", 1),
+        ("teacher_concurrency", 1),
+    ):
+        value = getattr(values, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
+    if not (math.isfinite(values.drift_factor) and (values.drift_factor == 0 or values.drift_factor > 1)):
+        raise ValueError(f"drift_factor must be 0 (off) or > 1, got {values.drift_factor}.")
+    if values.vllm_sync_tolerance is not None and not 0 <= values.vllm_sync_tolerance < math.inf:
+        raise ValueError(f"vllm_sync_tolerance must be ≥ 0 nats, got {values.vllm_sync_tolerance}.")

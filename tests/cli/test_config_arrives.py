@@ -188,8 +188,8 @@ OF_A_SERVED_TEACHER = {
     *("teacher_url", "teacher_served_name", "teacher_top_k", "teacher_api_key_env", "teacher_timeout"),
     *("teacher_time_limit", "teacher_concurrency"),
 }
-# no recipe may hold it, and a flag of it alone changes nothing: tests/recipes/test_trust.py sees it act
-OF_THE_COMMAND_LINE = {"trust_recipe"}
+# about how a run is started and what it prints: tests/recipes/test_trust.py and test_noise.py see them act
+OF_THE_COMMAND_LINE = {"trust_recipe", "verbose"}
 TRLS = {
     "output_dir": Case(
         "elsewhere", lambda run: [path.parent.name for path in run.root.glob("*/config.yaml")], ["run"], ["elsewhere"]

@@ -12,7 +12,7 @@ def flags(tiny_model_dir, word_problems, tmp_path):
     student, teacher = (str(tiny_model_dir("qwen3", role)) for role in ("student", "teacher"))
     return [
         *("init", "--model", student, "--teacher", teacher, "--dataset", str(word_problems)),
-        *("--output", str(tmp_path / "recipes" / "my.yaml"), "--max_new_tokens", "16"),
+        *("--output", str(tmp_path / "recipes" / "my.yaml"), "--max_completion_length", "16"),
     ]
 
 

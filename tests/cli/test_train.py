@@ -197,6 +197,19 @@ def test_a_run_is_never_started_over_unasked(arguments, tmp_path, capsys):
     assert "overwrite_output_dir" not in settings  # a reload must not delete checkpoints
 
 
+def test_what_cannot_be_gone_on_with_is_not_offered(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_bytes(b"of something else")
+    assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "already holds a run (model.safetensors): start over with --overwrite_output_dir true" in error
+    assert "--resume_from_checkpoint" not in error
+    # what is wrong with the flags is told first
+    assert main(["train", *arguments, "--retention", "2"]) == 2
+    assert "retention must be in (0, 1], got 2.0" in capsys.readouterr().err
+
+
 def test_resuming_from_a_path_and_from_nothing(arguments, tmp_path, capsys):
     assert main(["train", *arguments, "--resume_from_checkpoint", "true"]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err

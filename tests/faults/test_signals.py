@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import time
 
@@ -74,13 +75,15 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(world, tmp
 
 def test_a_signal_before_the_first_step_ends_at_once(world, tmp_path):
     log = tmp_path / "log"
-    process = victims.Victim(worlds.train(world, tmp_path / "run", eval_tasks="arithmetic[:400]"), log).start()
+    argv = worlds.train(world, tmp_path / "run", eval_tasks="arithmetic[:400]")
+    process = victims.Victim(argv, log).start()
     until(lambda: (tmp_path / "run" / "config.yaml").exists(), process)
     os.kill(process.pid, signal.SIGUSR1)
     process.join(60)
     assert process.exitcode == 128 + signal.SIGUSR1
     assert log.read_text().splitlines()[-1] == (
-        "tipdistill train: stopped by SIGUSR1. No step was under way, so nothing is lost: start it again as before."
+        "tipdistill train: stopped by SIGUSR1. No step was under way, so nothing is lost: start it again with: "
+        + shlex.join(["tipdistill", *argv])
     )
     assert not saved(tmp_path / "run")
 
@@ -97,7 +100,7 @@ def test_a_sweep_tells_its_cells_and_finishes_them_later(world, tmp_path):
     process.join(60)
     assert process.exitcode == 143, log.read_text()
     assert "failed" not in log.read_text()
-    assert "the same command goes on" in log.read_text().splitlines()[-1]
+    assert "are kept: go on with: tipdistill " in log.read_text().splitlines()[-1]
     assert not list(out.glob("cells/*/cell.json"))
     assert victims.run(victims.Victim(sweep, log, small=True)) == [0]
     assert len(list(out.glob("cells/*/cell.json"))) == 2

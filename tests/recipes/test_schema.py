@@ -70,7 +70,9 @@ def test_help_begins_with_ours_and_tells_how_to_see_the_rest(capsys):
     assert max(map(len, short.splitlines())) <= 100
     assert cli.main(["train", "--help", "all"]) == 0
     everything = capsys.readouterr().out
-    assert all(f"--{name}\n" in everything for name in read_fields() if name != "env")
+    listed = [line.strip().partition(",")[0] for line in everything.splitlines() if line.startswith("  --")]
+    assert sorted(listed) == sorted(f"--{name}" for name in read_fields() if name != "env")
+    assert "  --model_name_or_path, --model\n" in short
     assert everything.index("--retention") < everything.index("--adam_beta2")
 
 
@@ -92,6 +94,19 @@ def test_the_path_of_the_schema_is_printed(capsys):
 
 def test_a_help_text_needs_no_recipe():
     assert "one of: a, b." in help_text(False, ["a", "b"])
+
+
+@pytest.mark.parametrize("form", ["--{}", "--{}="])
+def test_the_other_commands_names_are_flags_of_train_too(form):
+    pairs = {"model": "s", "teacher": "t", "dataset": "d"}
+    flags = [
+        text
+        for name, value in pairs.items()
+        for text in ([form.format(name) + value] if form.endswith("=") else [form.format(name), value])
+    ]
+    request = parse([*flags, "--use_cpu", "--max_completion_length", "9"])
+    assert (request.model.model_name_or_path, request.config.teacher_model_name_or_path) == ("s", "t")
+    assert (request.script.dataset_name, request.config.max_completion_length) == ("d", 9)
 
 
 def test_a_default_of_the_schema_is_that_of_a_run():

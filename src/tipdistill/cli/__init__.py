@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -35,13 +36,13 @@ COMMANDS = {
     ),
 }
 
-# what a signal that ends a command at once leaves
+# what a signal that ends a command at once leaves, and the flags that the same command then wants to go on
 _KEPT = {
-    "train": "No step was under way, so nothing is lost: start it again as before.",
-    "demo": "Parts that are finished are kept, and the same command goes on.",
-    "sweep": "Cells that are finished are kept, and the same command goes on.",
-    "score": "Rollouts that are written are kept, and the same command goes on.",
-    "eval": "Samples that are written are kept, and --resume goes on.",
+    "train": ("No step was under way, so nothing is lost: start it again with", ()),
+    "demo": ("Parts that are finished are kept: go on with", ()),
+    "sweep": ("Cells that are finished are kept: go on with", ()),
+    "score": ("Rollouts that are written are kept: go on with", ()),
+    "eval": ("Samples that are written are kept: go on with", ("--resume",)),
 }
 
 
@@ -83,11 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted:  # which has said how to go on
         return 130
     except KeyboardInterrupt:
-        if command in _KEPT:
-            print(_KEPT[command], file=sys.stderr)
+        kept = _kept(arguments)
+        if kept:
+            print(printable(kept), file=sys.stderr)
         return _refuse(f"tipdistill {command}", "interrupted.", code=130)
     except Stopped as stopped:
-        return _stopped(f"tipdistill {command}", stopped, _KEPT.get(command, ""))
+        return _stopped(f"tipdistill {command}", stopped, _kept(arguments))
     except (ValueError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 141
@@ -145,6 +147,15 @@ def _stopped(who: str, stopped: Stopped, kept: str) -> int:
     if not stopped.told:
         _refuse(who, f"stopped by {signal.Signals(stopped.code - 128).name}. {kept}")
     return stopped.code
+
+
+def _kept(arguments: list[str]) -> str:
+    """What a command that was stopped leaves, and the command that goes on; empty where nothing is left."""
+    if arguments[0] not in _KEPT:
+        return ""
+    told, flags = _KEPT[arguments[0]]
+    wanted = [flag for flag in flags if flag not in arguments]
+    return f"{told}: {shlex.join(['tipdistill', *arguments, *wanted])}"
 
 
 def _refuse(who: str, message: str, code: int = 2) -> int:

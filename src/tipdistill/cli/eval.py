@@ -139,7 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")
     add("--temperature", type=float, default=1.0, help="of the sampling; 0 is greedy (default 1)")
     add("--top_p", type=float, default=1.0, help="nucleus (default 1)")
-    add("--max_new_tokens", type=int, help="longest completion (default: the task's, else 8192)")
+    add(
+        "--max_completion_length",
+        "--max_new_tokens",
+        dest="max_new_tokens",
+        type=int,
+        help="longest completion (default: the task's, else 8192)",
+    )
     add("--seed", type=int, default=0, help="of the sampling (default 0)")
     add(
         "--prompt",

@@ -56,7 +56,14 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     add("--output_dir", required=True, help="where the files go")
     add = parser.add_argument_group("rollouts").add_argument
     add("--num_generations", type=at_least(1), default=1, help="rollouts per prompt")
-    add("--max_new_tokens", type=at_least(1), default=max_new_tokens, help="tokens of a completion, at most")
+    add(
+        "--max_completion_length",
+        "--max_new_tokens",
+        dest="max_new_tokens",
+        type=at_least(1),
+        default=max_new_tokens,
+        help="tokens of a completion, at most",
+    )
     add("--temperature", type=_positive, default=1.0, help="of the sampling; divides the logits of both models")
     add("--seed", type=at_least(0), default=0, help="of the sampling, and of rules that draw")
     add("--batch_size", type=at_least(1), default=32, help="rollouts sampled at a time")

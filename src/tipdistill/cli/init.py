@@ -181,6 +181,13 @@ def _parser() -> Parser:
     add("--teacher", required=True, help="teacher: a directory or a hub id")
     add("--dataset", required=True, help="prompts: a JSONL, JSON or Parquet file, a directory, or a hub id")
     add("--output", required=True, help="the recipe to write, such as my.yaml")
-    add("--max_new_tokens", type=at_least(1), default=1024, help="tokens of a rollout, at most")
+    add(
+        "--max_completion_length",
+        "--max_new_tokens",
+        dest="max_new_tokens",
+        type=at_least(1),
+        default=1024,
+        help="tokens of a rollout, at most",
+    )
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
     return parser

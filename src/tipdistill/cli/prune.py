@@ -75,7 +75,14 @@ def _parser() -> Parser:
     add("--dataset", help="prompts whose answers the influence is measured on; default: some of our own")
     add("--prompt_column", default="prompt", help="column that holds the prompts")
     add("--max_prompts", type=at_least(1), default=64, help="take the first so many prompts")
-    add("--max_new_tokens", type=at_least(1), default=48, help="tokens of an answer, at most")
+    add(
+        "--max_completion_length",
+        "--max_new_tokens",
+        dest="max_new_tokens",
+        type=at_least(1),
+        default=48,
+        help="tokens of an answer, at most",
+    )
     add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as they were saved")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     add("--seed", type=at_least(0), default=0, help="of the answers' sampling")

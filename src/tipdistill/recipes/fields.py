@@ -46,6 +46,8 @@ SECTIONS = {
         *("dry_run", "verbose", "trust_recipe"),
     ),
 }
+# what the other commands call a field, which is a flag of `train` and `plan` too
+SHORT = {"model": "model_name_or_path", "teacher": "teacher_model_name_or_path", "dataset": "dataset_name"}
 _WIDTH = 100
 
 
@@ -96,4 +98,8 @@ def help_text(everything: bool, recipes: list[str]) -> str:
 def _described(name: str, field: dict[str, Any]) -> list[str]:
     default = field.get("default")
     text = field["description"] + ("" if default in (None, "") else f" [{json.dumps(default)}]")
-    return [f"  --{name}", *textwrap.wrap(text, _WIDTH - 6, initial_indent="      ", subsequent_indent="      ")]
+    names = [f"--{name}", *(f"--{short}" for short, field_name in SHORT.items() if field_name == name)]
+    return [
+        f"  {', '.join(names)}",
+        *textwrap.wrap(text, _WIDTH - 6, initial_indent="      ", subsequent_indent="      "),
+    ]

@@ -19,7 +19,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from ..config import TIPConfig
+from ..config import TIPConfig, check_values
 from ..documents import parse_mapping, read_yaml
 from ..dotted import names_only
 from ..extras import check_packages
@@ -27,6 +27,7 @@ from ..files import write_text
 from ..redact import is_secret_variable, without_secrets
 from ..text import near_names, nearest
 from . import recipe_names, recipe_path
+from .fields import SHORT
 from .trust import FLAG, OF_MODELS, check_environment, code_named, confirm, without_code
 
 # Asked of one run, so never part of a configuration that is written down; a token is never written at all.
@@ -258,7 +259,8 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
         elif argument.startswith("--config="):
             sources.append(argument.removeprefix("--config="))
         else:
-            flags.append(argument)
+            name, equals, value = argument.partition("=")
+            flags.append(f"--{SHORT.get(name[2:], name[2:])}{equals}{value}" if name.startswith("--") else argument)
     if len(sources) > 1 or "" in sources:
         raise ValueError("--config takes one YAML file or the name of one packaged recipe.")
     return (sources[0] if sources else None), flags
@@ -408,6 +410,7 @@ def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
             f"num_generations = {namespace.num_generations} repeats prompts, which a stream does not: read the dataset "
             "whole (dataset_streaming and streaming false)."
         )
+    check_values(namespace)
     check_packages(namespace)
     return namespace
 

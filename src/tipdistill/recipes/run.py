@@ -98,10 +98,11 @@ def _resume(namespace: Namespace, steps: int | None = None) -> tuple[str | None,
     if asked == "auto":  # checkpoints that are not whole are what a first save left that was killed
         left = [path for path in left if path.is_file()]
     if checkpoint is None and left and not namespace.overwrite_output_dir and not namespace.dry_run:
+        goes_on = final_step(directory) is not None or checkpoint_to_resume("auto", directory) is not None
         raise ValueError(
-            f"{directory} already holds a run ({', '.join(path.name for path in left[:3])}): continue it with "
-            "--resume_from_checkpoint true, start over with --overwrite_output_dir true, or choose another "
-            "--output_dir."
+            f"{directory} already holds a run ({', '.join(path.name for path in left[:3])}): "
+            f"{'continue it with --resume_from_checkpoint true, ' if goes_on else ''}start over with "
+            "--overwrite_output_dir true, or choose another --output_dir."
         )
     return checkpoint, None
 

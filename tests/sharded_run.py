@@ -167,7 +167,9 @@ def run(job):
     local_ranks = gather_object([args.local_process_index])
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        figures = {name: [entry[name] for entry in history] for name in history[0]}
+        # some are logged at some steps alone
+        always = [name for name in history[0] if all(name in entry for entry in history)]
+        figures = {name: [entry[name] for entry in history] for name in always}
         found = {
             **figures,
             "parameters": parameters,

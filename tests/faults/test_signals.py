@@ -52,7 +52,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(world, 
     ends, starts = worlds.outcome("train", told), worlds.outcome("train", straight)
     # the signal's step is logged beside the second, and a card is written with a checkpoint
     differ = {path for path in {*ends, *starts} if ends.get(path) != starts.get(path)}
-    assert differ <= {"trainer_state.json", "README.md"}
+    assert differ <= {"trainer_state.json", "README.md", "metrics.jsonl"}
     assert json.loads((told / "trainer_state.json").read_text())["global_step"] == 25
 
 

@@ -144,6 +144,10 @@ def outcome(kind: str, out: Path) -> dict[str, str]:
             told[name] = path.read_bytes()
         elif path.suffix == ".parquet":
             told[name] = str(pq.read_table(path).to_pylist())
+        elif path.name == "metrics.jsonl":
+            told[name] = json.dumps(
+                _plain([json.loads(line) for line in path.read_text().splitlines()]), sort_keys=True
+            )
         elif path.suffix == ".jsonl":
             told[name] = "\n".join(sorted(path.read_text().splitlines()))
         elif path.suffix == ".json" and path.name not in ("tokenizer_config.json", "config.json", "eval.json"):

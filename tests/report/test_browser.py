@@ -386,7 +386,7 @@ def test_the_probe_has_its_advice_its_warnings_and_its_rows(open_page):
     assert shown.locator(".note").text_content() == HOSTILE
     assert page.evaluate("window.pwned") is None
     assert shown.locator("tbody tr").count() == len(PROBE["rows"])
-    best = shown.locator("tr.best td").all_text_contents()
+    best = [text.replace("\xa0", " ") for text in shown.locator("tr.best td").all_text_contents()]
     assert best == ["Q3", "10 %", "10 %", "50 %", "0.090 (0.080 – 0.100)", "Soft-OR (Jaccard 0.20)"]
     assert shown.locator(".chart").count() == 2  # what is not there is not drawn
     assert shown.locator(".chart").first.locator("polyline").count() == 3
@@ -402,7 +402,7 @@ def test_the_sweep_is_sorted_by_any_column_and_its_intervals_are_drawn(open_page
 
     assert names() == ["all", HOSTILE, "random", "Q3"]
     assert page.evaluate("window.pwned") is None
-    cells = rows.nth(1).locator("td").all_text_contents()
+    cells = [text.replace("\xa0", " ") for text in rows.nth(1).locator("td").all_text_contents()]
     assert cells[:5] == [HOSTILE, "20 %", "0.800 [0.700, 0.900]", "−0.100 [−0.150, −0.050]", "+0.300 [+0.200, +0.400]"]
     assert rows.nth(3).locator("td").nth(2).text_content() == "failed"
     accuracy = shown.locator("th", has_text="accuracy")

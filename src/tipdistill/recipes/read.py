@@ -163,6 +163,7 @@ def read_arguments(argv: list[str]) -> Arguments:
         assert path is not None
         confirm(path, code)
         flags = [*flags, FLAG]
+    check_packages(values)
     if values.dry_run and not values.trust_recipe and "trust_remote_code" in code:
         flags = [*flags, "--trust_remote_code", "false"]  # the models' own code is code that the recipe names
     for name in OF_MODELS if values.dry_run else ():
@@ -398,7 +399,7 @@ def _known_flags(parser: _Parser, flags: list[str]) -> Namespace:
 
 
 def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
-    """The values as parsed, once models and prompts are named and packages installed."""
+    """The values as parsed, once models and prompts are named and our own values are in range."""
     namespace = _known_flags(parser, flags)
     if bool(namespace.dataset_name) == bool(namespace.datasets):
         raise ValueError(
@@ -411,7 +412,6 @@ def _check_arguments(parser: _Parser, flags: list[str]) -> Namespace:
             "whole (dataset_streaming and streaming false)."
         )
     check_values(namespace)
-    check_packages(namespace)
     return namespace
 
 

@@ -5,7 +5,6 @@ Everything is refused in the order of its cost: names, then files, then tokenize
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import shutil
@@ -66,10 +65,7 @@ def run_recipe(argv: list[str]) -> int:
         from ..training.resumable import alone_in  # loads TRL's trainer
 
         with alone_in(request.config.output_dir):
-            if request.config.process_index != 0:
-                return _train(request, arguments.values)
-            with logged(Path(request.config.output_dir)):
-                return _train(request, arguments.values)
+            return _train(request, arguments.values)
 
 
 # What a run would overwrite, and how it is started.
@@ -148,13 +144,11 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
         check_problems_fit(limits, load_tasks(config.task_names(), config.teacher_url is None), tokenizer, config)
     if code:
         described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"
+    lines = [f"# {label:<10}{_line(text)}" for label, text in described.items()]
     if main_process:
         if script.dry_run:
             print(printable(as_yaml(request.values)), end="")
-        lines = [f"# {label:<10}{_line(text)}" for label, text in described.items()]
         print("\n".join(lines), flush=True)
-        for line in lines:
-            logging.getLogger("tipdistill.run").info(line)
     if script.dry_run:
         return 0
     steps = _steps(request, train_dataset)
@@ -165,12 +159,30 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
         if main_process:
             print(finished(config.output_dir, done, steps))
         return 0
+    datasets, tokenizers = (train_dataset, eval_dataset), (tokenizer, teacher_tokenizer)
+    if not main_process:
+        return _run(request, datasets, tokenizers, resume)
+    with logged(Path(config.output_dir)) as log:
+        for line in lines:
+            log.info(line)
+        return _run(request, datasets, tokenizers, resume)
 
+
+def _run(request: Request, datasets: tuple[Any, Any], tokenizers: tuple[Any, Any], resume: str | None) -> int:
+    """Load the models and train.
+
+    Args:
+        datasets: to train and to evaluate on.
+        tokenizers: the student's and the teacher's.
+        resume: a checkpoint, or None.
+    """
     from transformers import ProgressCallback
 
     from ..trainer import TIPTrainer
     from ..training.progress import StepTable
 
+    script, config, model = request.script, request.config, request.model
+    main_process = config.process_index == 0
     config.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": config.trust_remote_code,
@@ -193,10 +205,10 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
         model=model.model_name_or_path,
         teacher_model=config.teacher_model_name_or_path,
         args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        teacher_processing_class=teacher_tokenizer,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        processing_class=tokenizers[0],
+        teacher_processing_class=tokenizers[1],
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )

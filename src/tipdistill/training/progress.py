@@ -25,11 +25,15 @@ class MetricsFile(TrainerCallback):
     """Writes every metric that is logged to <output_dir>/metrics.jsonl, a JSON object a line, as it comes.
 
     A resumed run goes on in the file, without what had come after its checkpoint; a new run begins a new one. What is
-    not finite stands as null. A file that cannot be written costs a warning, not the run.
+    not finite stands as null. A run that is finished already leaves the file as it is. A file that cannot be written
+    costs a warning, not the run.
     """
 
+    _finished = False
+
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
+        self._finished = 0 < state.max_steps <= state.global_step
+        if not state.is_world_process_zero or self._finished:
             return
         path = Path(args.output_dir) / METRICS_FILE
         kept = "".join(
@@ -43,7 +47,7 @@ class MetricsFile(TrainerCallback):
         self._try(begin)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero or not logs or self._finished:
             return
         line = json.dumps({"step": state.global_step, **{name: _plain(value) for name, value in logs.items()}})
 

@@ -96,7 +96,7 @@ def check_packages(values: Any) -> None:
         if optimizer.startswith(start):
             require(module, f"optim = {optimizer}", command)
     if optimizer.startswith("galore") and "8bit" in optimizer:
-        require(*_BITSANDBYTES[:1], f"optim = {optimizer}", _BITSANDBYTES[1])
+        require(_BITSANDBYTES[0], f"optim = {optimizer}", _BITSANDBYTES[1])
     attention = getattr(values, "attn_implementation", None)
     if attention is None:
         return

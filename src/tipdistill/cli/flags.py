@@ -13,7 +13,21 @@ from .eval import mapping
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are ValueErrors, with the nearest flags for an unknown one."""
+    """argparse whose complaints are ValueErrors, with the nearest flags for an unknown one.
+
+    Args:
+        command: after `tipdistill`.
+        description: what it does.
+        defaults: tell each flag's default after its help.
+    """
+
+    def __init__(self, command: str, description: str | None, defaults: bool = True) -> None:
+        super().__init__(
+            prog=f"tipdistill {command}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter if defaults else argparse.HelpFormatter,
+        )
 
     def error(self, message: str) -> Any:
         raise ValueError(message)
@@ -30,12 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens: int) -> Parser:
     """A parser with the arguments of a student, a teacher, prompts and rollouts."""
-    parser = Parser(
-        prog=f"tipdistill {command}",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(command, description)
     add = parser.add_argument_group("models and prompts").add_argument
     add("--model", required=True, help="student: a directory or a hub id")
     add("--teacher", required=True, help="teacher: a directory or a hub id")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from ..terminal import say
 from .flags import Parser, at_least
@@ -79,6 +77,7 @@ def main(argv: list[str]) -> int:
         ("--model", options.model, None), ("--teacher", options.teacher, None), options.trust_remote_code
     )
     from ..data import load_prompts
+    from ..plan.models import sizes
 
     chat = bool(getattr(processors[0], "chat_template", None))
     plain = isinstance(load_prompts(options.dataset, "train")[0]["prompt"], str)
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> int:
         path,
         as_chat=chat and plain,
         max_new_tokens=options.max_new_tokens,
-        parameters=_parameters(configurations[0].get_text_config()),
+        parameters=sizes(configurations[0]).parameters,
     )
     from ..files import write_text
 
@@ -111,7 +110,7 @@ def recipe(
         path: where the recipe will lie.
         as_chat: the prompts are plain, and the model has a chat template.
         max_new_tokens: of a rollout.
-        parameters: of the student, about.
+        parameters: of the student.
 
     Example:
         >>> text = recipe("s", "t", "p.jsonl", Path("my.yaml"), as_chat=True, max_new_tokens=512, parameters=1e9)
@@ -151,13 +150,6 @@ def recipe(
     )
 
 
-def _parameters(config: Any) -> float:
-    """About how many parameters a model of a configuration has."""
-    width, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    return float(layers * (4 * width**2 + 3 * width * inner) + config.vocab_size * width)
-
-
 def _quoted(text: str) -> str:
     """A text as YAML: as it stands where that is read back as the same text."""
     import yaml
@@ -170,12 +162,7 @@ def _quoted(text: str) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="tipdistill init",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("init", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="student: a directory or a hub id")
     add("--teacher", required=True, help="teacher: a directory or a hub id")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +61,7 @@ def _prune(options: Any, directory: Path) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="tipdistill prune",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("prune", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="the teacher: a directory or a hub id")
     add("--layers", type=at_least(1), required=True, help="how many layers to drop; the first and the last stay")

@@ -27,9 +27,9 @@ def main(argv: list[str]) -> int:
             other settings, or another sweep in the same directory.
     """
     parser = Parser(
-        prog="tipdistill sweep",
-        description="Run rule × retention × learning rate × seed over a recipe, and compare with intervals.",
-        allow_abbrev=False,
+        "sweep",
+        "Run rule × retention × learning rate × seed over a recipe, and compare with intervals.",
+        defaults=False,
     )
     parser.add_argument("grid", type=Path, help="YAML: base, cells, learning_rates, seeds, test, ... (docs/sweep.md)")
     parser.add_argument(

@@ -44,7 +44,7 @@ def record(directory, rules, scope=None):
 @pytest.mark.parametrize("rule", [*RULES, "complement:soft_or", "complement:random", *OWN], ids=rule_name)
 def test_a_recorded_rule_comes_first_and_keeps_what_it_kept(tmp_path, rule, scope):
     records = record(tmp_path, [rule], scope)
-    dataset = load_dataset(records)
+    dataset = load_dataset(records, seed=7)  # another than that of the records: a draw anew would be another
     choice = dataset.rules[0]
     assert choice.name == rule_name(rule)
     assert choice.budget == resolve_rule(rule).budget
@@ -64,7 +64,7 @@ def test_a_recorded_rule_comes_first_and_keeps_what_it_kept(tmp_path, rule, scop
 def test_every_recorded_rule_is_offered(tmp_path):
     names = [*RULES, "complement:soft_or"]
     records = record(tmp_path, names)
-    dataset = load_dataset(records, rule="gradient_norm_sampling")
+    dataset = load_dataset(records, rule="gradient_norm_sampling", seed=7)
     assert {choice.name for choice in dataset.rules} == set(names)
     assert dataset.rules[0].name == "gradient_norm_sampling"
     np.testing.assert_array_equal(

@@ -41,6 +41,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.plot_engine
 	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.plan_tables
+	$(BIN)/python -m benchmarks.replication
 
 # Everything that needs a GPU, in nine minutes at most; it goes on where it was stopped. Without .venv, with the python
 # that is there: it takes torch, triton and transformers, and leaves out what needs more.

@@ -52,6 +52,8 @@ KINDS = {
     # the last four rollouts hold nothing of the student's: with two processes, all that the last one has
     "empty": (SGD, {"empty": 4}),
     "empty_micro_batch": ({**SGD, "normalization": "micro_batch", "selection_rule": "divergence"}, {"empty": 4}),
+    # thresholds and scales of the step before, over all ranks
+    "running": ({**SGD, "normalization": "running", "retention": 0.1, "selection_scope": "batch"}, {"empty": 4}),
     "adam": ({"max_steps": 4, "save_strategy": "steps", "save_steps": 2}, {}),
 }
 # of a teacher on a server: one rule that asks about every token, one that asks about few and of some ranks none
@@ -66,13 +68,13 @@ SERVED = {
 }
 # Which of them in two processes. What is sharded is where they differ; ZeRO-2 shards no weight, and is DDP to our code.
 KINDS_OF = {
-    "ddp": ("whole", "few", "empty"),
-    "fsdp2": ("whole", "few", "empty_micro_batch"),
+    "ddp": ("whole", "few", "empty", "running"),
+    "fsdp2": ("whole", "few", "empty_micro_batch", "running"),
     "zero2": ("few",),
     "zero3": ("whole", "few", "empty"),
 }
 SHARDED = tuple(name for name in ("fsdp2", "zero3") if name in NAMES)  # killed, and in more tiles
-ACCUMULATED = ("few", "empty_micro_batch", "adam")  # 4 micro-batches of one rollout on two processes
+ACCUMULATED = ("few", "empty_micro_batch", "running", "adam")  # 4 micro-batches of one rollout on two processes
 
 
 def free_port():

@@ -116,6 +116,24 @@ RULES = [
     {"selection_rule": "divergence", "retention": 0.3, "normalization": "micro_batch"},
     {"selection_rule": "gradient_norm_sampling", "retention": 0.1, "selection_scope": "batch"},
     *(
+        {"selection_rule": rule, "retention": 0.3, "selection_scope": scope, "normalization": "running"}
+        for rule, scope in (
+            ("soft_or", "rollout"),
+            ("soft_or", "batch"),
+            ("q3", "rollout"),
+            ("random", "rollout"),
+            ("random", "batch"),
+            ("gradient_norm_sampling", "rollout"),
+            ("gradient_norm_sampling", "batch"),
+            ("complement:entropy_sampling", "batch"),
+            ("teachability", "batch"),
+            ("confidence_ratio", "rollout"),
+            ("position", "rollout"),
+            ("all", "rollout"),
+        )
+    ),
+    {"selection_rule": "entropy", "retention": 0.2, "score_logging_steps": 2, "normalization": "running"},
+    *(
         {"selection_rule": rule, "retention": 0.3}
         for rule in (
             "entropy_jsd_sampling",
@@ -142,6 +160,80 @@ def test_one_by_eight_equals_eight_by_one(make, rule):
         assert found == pytest.approx(expected, rel=1e-4)
     names = ("selection/kept_fraction", "selection/trained_tokens")
     assert steps(split, *names) == steps(whole, *names)
+
+
+def count_forwards(trainer, monkeypatch):
+    """How often the student's backbone runs with and without gradients, from here on."""
+    counted = {"with": 0, "without": 0}
+    backbone = trainer.plain_student().base_model
+    forward = backbone.forward
+
+    def counting(*arguments, **options):
+        if not options.get("use_cache"):  # that is a rollout's
+            counted["with" if torch.is_grad_enabled() else "without"] += 1
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(backbone, "forward", counting)
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("settings", "scoring"),
+    [
+        ({}, 0),  # one micro-batch is the whole batch
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 6),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "normalization": "running"}, 2),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "normalization": "micro_batch"}, 0),
+        ({"teacher_offload": True}, 3),
+    ],
+    ids=str,
+)
+def test_the_student_runs_once_where_its_tokens_can_be_chosen_in_the_loss(make, monkeypatch, settings, scoring):
+    trainer = make(**{"record_rollouts": 0, "max_steps": 3, **settings})
+    trainer._student_check = lambda trainer: None
+    counted = count_forwards(trainer, monkeypatch)
+    trainer.train()
+    assert counted == {"with": 3 * trainer.args.gradient_accumulation_steps, "without": scoring}
+
+
+def test_dropout_keeps_the_scoring_pass(make, monkeypatch):
+    """Tokens are chosen by the student that wrote them, which has no dropout."""
+    trainer = make(record_rollouts=0)
+    trainer._student_check = lambda trainer: None
+    for module in trainer.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    counted = count_forwards(trainer, monkeypatch)
+    trainer.train()
+    assert counted["without"] == 2
+
+
+def test_the_first_step_of_running_is_that_of_batch_and_the_next_reads_it(make):
+    settings = {"retention": 0.3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 3}
+    exact, running = make(**settings), make(**settings, normalization="running")
+    for trainer in (exact, running):
+        trainer.train()
+    names = ("loss", "grad_norm", "quadrants/q1", "selection/kept_fraction")
+    for of_running, of_exact in zip(steps(running, *names), steps(exact, *names), strict=True):
+        assert of_running[0] == pytest.approx(of_exact[0], rel=1e-6)
+        assert of_running[1:] == pytest.approx(of_exact[1:], rel=0.2)  # nearly the same tokens
+    (entropy_low, entropy_high), (low, high) = running.monitor.running["scales"]
+    assert 0 <= entropy_low < entropy_high <= 1
+    assert 0 <= low < high
+    assert exact.monitor.running is None
+
+
+def test_running_wants_to_know_whether_a_function_scales(make):
+    def surprise(scores):
+        return scores.require("entropy")
+
+    for attributes in ({}, {"fields": ("entropy",)}, {"scaled": False}):
+        surprise.__dict__.clear()
+        surprise.__dict__.update(attributes)
+        with pytest.raises(ValueError, match=r"wants to know of .*surprise"):
+            make(selection_rule=surprise, normalization="running")
+    surprise.fields = ("entropy",)
+    make(selection_rule=surprise, normalization="running", record_rollouts=0).train()
 
 
 @pytest.mark.parametrize("rows", [(64, 80), (80, 64)])
@@ -226,7 +318,7 @@ LOGGED = [
 ]
 
 
-@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+@pytest.mark.parametrize("normalization", ["batch", "running", "micro_batch"])
 def test_every_step_logs_what_happened_to_its_tokens(make, normalization):
     trainer = make(
         normalization=normalization,
@@ -292,9 +384,9 @@ def test_tool_results_are_never_selected_or_scored(make, monkeypatch):
         return batch
 
     monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", with_tools)
-    select = tipdistill.trainer.select
+    select = tipdistill.training.selection.select
     monkeypatch.setattr(
-        tipdistill.trainer,
+        tipdistill.training.selection,
         "select",
         lambda scores, **k: seen.update(scored=len(scores)) or select(scores, **k),
     )
@@ -490,7 +582,7 @@ def test_nan_logits_name_the_rollout_and_token(make):
         trainer.train()
 
 
-@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+@pytest.mark.parametrize("normalization", ["batch", "running", "micro_batch"])
 def test_a_teacher_that_fails_on_kept_rows_names_their_rollout(make, normalization):
     """An entropy rule projects the teacher after selection alone, for rows that are no longer numbered in sequence."""
     trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=0, normalization=normalization)
@@ -506,7 +598,7 @@ def test_a_teacher_that_fails_on_kept_rows_names_their_rollout(make, normalizati
         trainer.train()
 
 
-@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+@pytest.mark.parametrize("normalization", ["batch", "running", "micro_batch"])
 def test_the_advice_for_tokens_that_the_teacher_forbids_trains(make, tiny_model_dir, normalization):
     def phi(side, forbids):
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("phi", side))
@@ -595,7 +687,16 @@ print(json.dumps([e["selection/trained_tokens"] for e in trainer.state.log_histo
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_problems, tmp_path):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"selection_rule": "random", "retention": 0.4},
+        # what the step before told comes back too
+        {"selection_rule": "soft_or", "retention": 0.4, "selection_scope": "batch", "normalization": "running"},
+    ],
+    ids=["batch", "running"],
+)
+def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_problems, tmp_path, rule):
     settings = {
         **PLAIN,
         "generation_kwargs": None,  # sampling: the random state must come back too
@@ -604,8 +705,7 @@ def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_proble
         "max_steps": 9,  # 16 prompts, 8 a step: epochs of two steps
         "save_strategy": "steps",
         "save_steps": 1,
-        "selection_rule": "random",
-        "retention": 0.4,
+        **rule,
     }
 
     def train(out, resume):
@@ -644,7 +744,7 @@ def test_the_count_of_tokens_goes_on_after_a_resume(make, tmp_path, restore):
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     name = "selection/trained_tokens"
     assert steps(resumed, name) == steps(straight, name)
-    assert resumed._monitor.baseline == straight._monitor.baseline
+    assert resumed.monitor.baseline == straight.monitor.baseline
 
 
 def test_resuming_without_a_checkpoint_says_so(make):
@@ -883,7 +983,7 @@ def test_two_processes_measure_a_task_together(pair, word_problems, tmp_path, mo
             assert all(row.get("divergence") == pytest.approx(of_problems[row["problem"]]) for row in rows)
 
 
-@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
+@pytest.mark.parametrize("normalization", ["batch", "running", "micro_batch"])
 def test_a_held_out_divergence_is_that_of_whole_float64_logits(make, tmp_path, normalization):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text('{"prompt": "2 + 3 ="}\n{"prompt": "one and a half times 1 ="}\n{"prompt": "9 ="}\n')

@@ -15,7 +15,7 @@ from .redact import without_secrets
 from .select import SCOPES, resolve_rule, rule_name
 from .text import check_known
 
-NORMALIZATIONS = ("batch", "micro_batch")
+NORMALIZATIONS = ("batch", "running", "micro_batch")
 
 
 @dataclass
@@ -29,8 +29,9 @@ class TIPConfig(DistillationConfig):
         selection_scope: "rollout" spends the budget inside each rollout (paper Eq. 8), "batch" over the whole batch;
             None: the rule's own, "rollout" for all but teachability.
         normalization: "batch" scores the whole generation batch once, so that normalisers, budgets and the loss
-            denominator are the same whatever the micro-batch size and the number of processes; "micro_batch"
-            scores inside the loss and saves one student forward.
+            denominator are the same whatever the micro-batch size and the number of processes; "running" takes
+            percentiles, minima, maxima and thresholds over from the step before, and so saves one student forward;
+            "micro_batch" has them of each micro-batch alone, and saves it too.
         num_generations: rollouts per prompt.
         teacher_offload: move the teacher's backbone to the CPU between scoring passes ("batch" only).
         score_logging_steps: every this many steps compute all statistics even where the rule reads fewer (entropy
@@ -76,7 +77,10 @@ class TIPConfig(DistillationConfig):
     )
     normalization: str = field(
         default="batch",
-        metadata={"help": "Score the whole generation 'batch' at once, or inside each 'micro_batch'."},
+        metadata={
+            "help": "Scale and budget over the generation 'batch', as the step before did ('running'), or over "
+            "each 'micro_batch'; the latter two save a forward."
+        },
     )
     num_generations: int = field(default=1, metadata={"help": "Rollouts per prompt."})
     teacher_offload: bool = field(
@@ -150,12 +154,18 @@ class TIPConfig(DistillationConfig):
         if self.selection_scope is None:
             self.selection_scope = rule.scope
         check_values(self)
+        if self.normalization == "running" and (rule.scaled is None or rule.fields is None):
+            raise ValueError(
+                f'normalization="running" wants to know of {rule_name(self.selection_rule)} which statistics it reads '
+                "and whether it scales by the tokens given: give the function the attributes `fields` and `scaled` "
+                '(docs/rules.md), or take normalization="batch".'
+            )
         if self.task_names() and not self.eval_steps:
             raise ValueError(f"eval_tasks = {self.eval_tasks} are measured every eval_steps steps: set eval_steps.")
         if self.teacher_offload and self.normalization != "batch":
             raise ValueError(
-                'teacher_offload needs normalization="batch": with "micro_batch" the teacher scores inside the loss, '
-                "so it cannot leave the device before it."
+                'teacher_offload needs normalization="batch": with the others the teacher scores inside the loss, so '
+                "it cannot leave the device before it."
             )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1 and self.world_size == 1:

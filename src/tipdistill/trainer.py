@@ -4,12 +4,12 @@ Generation, PEFT, sharding, logging and checkpoints are TRL's. What is ours, in 
 
     rollout   _generate_and_score_completions   the student writes (TRL)
     score     _score                            statistics of every token, once per generation batch
-    select    _select_globally                  which tokens are trained on, over the rollouts of all processes
+    select    training/selection.py             which tokens are trained on, over the rollouts of all processes
     loss      _compute_loss                     student forward, then the divergence of the kept rows alone
     log       _log_step                         what the step did with its tokens
 
-With normalization="micro_batch" scores and selection are part of the loss, and one student forward is saved. A step
-does not know where its teacher lives: that is the business of `teachers/`.
+Where the tokens can be selected inside the loss, scoring is a part of it and one student forward is saved. A step does
+not know where its teacher lives: that is the business of `teachers/`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ from .evaluate.task import Task
 from .integrations import _accelerate, _trl
 from .integrations._trl import TOKEN_KEYS
 from .policy import sampled_with
-from .records import Choice
 from .score import token_scores
 from .score.forward import last_hidden_states
 from .score.models import head, lm_head_dtype
-from .select import kept_counts, needs_teacher, quadrants, resolve_rule, rule_fields, select
+from .select import needs_teacher, resolve_rule, rule_fields
 from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
 from .training.card import PAPER, TAGS
@@ -54,7 +53,6 @@ from .training.monitor import (
     StepEnd,
     TrainingMonitor,
     metrics,
-    tally,
 )
 from .training.progress import MetricsFile
 from .training.recording import record_step
@@ -70,8 +68,9 @@ from .training.scoring import (
     take_tokens,
     trimmed,
 )
+from .training.selection import StepSelection
 from .training.student_check import StudentCheck
-from .types import Head, Selection, TokenScores
+from .types import Head, TokenScores
 from .vocabulary import shared_vocabulary
 
 logger = get_logger(__name__)
@@ -170,13 +169,10 @@ class TIPTrainer(ResumableTrainer):
 
         self._rule_fields = rule_fields(args.selection_rule)
         self._reads_teacher = needs_teacher(args.selection_rule)
-        budget = resolve_rule(args.selection_rule).budget
-        self._keeps_all, self._weighs = budget == "all", budget == "weight"
+        self._keeps_all = resolve_rule(args.selection_rule).budget == "all"
         self._divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
         self._clock = StepClock()
-        self._sums: Tensor | None = None
-        self._sums_are_global = False
-        self._choice: Choice | None = None
+        self._selection = StepSelection(self)
         self._engine_check = EngineCheck(args.vllm_sync_tolerance)
         self._limits, self._student_check = limits, StudentCheck()
         self._last_whole_step = last_whole_step
@@ -203,10 +199,11 @@ class TIPTrainer(ResumableTrainer):
     @property
     def retention(self) -> float:
         """Share of the tokens that is trained on at this step; the drift guard may have raised it."""
-        return self._monitor.retention
+        return self.monitor.retention
 
     @property
-    def _monitor(self) -> TrainingMonitor:
+    def monitor(self) -> TrainingMonitor:
+        """What survives a resume."""
         # restore_callback_states_from_checkpoint puts another in the place of the one that was passed
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TrainingMonitor))
 
@@ -252,11 +249,13 @@ class TIPTrainer(ResumableTrainer):
             if not self.teacher.answers_in_loss:
                 batch["teacher_answers"] = self.teacher.answer(for_models(batch), loss_mask(batch))
             return batch
+        recorded = bool(self.args.record_rollouts) and self._is_full_step() and self.teacher.gives_hidden_states
+        self._selection.begin(recorded)
         batch = self._generate_and_select(inputs)
-        if self.args.record_rollouts and self._is_full_step() and self.teacher.gives_hidden_states:
+        if recorded:
             with self._clock.part("record"):
-                record_step(self, batch, self._choice)
-        self._choice = None
+                record_step(self, batch, self._selection.choice)
+        self._selection.choice = None
         return batch
 
     def _generate_and_select(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -268,7 +267,8 @@ class TIPTrainer(ResumableTrainer):
         with self._clock.part("rollout"):
             batch = super()._generate_and_score_completions(inputs)
         batch["examples"] = inputs
-        if self.args.normalization == "micro_batch" or (self._keeps_all and self.teacher.answers_in_loss):
+        if self._selection.is_inside or (self._keeps_all and self.teacher.answers_in_loss):
+            self._selection.number_rollouts(batch)
             return batch
         present = [key for key in _trl.MULTIMODAL_KEYS if key in batch]
         if present:
@@ -276,7 +276,7 @@ class TIPTrainer(ResumableTrainer):
                 f'normalization="batch" does not score multimodal inputs yet (the batch has {", ".join(present)}). '
                 'Use normalization="micro_batch", which scores inside the loss.'
             )
-        mask, fields = loss_mask(batch), self._fields_now()
+        mask, fields = loss_mask(batch), self.fields_now()
         seen = for_models(batch)
         pieces = self.scoring_pieces(seen)
         # a rule that reads the divergence needs the teacher's word on every token; for others, and from a teacher that
@@ -288,7 +288,7 @@ class TIPTrainer(ResumableTrainer):
         with self._clock.part("score"):
             scores = self._score(seen, mask, pieces, fields, answers)
         with self._clock.part("select"):
-            weight = self._select_globally(scores, mask, batch)
+            weight = self._selection.ahead(scores, mask, batch)
         kept = weight > 0
         if answers is not None:
             inside = [row_kept[row_mask] for row_kept, row_mask in zip(kept, mask, strict=True)]
@@ -312,7 +312,7 @@ class TIPTrainer(ResumableTrainer):
         every = self.args.score_logging_steps
         return every > 0 and self.state.global_step % every == 0
 
-    def _fields_now(self) -> tuple[str, ...]:
+    def fields_now(self) -> tuple[str, ...]:
         """Statistics to compute at this step: the rule's own, and the logged ones where they cost no projection."""
         if self._rule_fields is None:
             return ()
@@ -374,77 +374,16 @@ class TIPTrainer(ResumableTrainer):
             return teacher.scores(student, fields, self.temperature, token_ids)
         return token_scores(student, temperature=self.temperature, token_ids=token_ids, fields=fields or None).detach()
 
-    # Select: once per generation batch over all processes, or in each micro-batch.
-
-    def _select_globally(self, scores: dict[str, Tensor], mask: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Select over the rollouts of all ranks; returns this rank's weights [B, T]. Sets the loss denominator."""
-        gathered = {name: self._gather_rollouts(value) for name, value in scores.items()}
-        # as numbers: accelerate pads a bool tensor to int64, on the ranks with shorter completions alone
-        everywhere = self._gather_rollouts(mask.long()).bool()
-        flat = TokenScores(**{name: value[everywhere] for name, value in gathered.items()})
-        rollout = torch.arange(len(everywhere), device=mask.device)[:, None].expand_as(everywhere)[everywhere]
-        if len(flat):
-            selection = self._select(flat, rollout)
-        else:  # nothing but results of tools, on every rank
-            nothing = torch.zeros(0, device=mask.device)
-            selection = Selection(nothing.bool(), nothing, nothing)
-        weight = torch.zeros(everywhere.shape, device=mask.device)
-        weight[everywhere] = selection.weight
-        batch["num_items_in_batch"] = selection.total
-        self._sums, self._sums_are_global = tally(flat, selection), True
-        if flat.reverse_kl is not None:
-            self._choice = Choice(quadrants(flat), selection.mask, selection.score)
-        first = self.accelerator.process_index * len(mask)
-        return weight[first : first + len(mask), : mask.shape[1]]
-
-    def _gather_rollouts(self, value: Tensor) -> Tensor:
-        return self.accelerator.gather(self.accelerator.pad_across_processes(value, dim=1))
-
-    def _select(self, scores: TokenScores, rollout: Tensor) -> Selection:
-        device = rollout.device
-        # A function of (seed, step) alone, so that a resumed run draws what the uninterrupted one would have; of the
-        # micro-batch and the rank too where each of them draws for itself.
-        seed = self.args.seed * 1_000_003 + self.state.global_step
-        if self.args.normalization == "micro_batch":
-            micro_batch = self._step % self.args.gradient_accumulation_steps
-            seed = (seed * 1_009 + micro_batch) * 10_007 + self.accelerator.process_index
-        selection = select(
-            scores,
-            rule=self.args.selection_rule,
-            retention=self.retention,
-            rollout=rollout,
-            scope=self.args.selection_scope,
-            generator=torch.Generator(device=device).manual_seed(seed % 2**63),
-        )
-        if self._weighs and self.args.normalization == "micro_batch":
-            # the global sum of weights is not known ahead, so each micro-batch's is made its number of tokens
-            scale = len(selection.weight) / selection.weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
-            selection = replace(selection, weight=selection.weight * scale)
-        return selection
+    # Select: ahead of the loss, or inside it.
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         regenerates = self.model.training and (
             self._step % self.args.gradient_accumulation_steps == 0 or self._buffered_inputs is None
         )
         inputs = super()._prepare_inputs(generation_batch)
-        if regenerates and self.args.normalization == "micro_batch" and not self._keeps_all:
-            self._count_kept_ahead()
+        if regenerates and self._selection.is_inside and not (self._selection.is_whole or self._keeps_all):
+            self._selection.count_ahead(self._buffered_inputs)
         return inputs
-
-    def _count_kept_ahead(self) -> None:
-        """The global number of kept tokens, known from the lengths before any token is scored."""
-        kept = 0
-        for micro_batch in self._buffered_inputs:
-            counts = kept_counts(
-                loss_mask(micro_batch).sum(1),
-                self.retention,
-                self.args.selection_rule,
-                self.args.selection_scope,
-            )
-            kept += int(counts.sum())
-        total = self.accelerator.gather(torch.tensor([kept], device=self.accelerator.device)).sum()
-        for micro_batch in self._buffered_inputs:
-            micro_batch["num_items_in_batch"] = total
 
     # Loss: of one micro-batch, over the kept tokens.
 
@@ -462,7 +401,7 @@ class TIPTrainer(ResumableTrainer):
         There are three cases, and in each the rows that are trained on are projected once for the loss.
 
         1. The tokens were selected before, with the whole generation batch: the kept rows go into the loss.
-        2. They are selected here (normalization="micro_batch"): all rows are scored, the kept ones go into the loss.
+        2. They are selected here (training/selection.py): all rows are scored, the kept ones go into the loss.
         3. Nothing is selected, in an evaluation or where the rule keeps all: one pass gives loss and statistics.
 
         Numbers are read from `exact`, the batch as it was before the forward that this is a part of: under FSDP2 mixed
@@ -493,8 +432,11 @@ class TIPTrainer(ResumableTrainer):
             # a micro-batch may hold nothing but what tools wrote
             if self.model.training and not self._keeps_all and len(student.hidden):
                 with naming_rollouts(asked):
-                    scores, selection = self._score_and_select(student, teacher, asked, inputs["completion_ids"][asked])
+                    scores = self._score_here(student, teacher, inputs["completion_ids"][asked])
+                    selection = self._selection.inside(scores, asked, exact["rollout_number"])
                 kept = selection.mask
+                if self._selection.is_whole:
+                    options["denominator"] = selection.total.clamp(min=1e-20)
                 # back to [B, T], so that an error about a kept row names its place
                 with naming_rollouts(asked.masked_scatter(asked, kept)):
                     loss, _ = teacher.take(kept).loss(
@@ -504,18 +446,13 @@ class TIPTrainer(ResumableTrainer):
                 with naming_rollouts(asked):
                     loss, scores = teacher.loss(student, None, fields=self._logged_fields(), **options)
         if self.model.training:
-            sums = tally(scores, selection)
-            self._sums = sums if self._sums is None else self._sums + sums
+            self._selection.add(scores, selection)
         return loss, scores.require("entropy").sum(), mask.sum()
 
-    def _score_and_select(
-        self, student: Head, teacher: Comparison, asked: Tensor, tokens: Tensor
-    ) -> tuple[TokenScores, Selection]:
-        rollout = torch.arange(len(asked), device=asked.device)[:, None].expand_as(asked)[asked]
-        fields = self._fields_now()
-        with torch.no_grad():
-            scores = self._scores(student, teacher if self._projects_teacher(fields) else None, fields, tokens)
-            return scores, self._select(scores, rollout)
+    @torch.no_grad()
+    def _score_here(self, student: Head, teacher: Comparison, tokens: Tensor) -> TokenScores:
+        fields = self.fields_now()
+        return self._scores(student, teacher if self._projects_teacher(fields) else None, fields, tokens)
 
     # Hidden states and lm_heads, for all stages; teachers see `hidden_rows` and `redirected` (`teachers.Surroundings`).
 
@@ -570,22 +507,19 @@ class TIPTrainer(ResumableTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _log_step(self) -> None:
-        assert self._sums is not None, "a training step tallies its tokens before it ends"
-        sums = self._sums
-        if not self._sums_are_global:
-            sums = self.accelerator.gather(sums[None]).sum(0)
-        self._sums, self._sums_are_global = None, False
+        sums = self._selection.take()
         totals = dict(zip(TALLIED, sums.tolist(), strict=True))
-        self._monitor.trained_tokens += round(totals["kept"])
+        self.monitor.trained_tokens += round(totals["kept"])
         figures = metrics(sums) | self._clock.take(totals["tokens"]) | self.teacher.metrics()
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
         # TRL logs the mean of what it finds here, and of these the last is meant
-        self._metrics["train"] |= {name: [value] for name, value in self._monitor.standing().items()}
+        self._metrics["train"] |= {name: [value] for name, value in self.monitor.standing().items()}
         if "selection/dropped_divergence" in figures:
-            warning = self._monitor.observe(figures["selection/dropped_divergence"])
+            warning = self.monitor.observe(figures["selection/dropped_divergence"])
             if warning:
                 logger.warning(f"Step {self.state.global_step}: {warning}")
+        self._selection.look_ahead()
 
     def _evaluate_tasks(self, tasks: list[Task]) -> None:
         figures = evaluate_tasks(self, tasks, self.args.eval_num_samples)

@@ -9,6 +9,7 @@ from .order import Order
 from .quadrants import quadrants
 from .registry import COMPLEMENT, RULES, needs_teacher, resolve_rule, rule_fields, rule_name
 from .rule import DRAWN, SCOPES, Rule
+from .running import Running, running_of
 
 __all__ = [
     "COMPLEMENT",
@@ -18,6 +19,7 @@ __all__ = [
     "SCOPES",
     "Order",
     "Rule",
+    "Running",
     "draw",
     "kept_counts",
     "needs_teacher",
@@ -25,5 +27,6 @@ __all__ = [
     "resolve_rule",
     "rule_fields",
     "rule_name",
+    "running_of",
     "select",
 ]

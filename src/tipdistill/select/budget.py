@@ -148,3 +148,20 @@ def inclusion(weight: Tensor, order: Tensor, group: Tensor, counts: Tensor) -> T
     bound = torch.full((len(counts),), math.inf, dtype=torch.float64, device=order.device)
     bound[group[first_out]] = -order[first_out]
     return (weight.double().clamp(min=LEAST) * bound[group]).clamp(max=1)
+
+
+def reaching(weight: Tensor, threshold: float) -> Tensor:
+    """Probability with which `priority` places each token at `threshold` or above: min(1, −w_i · threshold).
+
+    Args:
+        weight: float [N], ≥ 0, what `priority` was given.
+        threshold: negative, from other tokens, so that it says nothing of what was drawn here.
+
+    Returns:
+        float64 [N].
+
+    Example:
+        >>> reaching(torch.tensor([4.0, 1.0]), -0.5).tolist()
+        [1.0, 0.5]
+    """
+    return (weight.double().clamp(min=LEAST) * -threshold).clamp(max=1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,15 @@ from torch import Tensor
 from ..text import STAY_FINITE, check_known
 from ..types import Selection, TokenScores
 from . import budget
+from .normalize import Scales
 from .order import Order
 from .registry import RULES, resolve_rule
 from .rule import DRAWN, SCOPES, Rule
 
-__all__ = ["RULES", "draw", "kept_counts", "select"]
+if TYPE_CHECKING:
+    from .running import Running
+
+__all__ = ["RULES", "counts_of", "draw", "kept_counts", "score_of", "select"]
 
 SCORE = "the rule's score"  # in messages
 
@@ -28,7 +32,8 @@ def select(
     retention: float = 0.5,
     rollout: Tensor | None = None,
     scope: str | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    running: Running | None = None,
 ) -> Selection:
     """Choose the tokens that are trained on.
 
@@ -49,7 +54,11 @@ def select(
             read positions take the tokens of a rollout to be in their order.
         scope: "rollout" spends the budget inside each rollout, "batch" over all tokens; None: the rule's own, which is
             "rollout" for all but teachability.
-        generator: source of randomness of sampling rules; None: torch's default for the scores' device.
+        generator: source of randomness of sampling rules; one for each rollout, in the order of their numbers, draws
+            the same of a rollout whatever others are beside it; None: torch's default for the scores' device.
+        running: what the tokens of the step before told (`running_of`): their percentiles, minima and maxima in the
+            place of these tokens' own, over a batch the tokens that reach their threshold, about ρ of them, and weights
+            whose mean is about 1.
 
     Returns:
         Selection: mask bool [N], weight float32 [N] (1 for the kept tokens or what a weight rule gives them, 0 for the
@@ -80,7 +89,7 @@ def select(
     _check_shapes(scores, rollout)
     read = {f"statistic '{name}'": value for name, value in scores.present() if _reads(resolved, name)}
     try:
-        score = resolved.score(scores, Order.of(rollout)) if resolved.ordered else resolved.score(scores)
+        score = score_of(resolved, scores, rollout, Scales(None if running is None else running.scales))
     except Exception:  # a rule is anybody's code: a NaN that it was given may be why, and is told first
         if read:
             _check_numbers(read, rollout, resolved)
@@ -88,26 +97,65 @@ def select(
     _check_score(score, resolved, rollout)
     _check_numbers({**read, SCORE: score}, rollout, resolved)
     if resolved.budget == "weight":
-        return Selection(mask=score > 0, weight=score.detach().float(), score=score.detach().float())
+        mean = 1.0 if running is None or not running.mean_weight else running.mean_weight
+        return Selection(mask=score > 0, weight=(score / mean).float(), score=score.float())
     if resolved.budget == "all" or retention == 1:
         mask = torch.ones_like(rollout, dtype=torch.bool)
     else:
         spent_in = torch.zeros_like(rollout) if scope == "batch" else rollout
         _, group, sizes = spent_in.unique(return_inverse=True, return_counts=True)
-        order = draw(resolved, score, generator) if resolved.budget in DRAWN else score
-        kept = _counts(resolved, sizes, retention)
+        order = _drawn(resolved, score, rollout, generator) if resolved.budget in DRAWN else score
+        kept = counts_of(resolved, sizes, retention)
         if scope == "batch" and _keeps_every_rollout(resolved):
             best = budget.top_k(score, *_one_each(rollout))
             order = order.masked_fill(best, math.inf)
             kept = kept.clamp(min=int(best.sum()))
         # a complement keeps what comes last in the very same order
-        first = budget.top_k(order, group, sizes - kept if resolved.complement else kept)
+        if running is not None and running.threshold is not None and scope == "batch":
+            first = order >= running.threshold
+        else:
+            first = budget.top_k(order, group, sizes - kept if resolved.complement else kept)
         mask = ~first if resolved.complement else first
         if resolved.budget == "importance":
-            share = kept.sum() / len(score)
-            weight = torch.where(mask, share / budget.inclusion(score, order, group, kept), 0.0)
+            if running is not None and running.threshold is not None and scope == "batch":
+                chance = budget.reaching(score, running.threshold)
+            else:
+                chance = budget.inclusion(score, order, group, kept)
+            share = kept.sum() / len(score) if running is None else retention
+            weight = torch.where(mask, share / chance, 0.0)
             return Selection(mask, weight.float(), score.detach().float(), inverse_probability=True)
     return Selection(mask=mask, weight=mask.float(), score=score.detach().float())
+
+
+def score_of(rule: Rule, scores: TokenScores, rollout: Tensor | None, scales: Scales) -> Tensor:
+    """The score of each token, float [N].
+
+    Args:
+        rule: whose.
+        scores: statistics of N tokens.
+        rollout: int64 [N], which rollout each belongs to; None: one rollout.
+        scales: where percentiles, minima and maxima come from, or where those of these tokens are put down.
+    """
+    if rule.ordered:
+        if rollout is None:
+            _, some = next(scores.present())
+            rollout = torch.zeros(some.shape, dtype=torch.int64, device=some.device)
+        return rule.score(scores, Order.of(rollout))
+    return rule.score(scores, scales) if rule.scaled else rule.score(scores)
+
+
+def _drawn(
+    rule: Rule, score: Tensor, rollout: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
+    if generator is None or isinstance(generator, torch.Generator):
+        return draw(rule, score, generator)
+    numbers = rollout.unique().tolist()
+    if len(numbers) != len(generator):
+        raise ValueError(f"give one generator for each of the {len(numbers)} rollouts, got {len(generator)}.")
+    order = torch.empty(len(score), dtype=torch.float64, device=score.device)
+    for number, own in zip(numbers, generator, strict=True):
+        order[rollout == number] = draw(rule, score[rollout == number], own)
+    return order
 
 
 def draw(rule: Rule, score: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -159,12 +207,13 @@ def kept_counts(
         raise ValueError(f"lengths must be int64 counts of tokens ≥ 0, got {lengths.dtype}: {lengths.tolist()}.")
     resolved = resolve_rule(rule)
     if scope == "rollout":
-        return _counts(resolved, lengths, retention)
-    counts = _counts(resolved, lengths.sum().reshape(1), retention)
+        return counts_of(resolved, lengths, retention)
+    counts = counts_of(resolved, lengths.sum().reshape(1), retention)
     return counts.clamp(min=int((lengths > 0).sum())) if _keeps_every_rollout(resolved) else counts
 
 
-def _counts(rule: Rule, lengths: Tensor, retention: float) -> Tensor:
+def counts_of(rule: Rule, lengths: Tensor, retention: float) -> Tensor:
+    """Tokens that a rule keeps of groups of these lengths, int64 [G] both."""
     if rule.budget in ("all", "weight") or retention == 1:
         return lengths
     if rule.complement:

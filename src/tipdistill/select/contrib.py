@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..types import TokenScores
-from .normalize import between_percentiles, clipped_entropy
+from .normalize import Scales, between_percentiles, clipped_entropy, extremes
 from .order import Order
 from .rule import Rule
 from .rules import either, entropy
@@ -35,18 +35,19 @@ def entropy_jsd(scores: TokenScores) -> Tensor:
     return entropy(scores) * (scores.require("jsd").clamp(min=0) / math.log(2))
 
 
-def teachability(scores: TokenScores) -> Tensor:
+def teachability(scores: TokenScores, scales: Scales | None = None) -> Tensor:
     """N(D) · N(C): D the forward KL on both models' likeliest tokens, C the teacher's mass on the student's.
 
     N clips to the 5th and 95th percentile and scales to [0, 1] (arXiv 2605.26844).
     """
     divergence, compatibility = scores.require("top16_forward_kl"), scores.require("top16_teacher_mass")
-    return between_percentiles(divergence) * between_percentiles(compatibility)
+    return between_percentiles(divergence, scales=scales) * between_percentiles(compatibility, scales=scales)
 
 
-def teachability_soft_or(scores: TokenScores) -> Tensor:
+def teachability_soft_or(scores: TokenScores, scales: Scales | None = None) -> Tensor:
     """ĥ + N(DC) − ĥ·N(DC) with the D and C of `teachability` (arXiv 2605.26844)."""
-    return either(clipped_entropy(scores.require("entropy_norm")), between_percentiles(teachability(scores)))
+    h = clipped_entropy(scores.require("entropy_norm"), scales)
+    return either(h, between_percentiles(teachability(scores, scales), scales=scales))
 
 
 def selectkd(scores: TokenScores) -> Tensor:
@@ -69,15 +70,18 @@ def prefix_compatibility(scores: TokenScores, order: Order) -> Tensor:
     return ((1 - PENALTY * (order.before(bad) + bad)).clamp(0, 1) + LEAST_WEIGHT).float()
 
 
-def confidence_ratio(scores: TokenScores) -> Tensor:
+def confidence_ratio(scores: TokenScores, scales: Scales | None = None) -> Tensor:
     """(1 + α(1 − H_T / max H_T)) · (1 + β · H_S / max H_S), scaled to mean 1 (FiRe-OPD, arXiv 2606.02684).
 
     α = β = 1 are ours.
     """
     h, teacher = (scores.require(name).clamp(min=0) for name in ("entropy", "teacher_entropy"))
-    tiny = torch.finfo(h.dtype).tiny
-    weight = (2 - teacher / teacher.max().clamp(min=tiny)) * (1 + h / h.max().clamp(min=tiny))
-    return weight / weight.mean()
+    scales, tiny = scales or Scales(), torch.finfo(h.dtype).tiny
+    (_, teachers), (_, students) = scales.ends(teacher, extremes), scales.ends(h, extremes)
+    weight = (2 - teacher / teachers.clamp(min=tiny)) * (1 + h / students.clamp(min=tiny))
+    _, mean = scales.ends(weight, lambda values: (torch.zeros_like(values[0]), values.mean()))
+    # others' largest may be less than one of these, which then would weigh less than nothing
+    return (weight / mean).clamp(min=0)
 
 
 def entropy_gap(scores: TokenScores) -> Tensor:
@@ -100,17 +104,20 @@ def signal_to_curvature(scores: TokenScores) -> Tensor:
 CONTRIB: dict[str, Rule] = {
     "hellinger": Rule(hellinger, ("hellinger",)),
     "entropy_jsd_sampling": Rule(entropy_jsd, ("entropy_norm", "jsd"), "sample"),
-    "teachability": Rule(teachability, ("top16_forward_kl", "top16_teacher_mass"), scope="batch", every_rollout=True),
+    "teachability": Rule(
+        teachability, ("top16_forward_kl", "top16_teacher_mass"), scope="batch", every_rollout=True, scaled=True
+    ),
     "teachability_soft_or": Rule(
         teachability_soft_or,
         ("entropy_norm", "top16_forward_kl", "top16_teacher_mass"),
         scope="batch",
         every_rollout=True,
+        scaled=True,
     ),
     "selectkd": Rule(selectkd, ("argmax_in_top5",), "weight"),
     "position": Rule(position, (), "weight", ordered=True),
     "prefix_compatibility": Rule(prefix_compatibility, ("top16_overlap",), "weight", ordered=True),
-    "confidence_ratio": Rule(confidence_ratio, ("entropy", "teacher_entropy"), "weight"),
+    "confidence_ratio": Rule(confidence_ratio, ("entropy", "teacher_entropy"), "weight", scaled=True),
     "entropy_gap": Rule(entropy_gap, ("entropy", "teacher_entropy"), "weight"),
     "cumulative_advantage": Rule(cumulative_advantage, ("student_logprob", "teacher_logprob"), "weight", ordered=True),
     # tried, and below where training began on all three tasks: docs/replication.md

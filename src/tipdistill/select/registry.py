@@ -24,9 +24,9 @@ RULES: dict[str, Rule] = {
     "random": Rule(rules.uniform, (), "sample"),
     "entropy": Rule(rules.entropy, ("entropy_norm",)),
     "entropy_sampling": Rule(rules.entropy, ("entropy_norm",), "sample"),
-    "soft_or": Rule(rules.soft_or, ("entropy_norm", "reverse_kl")),
-    "soft_or_log": Rule(rules.soft_or_log, ("entropy_norm", "reverse_kl")),
-    "q3": Rule(rules.q3, ("entropy_norm", "forward_kl")),
+    "soft_or": Rule(rules.soft_or, ("entropy_norm", "reverse_kl"), scaled=True),
+    "soft_or_log": Rule(rules.soft_or_log, ("entropy_norm", "reverse_kl"), scaled=True),
+    "q3": Rule(rules.q3, ("entropy_norm", "forward_kl"), scaled=True),
     "divergence": Rule(rules.divergence, ("reverse_kl",)),
     "gradient_norm": Rule(rules.gradient_norm, ("gradient_norm",)),
     "gradient_norm_sampling": Rule(rules.gradient_norm, ("gradient_norm",), "importance"),
@@ -52,7 +52,8 @@ def resolve_rule(rule: str | Callable[[TokenScores], Tensor] | Rule) -> Rule:
     if isinstance(rule, Rule):
         return rule
     if callable(rule):
-        return Rule(rule, _declared_fields(rule), ordered=bool(getattr(rule, "ordered", False)))
+        ordered, scaled = bool(getattr(rule, "ordered", False)), getattr(rule, "scaled", None)
+        return Rule(rule, _declared_fields(rule), ordered=ordered, scaled=None if scaled is None else bool(scaled))
     if not isinstance(rule, str):
         raise ValueError(f"a rule is a name, a dotted path or a function of TokenScores, got {rule!r}.")
     if rule.startswith(COMPLEMENT):

@@ -24,7 +24,8 @@ class Rule:
     function and a line of `CONTRIB`; the end of docs/rules.md has the whole list.
 
     Attributes:
-        score: TokenScores → float [N]; (TokenScores, Order) → float [N] where `ordered`.
+        score: TokenScores → float [N]; (TokenScores, Order) → float [N] where `ordered`; (TokenScores, Scales) →
+            float [N] where `scaled`.
         fields: names of the statistics that it reads; None: those that `token_scores` computes by default.
         budget: "top" keeps the highest scores; "sample" draws ∝ score without replacement; "importance" draws likewise
             and weighs what it keeps by the inverse of its probability, so that the loss and its gradient are those of
@@ -34,6 +35,9 @@ class Rule:
         scope: where the budget is spent unless the caller says so, "rollout" or "batch".
         every_rollout: over a batch too, keep the best token of each rollout before any other.
         ordered: the score reads where the tokens stand in their rollouts.
+        scaled: the score scales by percentiles, minima or maxima of the tokens given, and takes the `Scales` that hold
+            them beside the scores; False: it reads each token alone; None: nobody knows, as of a plain function, and
+            then it is not trained with normalization="running".
 
     Raises:
         ValueError: an unknown budget, scope or statistic (the nearest is given), or an importance sample that is to
@@ -54,12 +58,15 @@ class Rule:
     scope: str = "rollout"
     every_rollout: bool = False
     ordered: bool = False
+    scaled: bool | None = False
 
     def __post_init__(self) -> None:
         check_known("a rule's budget", self.budget, BUDGETS)
         check_known("a rule's scope", self.scope, SCOPES)
         for name in self.fields or ():
             check_known("a statistic that a rule reads", name, STATISTICS)
+        if self.ordered and self.scaled:
+            raise ValueError("a rule's score takes the Order of its tokens or their Scales, not both.")
         if self.budget == "importance" and (self.complement or self.every_rollout):
             raise ValueError(
                 "a rule with the budget 'importance' has no complement and keeps no token for certain: take 'sample'."

@@ -102,10 +102,10 @@ def _obstacle(args: Any, sees: bool, plain: bool) -> str | None:
     if plain:
         return "its prompt is plain: give conversational prompts (lists of messages)."
     keeps_all = resolve_rule(args.selection_rule).budget == "all" and not args.teacher_offload
-    if args.teacher_url is not None or (args.normalization == "batch" and not keeps_all):
+    if args.teacher_url is not None or (args.normalization != "micro_batch" and not keeps_all):
         return (
-            'normalization="batch" does not score multimodal inputs yet. Use normalization="micro_batch" with a local '
-            "teacher, which scores inside the loss."
+            f'normalization="{args.normalization}" does not score multimodal inputs yet. Use '
+            'normalization="micro_batch" with a local teacher, which scores inside the loss.'
         )
     return None
 

@@ -196,8 +196,8 @@ def reset_peak_memory() -> None:
 
 
 class TrainingMonitor(TrainerCallback, ExportableState):
-    """What must survive a resume: the tokens trained on so far and the drift guard's baseline. It stops a run whose
-    gradient is exactly 0.
+    """What must survive a resume: the tokens trained on so far, what those of the last step tell the next (`Running`),
+    and the drift guard's baseline. It stops a run whose gradient is exactly 0.
 
     The drift guard: a run on few tokens can collapse through the tokens that are never trained, and only their
     divergence shows it in time. The baseline is the mean dropped divergence of the first `BASELINE_STEPS` observations;
@@ -215,6 +215,7 @@ class TrainingMonitor(TrainerCallback, ExportableState):
         self.configured = retention
         self.raised = max(retention, drift_retention or 0.0)
         self.trained_tokens = 0
+        self.running: dict[str, Any] | None = None
         self.baseline: list[float] = []
         self.drifting = False
         self.has_drifted = False
@@ -261,6 +262,7 @@ class TrainingMonitor(TrainerCallback, ExportableState):
             },
             "attributes": {
                 "trained_tokens": self.trained_tokens,
+                "running": self.running,
                 "baseline": list(self.baseline),
                 "drifting": self.drifting,
                 "has_drifted": self.has_drifted,

@@ -1,6 +1,7 @@
 """The language model's demo in miniature: SmolLM2's tokenizer and chat template, and a tiny model in its place."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -58,6 +59,24 @@ def test_it_writes_a_table_answers_a_map_and_the_report(finished, capsys):
     shown = capsys.readouterr().out
     assert "before healing" in shown
     assert "report.html" in shown
+
+
+def test_the_results_in_the_documents_are_those_of_one_full_run():
+    root = Path(__file__).parents[1] / "docs" / "demo" / "lm"
+    result = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    grid = yaml.safe_load((demo_lm.GRIDS / "demo-lm.yaml").read_text(encoding="utf-8"))
+    assert result["settings"]["max_steps"] == grid["overrides"]["max_steps"]
+    assert result["settings"]["learning_rate"] == float(grid["learning_rates"])
+    assert len(result["dropped"]) == demo_lm.LAYERS
+    assert [row["name"] for row in result["rows"]] == list(grid["cells"])
+    assert (root / "results.md").read_text(encoding="utf-8") == demo_lm.as_markdown(result)
+    page = (root.parents[1] / "smollm2.md").read_text(encoding="utf-8")
+    table, note, answers = demo_lm.as_markdown(result).strip().split("\n\n")
+    assert table in page
+    assert answers in page
+    assert note in " ".join(page.split())
+    assert max(row["peak_memory_gib"] for row in result["rows"]) < 6
+    assert result["machine"]["commit"]
 
 
 def test_the_grid_reads_what_its_directory_holds(tmp_path):

@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import tipdistill
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +28,22 @@ def test_it_explains_the_quadrants_and_soft_or_before_it_uses_them():
 
 
 def test_the_result_table_is_the_one_the_demo_wrote():
-    written = (ROOT / "docs" / "demo" / "results.md").read_text(encoding="utf-8").strip()
+    written = (ROOT / "docs" / "demo" / "lm" / "results.md").read_text(encoding="utf-8").partition("\n\n")[0]
     assert len(written.splitlines()) > 6
-    assert written in README, "copy docs/demo/results.md into README.md"
+    assert written in README, "copy the table of docs/demo/lm/results.md into README.md"
+
+
+def test_what_it_says_of_the_table_is_so():
+    result = json.loads((ROOT / "docs" / "demo" / "lm" / "results.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in result["rows"]}
+    assert len(result["dropped"]) / 30 == pytest.approx(1 / 3)
+    assert rows["all tokens"]["reverse_kl"]["mean"] < result["before"]["reverse_kl"]["mean"] / 2
+    assert rows["Soft-OR"]["gain_share"]["mean"] > 0.95  # "nearly what all do"
+    assert rows["gradient_norm_sampling"]["gain_share"]["mean"] > 0.9  # "most of it"
+    low, high = rows["gradient_norm_sampling"]["to_random"]["interval"]
+    assert low < 0 < high  # "not told apart from a random tenth"
+    # "a quarter of an hour", the pair and the answers included
+    assert 8 * 60 < sum(row["seconds"] for row in result["rows"]) < 15 * 60
 
 
 def test_the_figures_of_the_head_stage_are_the_measured_ones():

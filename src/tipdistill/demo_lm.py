@@ -26,6 +26,7 @@ from .text import markdown_table
 GRID = "demo-lm"
 # dropped: without six the student still writes, and heals too slowly to be seen in minutes
 LAYERS = 10
+_COMPARED = ("gain_share", "to_random")
 # of the map, and of the answers that are shown
 _MAP_PROMPTS, _MAP_TOKENS = 32, 32
 _SHOWN = ("Name two facts about rabbits.", "Write a short sentence about bees.", "Explain snow to a child.")
@@ -98,13 +99,15 @@ def _run(grid: Grid, threads: int, say: Callable[[str], None], layers: int) -> d
                 **{name: row[name] for name in ("name", "rule", "retention", "seconds", "peak_memory_gib")},
                 "trained_tokens": int(row["trained_tokens"]),
                 **{name: _figure(row["tasks"][test]) for name, test in tasks.items()},
+                # of the divergence, which is the first
+                **{name: _figure(share) for name in _COMPARED if (share := row["tasks"][grid.test[0]].get(name))},
             }
             for row in swept["rows"]
         ],
         "machine": {name: swept[name] for name in ("hardware", "versions", "commit", "measured")},
     }
     write_text(root / "results.json", json.dumps(result, indent=2) + "\n")
-    write_text(root / "results.md", f"{markdown_table(*table(result))}\n\n{markdown_table(*answers(result))}\n")
+    write_text(root / "results.md", as_markdown(result))
     _report(root, cells)
     return result
 
@@ -203,28 +206,54 @@ def _report(root: Path, cells: Cells) -> None:
     write_report([cells.path(shown)], root / "report.html")
 
 
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """results.md: the table, what it comes to, three answers."""
+    parts = [markdown_table(*table(result)), note(result), markdown_table(*answers(result))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of the demo's table, of what results.json holds."""
 
-    def line(name: str, kept: str, row: Mapping[str, Any], tokens: str, time: str) -> list[str]:
-        return [name, kept, *(_with_interval(row[measure]) for measure in measured), tokens, time]
+    def line(name: str, row: Mapping[str, Any], *rest: str) -> list[str]:
+        divergence = row[measured[0]]
+        low, high = divergence["interval"]
+        accuracies = [f"{row[task]['mean']:.2f}" for task in measured[1:]]
+        return [name, f"{divergence['mean']:.2f} [{low:.2f}, {high:.2f}]", *accuracies, *rest]
 
     measured = result["measured"]
-    titles = [{"reverse_kl": "reverse KL, nats"}.get(name, name) for name in measured]
-    headings = ["rule", "retention", *titles, "tokens trained on", "time"]
-    lines = [line("before healing", "", result["before"], "", "")]
+    headings = ["rule", "reverse KL, nats", *measured[1:], "tokens", "time"]
+    lines = [line("before healing", result["before"], "", "")]
     for row in result["rows"]:
-        kept = f"{100 * row['retention']:.0f} %"
-        lines.append(line(row["name"], kept, row, f"{row['trained_tokens']:,}", f"{row['seconds']:.0f} s"))
-    teacher = result["teacher_accuracy"]
-    of_teacher = [f"{teacher[name]:.2f}" if name in teacher else "0" for name in measured]
-    lines.append(["the teacher", "", *of_teacher, "", ""])
+        name = row["name"] if row["retention"] == 1 else f"{row['name']} {100 * row['retention']:.0f} %"
+        lines.append(line(name, row, f"{row['trained_tokens']:,}", f"{row['seconds']:.0f} s"))
+    of_teacher = [f"{result['teacher_accuracy'][name]:.2f}" for name in measured[1:]]
+    lines.append(["the teacher", "0", *of_teacher, "", ""])
     return headings, lines
 
 
-def _with_interval(figure: Mapping[str, Any]) -> str:
-    low, high = figure["interval"]
-    return f"{figure['mean']:.2f} [{low:.2f}, {high:.2f}]"
+def note(result: Mapping[str, Any]) -> str:
+    """What the table comes to: the share of the gain of each row, and whether it beats random tokens.
+
+    Example:
+        >>> kept = {"name": "Soft-OR", "retention": 0.5, "gain_share": {"mean": 0.98, "interval": [0.94, 1.02]}}
+        >>> note({"rows": [kept]})
+        'Of what all tokens gain, Soft-OR at 50 % keeps 98 % [94 %, 102 %].'
+    """
+    shares, against = [], []
+    for row in result["rows"]:
+        name = f"{row['name']} at {100 * row['retention']:.0f} %"
+        if "gain_share" in row:
+            low, high = row["gain_share"]["interval"]
+            shares.append(
+                f"{name} keeps {100 * row['gain_share']['mean']:.0f} % [{100 * low:.0f} %, {100 * high:.0f} %]"
+            )
+        if "to_random" in row:
+            mean, (low, high) = row["to_random"]["mean"], row["to_random"]["interval"]
+            said = "is better than" if high < 0 else "is worse than" if low > 0 else "is not told apart from"
+            against.append(f"{name} {said} as many random tokens ({mean:+.2f} nats [{low:+.2f}, {high:+.2f}]).")
+    sentences = [f"Of what all tokens gain, {', '.join(shares)}."] if shares else []
+    return " ".join([*sentences, *against])
 
 
 def answers(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -232,5 +261,6 @@ def answers(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     after = result["rows"][1]["name"] if len(result["rows"]) > 1 else result["rows"][0]["name"]
     headings = ["prompt", "the teacher", "the student before", f"after ({after})"]
     return headings, [
-        [" ".join(row[name].split()) for name in ("prompt", "teacher", "before", after)] for row in result["answers"]
+        [" ".join(row[name].split()) or "(nothing)" for name in ("prompt", "teacher", "before", after)]
+        for row in result["answers"]
     ]

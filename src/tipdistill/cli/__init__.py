@@ -34,6 +34,7 @@ COMMANDS = {
         ".recipes",
         "list the packaged recipes; `show NAME` prints one, `schema` says where their JSON schema is",
     ),
+    "completion": (".completion", "print what bash or zsh needs to complete commands and flags"),
 }
 
 # what a signal that ends a command at once leaves, and the flags that the same command then wants to go on

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sweep.workers import cores
+from .flags import Parser
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +17,34 @@ def main(argv: list[str]) -> int:
     Args:
         argv: the arguments after `tipdistill demo`.
     """
-    parser = argparse.ArgumentParser(prog="tipdistill demo", description=__doc__)
+    options = parser().read(argv)
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must be in [0, 2³²), got {options.seed}.")
+    available = cores()
+    if options.task == "smollm2":
+        if options.workers is not None:
+            raise ValueError("--workers: of smollm2 one run is at work at a time, to keep to 6 GiB.")
+        return _language_model(options, available)
+    workers = options.workers if options.workers is not None else min(6, available, max(2, available // 2))
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}.")
+
+    from .. import demo  # after --help and the flags' own errors: it loads torch
+
+    started = time.monotonic()
+    print(f"tipdistill demo: four-digit addition, one character per token. {demo.PLANTED}", flush=True)
+    name = "demo-quick" if options.quick else "demo"
+    grid = demo.demo_grid(name, options.output_dir, options.seed)
+    result = demo.run(grid, demo.TAUGHT[name], workers, threads=max(1, available // workers))
+    show(result, grid.output_dir, time.monotonic() - started)
+    if options.quick:
+        print("This was a short version: shorter training, fewer runs. `tipdistill demo` trains to the end.")
+    return 0
+
+
+def parser() -> Parser:
+    """The flags of `tipdistill demo`."""
+    parser = Parser("demo", __doc__, defaults=False)
     parser.add_argument(
         "task",
         nargs="?",
@@ -33,29 +61,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--workers", type=int, help="runs at a time (default: one per two cores, at most 6, at least 2)"
     )
-    options = parser.parse_args(argv)
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed must be in [0, 2³²), got {options.seed}")
-    available = cores()
-    if options.task == "smollm2":
-        if options.workers is not None:
-            parser.error("--workers: of smollm2 one run is at work at a time, to keep to 6 GiB")
-        return _language_model(options, available)
-    workers = options.workers if options.workers is not None else min(6, available, max(2, available // 2))
-    if workers < 1:
-        parser.error(f"--workers must be at least 1, got {workers}")
-
-    from .. import demo  # after --help and the flags' own errors: it loads torch
-
-    started = time.monotonic()
-    print(f"tipdistill demo: four-digit addition, one character per token. {demo.PLANTED}", flush=True)
-    name = "demo-quick" if options.quick else "demo"
-    grid = demo.demo_grid(name, options.output_dir, options.seed)
-    result = demo.run(grid, demo.TAUGHT[name], workers, threads=max(1, available // workers))
-    show(result, grid.output_dir, time.monotonic() - started)
-    if options.quick:
-        print("This was a short version: shorter training, fewer runs. `tipdistill demo` trains to the end.")
-    return 0
+    return parser
 
 
 def _language_model(options: argparse.Namespace, threads: int) -> int:
@@ -81,7 +87,7 @@ def show_language_model(result: dict[str, Any], directory: Path, seconds: float)
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from ..demo_lm import answers
+    from ..demo_lm import answers, note
     from ..demo_lm import table as table_of
     from ..terminal import PlainConsole
 
@@ -89,10 +95,11 @@ def show_language_model(result: dict[str, Any], directory: Path, seconds: float)
     headings, lines = table_of(result)
     table = Table(title=f"{result['teacher']}, pruned and healed; held out, in brackets: 95 %", box=SIMPLE_HEAD)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "rule" else "right")
+        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=heading == "rule")
     for line in lines:
         table.add_row(*line)
     console.print(table)
+    console.print(f"{note(result)}\n", soft_wrap=True)
     names, rows = answers(result)
     for row in rows:
         console.print("\n".join(f"{name}: {text}" for name, text in zip(names, row, strict=True)), soft_wrap=True)

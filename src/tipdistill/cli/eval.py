@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from ..documents import read_text
 from ..terminal import say
 from ..text import markdown_table, printable, with_error
+from .flags import Parser, mapping
 
 
 def main(argv: list[str]) -> int:
@@ -24,8 +24,7 @@ def main(argv: list[str]) -> int:
         ValueError: a flag that does not fit, an unknown task, a directory in use.
         OSError: a server that died; what was sampled is kept, and `--resume` goes on.
     """
-    parser = _parser()
-    flags = parser.parse_args(argv)
+    flags = parser().read(argv)
     # after --help and the flags' own errors: these load torch
     from ..evaluate.answers import Verifiers
     from ..evaluate.engines import Sampling, open_engine
@@ -111,13 +110,13 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tipdistill eval",
-        allow_abbrev=False,
-        description="mean@k, pass@k and maj@k of a model on tasks; every sample is kept in OUTPUT_DIR/samples.",
+def parser() -> Parser:
+    """The flags of `tipdistill eval`."""
+    parser = Parser(
+        "eval",
+        "mean@k, pass@k and maj@k of a model on tasks; every sample is kept in OUTPUT_DIR/samples.",
+        defaults=False,
     )
-    parser.error = _refuse  # type: ignore[method-assign]
     add = parser.add_argument
     add("--model", required=True, help="directory or hub id; with --base_url, the name that the server knows")
     add(
@@ -168,10 +167,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse(message: str) -> Any:
-    raise ValueError(message)
-
-
 def _numbers(text: str) -> Sequence[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -186,17 +181,6 @@ def _template(given: str | None) -> str | None:
     except OSError:  # longer than a file's name can be
         is_file = False
     return read_text(given) if is_file and given is not None else given
-
-
-def mapping(text: str) -> dict[str, Any]:
-    """A flag's JSON object."""
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
-    return parsed
 
 
 class _Progress:

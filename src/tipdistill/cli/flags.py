@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..pair import DTYPES, PairConfig
 from ..text import nearest
-from .eval import mapping
+
+if TYPE_CHECKING:
+    from ..pair import PairConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +46,8 @@ class Parser(argparse.ArgumentParser):
 
 def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens: int) -> Parser:
     """A parser with the arguments of a student, a teacher, prompts and rollouts."""
+    from ..pair import DTYPES
+
     parser = Parser(command, description)
     add = parser.add_argument_group("models and prompts").add_argument
     add("--model", required=True, help="student: a directory or a hub id")
@@ -84,7 +88,20 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
 
 def pair_of(options: argparse.Namespace) -> PairConfig:
     """Models, prompts and sampling, of the flags of `pair_parser`."""
+    from ..pair import PairConfig
+
     return PairConfig(**{field.name: getattr(options, field.name) for field in fields(PairConfig)})
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """A flag's JSON object."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
+    return parsed
 
 
 def at_least(least: int) -> Any:

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ValueError, FileNotFoundError: models that cannot be read or do not match, or a recipe that is there.
     """
-    options = _parser().read(argv)
+    options = parser().read(argv)
     path = Path(options.output)
     if path.exists():
         raise ValueError(f"{path} is there already: choose another --output.")
@@ -161,7 +161,8 @@ def _quoted(text: str) -> str:
     return text if plain else json.dumps(text)
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """The flags of `tipdistill init`."""
     parser = Parser("init", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="student: a directory or a hub id")

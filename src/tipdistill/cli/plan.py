@@ -16,6 +16,7 @@ from ..plan.recipe import setup_of_recipe
 from ..recipes.read import read_values
 from ..terminal import say
 from ..text import check_known
+from .flags import Parser
 
 _DESCRIPTION = """\
 Memory and time per GPU of a recipe, from the models' configurations alone: nothing is loaded, no GPU is needed.
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
         ValueError: an unknown flag, key or name (the nearest is given), or a size that cannot be.
         FileNotFoundError: no such recipe or machine file.
     """
-    own, rest = _parser().parse_known_args(argv)
+    own, rest = parser().parse_known_args(argv)
     for name in ("gpus", "memory", "prompt_tokens"):
         value = getattr(own, name)
         if value is not None and not 0 < value < math.inf:
@@ -56,14 +57,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tipdistill plan",
-        usage="tipdistill plan --config RECIPE [--gpus N] [--machine NAME] [--json FILE] [--field value ...]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def parser() -> Parser:
+    """The flags of `tipdistill plan` that no recipe has."""
+    parser = Parser("plan", _DESCRIPTION, defaults=False)
+    parser.usage = "tipdistill plan --config RECIPE [--gpus N] [--machine NAME] [--json FILE] [--field value ...]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--gpus", type=int, default=1, help="GPUs of the run (default 1)")
     add("--machine", default="h100", help=f"a GPU's rates: {', '.join(MACHINES)}, or FILE.yaml (default h100)")

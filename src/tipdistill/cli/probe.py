@@ -17,7 +17,7 @@ from ..pair import Pair, PairConfig, about_of, load_models, read_pair, sampled
 from ..probe import PARAMETERS, RETENTIONS, RULES, Settings
 from ..records import About, RecordsWriter
 from ..terminal import PlainConsole, say
-from .flags import pair_of, pair_parser
+from .flags import Parser, pair_of, pair_parser
 
 PROBE_FILE = "probe.json"
 _WIDTH = 126
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ValueError, FileNotFoundError, ImportError: anything that can be refused before weights are loaded.
     """
-    options = _parser().read(argv)
+    options = parser().read(argv)
     directory = Path(options.output_dir)
     with alone(directory, "probe"):
         return _probe(options, directory)
@@ -56,7 +56,8 @@ def _probe(options: argparse.Namespace, directory: Path) -> int:
     return 0
 
 
-def _parser() -> Any:
+def parser() -> Parser:
+    """The flags of `tipdistill probe`."""
     parser = pair_parser("probe", __doc__, max_prompts=64, max_new_tokens=1024)
     add = parser.add_argument_group("probe").add_argument
     add("--rules", default=",".join(RULES), help="selection rules, separated by commas; random is the control")

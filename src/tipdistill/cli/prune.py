@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ValueError, FileNotFoundError: a model or a file that cannot be read, layers out of range, a directory in use.
     """
-    options = _parser().read(argv)
+    options = parser().read(argv)
     directory = Path(options.output_dir)
     if (directory / "config.json").exists():
         raise ValueError(f"{directory} holds a model already: choose another --output_dir.")
@@ -60,7 +60,8 @@ def _prune(options: Any, directory: Path) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """The flags of `tipdistill prune`."""
     parser = Parser("prune", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="the teacher: a directory or a hub id")

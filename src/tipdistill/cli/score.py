@@ -14,7 +14,7 @@ from ..pair import about_of, read_pair, write_scored
 from ..records import SIDECAR_FILE, TOKENS_FILE, About, Records, RecordsWriter, open_records
 from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
 from ..terminal import PlainConsole, say
-from .flags import pair_of, pair_parser
+from .flags import Parser, pair_of, pair_parser
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ValueError, FileNotFoundError, ImportError: anything that can be refused before weights are loaded.
     """
-    options = _parser().read(argv)
+    options = parser().read(argv)
     directory = Path(options.output_dir)
     with alone(directory, "scoring"):
         return _score(options, directory)
@@ -54,7 +54,8 @@ def _score(options: Any, directory: Path) -> int:
     return 0
 
 
-def _parser() -> Any:
+def parser() -> Parser:
+    """The flags of `tipdistill score`."""
     parser = pair_parser("score", __doc__, max_prompts=100, max_new_tokens=1024)
     add = parser.add_argument_group("records").add_argument
     add("--rules", default="soft_or", help="selection rules, the main one first, separated by commas")

@@ -26,23 +26,7 @@ def main(argv: list[str]) -> int:
         ValueError, FileNotFoundError: a grid, a recipe, a model or a file that would not run, cells that were made with
             other settings, or another sweep in the same directory.
     """
-    parser = Parser(
-        "sweep",
-        "Run rule × retention × learning rate × seed over a recipe, and compare with intervals.",
-        defaults=False,
-    )
-    parser.add_argument("grid", type=Path, help="YAML: base, cells, learning_rates, seeds, test, ... (docs/sweep.md)")
-    parser.add_argument(
-        "--output_dir", type=Path, help="where everything goes (default: the grid's, or runs/<its name>)"
-    )
-    parser.add_argument("--workers", type=int, help="cells at a time (default: one per core; with a GPU one)")
-    parser.add_argument("--threads", type=int, help="of each worker (default: the cores divided among the workers)")
-    parser.add_argument("--dry_run", action="store_true", help="check everything, say what would run, run nothing")
-    parser.add_argument(
-        "--rerun_changed", action="store_true", help="run cells again that were made with other settings or versions"
-    )
-    parser.add_argument(FLAG, action="store_true", help="run the code that the grid and its recipe name")
-    options = parser.read(argv)
+    options = parser().read(argv)
     for name in ("workers", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}.")
@@ -62,6 +46,27 @@ def main(argv: list[str]) -> int:
         say(f"{len(failed)} cells failed; the same command tries them again, {directory / LOG} has why:")
         say("\n".join(f"  {key}: {why}" for key, why in failed.items()))
     return 1 if failed else 0
+
+
+def parser() -> Parser:
+    """The flags of `tipdistill sweep`."""
+    parser = Parser(
+        "sweep",
+        "Run rule × retention × learning rate × seed over a recipe, and compare with intervals.",
+        defaults=False,
+    )
+    parser.add_argument("grid", type=Path, help="YAML: base, cells, learning_rates, seeds, test, ... (docs/sweep.md)")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where everything goes (default: the grid's, or runs/<its name>)"
+    )
+    parser.add_argument("--workers", type=int, help="cells at a time (default: one per core; with a GPU one)")
+    parser.add_argument("--threads", type=int, help="of each worker (default: the cores divided among the workers)")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, say what would run, run nothing")
+    parser.add_argument(
+        "--rerun_changed", action="store_true", help="run cells again that were made with other settings or versions"
+    )
+    parser.add_argument(FLAG, action="store_true", help="run the code that the grid and its recipe name")
+    return parser
 
 
 def _is_packaged(path: Path) -> bool:

@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 VERL_VENV ?= .venv-verl
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo demo-lm replicate replicate-small bench gpu crash fuzz test test-verl test-vllm lint format clean
+.PHONY: demo demo-lm replicate replicate-small bench gpu crash fuzz test test-verl test-vllm lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tipdistill demo
@@ -90,6 +90,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site, in build/site; `make docs SERVE=1` shows it while it is written.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(SERVE),serve,build --strict)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

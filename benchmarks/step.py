@@ -70,7 +70,7 @@ PRESETS = {
     "tiny": StepSettings("tiny-student", "tiny-teacher", 16_384, 8, 1, 64, "float32", "cpu"),
     # after python -m tipdistill.tasks smollm2
     "smollm2": StepSettings(
-        "runs/smollm2/models/student", "runs/smollm2/models/teacher", 49_152, 8, 1, 128, "float32", "cpu", 2
+        "runs/smollm2/models/student", "runs/smollm2/models/teacher", 49_152, 8, 2, 128, "float32", "cpu", 2
     ),
     "qwen3-1.7b-0.6b": StepSettings("qwen3-0.6b", "qwen3-1.7b", rollouts=32, accumulation=4),
     "qwen3-8b-4b": StepSettings("qwen3-4b", "qwen3-8b", rollouts=16, accumulation=4, completion=2048),
@@ -92,27 +92,35 @@ def settings_for(memory: int) -> StepSettings:
 
 @dataclass(frozen=True)
 class StepVariant:
-    """A trainer, and for ours the retention of Soft-OR and whether the teacher leaves the device."""
+    """A trainer, and for ours the rule, its retention, whether the teacher leaves the device, and how it normalises."""
 
     trainer: str
     retention: float = 1.0
     teacher_offload: bool = False
+    rule: str = "soft_or"
+    normalization: str = "batch"
 
     @property
     def name(self) -> str:
         if self.trainer != "tip":
             return self.trainer
-        rule = "all" if self.retention == 1 else f"soft_or {self.retention:g}"
-        return f"tip {rule}" + (", teacher_offload" if self.teacher_offload else "")
+        rule = "all" if self.retention == 1 else f"{self.rule} {self.retention:g}"
+        how = "" if self.normalization == "batch" else f", {self.normalization}"
+        return f"tip {rule}" + (", teacher_offload" if self.teacher_offload else "") + how
 
 
-def variants_of() -> list[StepVariant]:
-    """The peers, and ours at four retentions with and without teacher_offload.
+def variants_of(preset: str = "tiny") -> list[StepVariant]:
+    """The peers, and ours at four retentions with and without teacher_offload; of SmolLM2 with what is chosen in it.
 
     Example:
         >>> [variant.name for variant in variants_of()][:4]
         ['plain', 'trl', 'tip all', 'tip soft_or 0.5']
     """
+    if preset == "smollm2":
+        chosen = [("soft_or", 0.5, "batch"), ("soft_or", 0.5, "running"), ("soft_or", 0.1, "running")]
+        chosen += [("gradient_norm_sampling", 0.1, "running")]
+        ours = [StepVariant("tip", retention, False, rule, how) for rule, retention, how in chosen]
+        return [StepVariant("plain"), StepVariant("trl"), StepVariant("tip"), *ours]
     ours = [StepVariant("tip", retention, offload) for offload in (False, True) for retention in (1.0, 0.5, 0.2, 0.1)]
     return [StepVariant("plain"), StepVariant("trl"), *ours]
 
@@ -241,11 +249,12 @@ class StepWork:
             "seed": 0,
         }
         if variant.trainer == "tip":
-            rule = "all" if variant.retention == 1 else "soft_or"
+            rule = "all" if variant.retention == 1 else variant.rule
             config: DistillationConfig = TIPConfig(
                 **options,
                 selection_rule=rule,
                 retention=variant.retention,
+                normalization=variant.normalization,
                 teacher_offload=variant.teacher_offload,
                 drift_factor=0,
             )
@@ -346,7 +355,7 @@ def run_step(
         "preset": preset,
         **environment(settings.device, settings.threads),
         "settings": asdict(settings),
-        "variants": measure_steps(settings, variants_of() if variants is None else variants, rounds, steps, say),
+        "variants": measure_steps(settings, variants_of(preset) if variants is None else variants, rounds, steps, say),
     }
 
 

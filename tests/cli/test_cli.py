@@ -30,11 +30,14 @@ def test_help_lists_every_command_and_each_has_a_module(capsys):
         assert importlib.util.find_spec(module, "tipdistill.cli") is not None
 
 
-def test_the_command_line_itself_imports_nothing_heavy():
-    # the package imports torch; the commands' own weight (TRL, transformers, datasets) waits until one is asked for
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "--help", "all"], ["recipes"]], ids=str
+)
+def test_the_command_line_itself_imports_nothing_heavy(arguments):
+    """It answers in a tenth of a second: torch, TRL and the like wait until a command needs them."""
     check = (
-        "import sys, tipdistill.cli as cli; cli.main(['--help']);"
-        "print([name for name in ('trl', 'transformers', 'datasets') if name in sys.modules])"
+        f"import sys, tipdistill.cli as cli; cli.main({arguments});"
+        "print([name for name in ('torch', 'trl', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

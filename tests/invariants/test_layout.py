@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def test_small_things_are_written_once(what):
 @pytest.mark.parametrize("name", tipdistill.__all__)
 def test_public_names_are_there(name):
     assert getattr(tipdistill, name) is not None
+
+
+@pytest.mark.parametrize("first", ["tipdistill.select", "tipdistill.select.choose", "tipdistill.loss", "tipdistill"])
+def test_select_is_the_function_whatever_is_imported_first(first):
+    code = f"import {first}, tipdistill; print(tipdistill.select.__name__, callable(tipdistill.select))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["select", "True"]
 
 
 def test_the_old_name_of_score_still_imports_and_says_so():

@@ -111,8 +111,11 @@ class Setup:
 
     @property
     def scores_ahead(self) -> bool:
-        """Whether there is a scoring pass before the loss."""
-        return self.batch_normalization and (self.rule != "all" or self.teacher_place == "offload")
+        """Whether there is a scoring pass before the loss; one micro-batch that is the whole batch needs none."""
+        if self.teacher_place == "offload":
+            return True
+        is_whole = self.gpus == self.accumulation == 1 and self.teacher_place != "server"
+        return self.batch_normalization and self.rule != "all" and not is_whole
 
     @property
     def kept(self) -> int:

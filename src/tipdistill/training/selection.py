@@ -243,7 +243,7 @@ def has_dropout(model: Any) -> bool:
     """
     for module in model.modules():
         for name, value in vars(module).items():
-            if ("dropout" in name or "jitter" in name) and isinstance(value, (int, float)) and value > 0:
+            if ("drop" in name or "jitter" in name) and isinstance(value, (int, float)) and value > 0:
                 return True
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
             return True

@@ -223,6 +223,22 @@ def test_the_first_step_of_running_is_that_of_batch_and_the_next_reads_it(make):
     assert exact.monitor.running is None
 
 
+@pytest.mark.parametrize("rule", ["entropy", "soft_or"])
+def test_running_logs_what_the_step_computed_and_not_what_the_next_will(make, rule):
+    """Which statistics there are changes every score_logging_steps, and the step ends before they are summed up."""
+    settings = {"selection_rule": rule, "score_logging_steps": 3, "max_steps": 5, "record_rollouts": 0}
+    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    exact, running = make(**settings), make(**settings, normalization="running")
+    for trainer in (exact, running):
+        trainer.train()
+    names = ("forward_kl", "reverse_kl", "quadrants/q4", "selection/kept_divergence_share", "entropy")
+    for of_exact, of_running in zip(exact.state.log_history, running.state.log_history, strict=True):
+        assert [name in of_running for name in names] == [name in of_exact for name in names]
+        for name in names:
+            if name in of_exact:
+                assert of_running[name] == pytest.approx(of_exact[name], rel=0.3), name
+
+
 def test_running_wants_to_know_whether_a_function_scales(make):
     def surprise(scores):
         return scores.require("entropy")

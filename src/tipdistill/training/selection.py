@@ -40,6 +40,7 @@ class StepSelection:
         self._sums_are_global = False
         # of each micro-batch of a step whose tokens tell the next: statistics, mask, weight and rollout of its tokens
         self._scored: list[Tensor] = []
+        self._names: tuple[str, ...] = ()  # of the statistics; a process may have no token, and must still know them
         self._seen: tuple[TokenScores, Tensor] | None = None
 
     def begin(self, recorded: bool) -> None:
@@ -60,6 +61,7 @@ class StepSelection:
         )
         known = self._normalization == "running" and (self._running is not None or self._budget == "all")
         self.is_inside = self.is_whole or known or self._normalization == "micro_batch"
+        self._names = trainer.fields_now()  # which change with the step, and the step ends before its tokens are read
 
     @property
     def _running(self) -> Running | None:
@@ -203,13 +205,12 @@ class StepSelection:
         return sums
 
     def _remember(self, scores: TokenScores, selection: Selection, number: Tensor) -> None:
-        statistics = [scores.require(name) for name in self._trainer.fields_now()]
+        statistics = [scores.require(name) for name in self._names]
         columns = [*statistics, selection.mask, selection.weight, number]
         self._scored.append(torch.stack([column.double() for column in columns], 1))
 
     def _take_scored(self) -> Tensor:
-        accelerator = self._trainer.accelerator
-        names = self._trainer.fields_now()
+        accelerator, names = self._trainer.accelerator, self._names
         own = torch.cat(self._scored) if self._scored else torch.zeros(0, len(names) + 3, dtype=torch.float64)
         own = own.to(accelerator.device)
         self._scored = []

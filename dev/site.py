@@ -178,7 +178,8 @@ def _python() -> str:
     rules = ", ".join(f"`{name}`" for name in tipdistill.RULES)
     parts = [
         "# Python\n\nThe public names, in the order of their use: score, select, loss, then what is built on them.\n",
-        *(f"::: tipdistill.{name}\n" for name in sorted(names, key=_ORDER.index)),
+        # the function, and not the stage of its name
+        *(f"::: tipdistill.{_PATHS.get(name, name)}\n" for name in sorted(names, key=_ORDER.index)),
         f"## RULES\n\nThe names of the rules: {rules}. [What each does](../rules.md).\n",
         "::: tipdistill.evaluate\n    options: {members: true, show_submodules: false}\n",
         "::: tipdistill.tasks\n    options: {members: true, show_submodules: false}\n",
@@ -186,6 +187,7 @@ def _python() -> str:
     return "\n".join(parts)
 
 
+_PATHS = {"select": "select.select"}
 _ORDER = (
     *("Head", "token_scores", "TokenScores", "select", "Selection", "selected_loss", "fused_divergence_loss"),
     *("quadrants", "tip_map", "TIPConfig", "TIPTrainer"),

@@ -42,6 +42,10 @@ def test_what_it_says_of_the_table_is_so():
     assert rows["gradient_norm_sampling"]["gain_share"]["mean"] > 0.9  # "most of it"
     low, high = rows["gradient_norm_sampling"]["to_random"]["interval"]
     assert low < 0 < high  # "not told apart from a random tenth"
+    addition = json.loads((ROOT / "docs" / "demo" / "results.json").read_text(encoding="utf-8"))
+    accuracy = {row["name"]: row["accuracy"] for row in addition["rows"]}
+    said = f"trains to an accuracy of {accuracy['Q3']:.3f}, and a random tenth to {accuracy['random']:.3f}"
+    assert said in in_one_line(README)
     # "a quarter of an hour", the pair and the answers included
     assert 8 * 60 < sum(row["seconds"] for row in result["rows"]) < 15 * 60
 

@@ -304,7 +304,7 @@ def test_a_server_that_dies_is_one_clear_line_and_nothing_is_lost(stub_server, p
         (["--prompt", "Solve it."], "a template with '{problem}' in it"),
         (["--temperature", "-1"], "temperature must be ≥ 0"),
         (["--base_url", "localhost"], "base_url must begin with http"),
-        (["--num_sample", "2"], "unrecognized arguments: --num_sample"),
+        (["--num_sample", "2"], "there is no flag --num_sample. Did you mean '--num_samples'"),
         (["--chat_template_kwargs", "1"], "expected a JSON object"),
         (["--limit", "0"], "limit is a number of problems"),
     ],

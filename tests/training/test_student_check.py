@@ -84,16 +84,19 @@ def test_the_loss_is_that_of_both_models_own_logits_without_padding(make, kind):
 @pytest.mark.parametrize("kind", ["gpt2", "hunyuan_v1_moe"])
 def test_kept_tokens_and_loss_do_not_depend_on_the_micro_batch(make, kind):
     found = {}
-    for size in (4, 1):
+    for size in (4, 2, 1):
         student, teacher = tiny(kind, seed=1, noise=0.2), tiny(kind, seed=2, noise=0.2)
         trainer = make(
             student, teacher, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, learning_rate=0.0
         )
         found[size] = loss_of(trainer), trainer.batch
-    (loss, batch), (expected, other) = found[1], found[4]
+    (whole, inside), (expected, other), (loss, batch) = found.values()
     assert torch.equal(batch["completion_ids"], other["completion_ids"])
     assert torch.equal(batch["selection_weight"] > 0, other["selection_weight"] > 0)
     assert loss == pytest.approx(expected, rel=1e-4)
+    # four at once are the whole batch, and chosen from in the loss
+    assert "selection_weight" not in inside
+    assert whole == pytest.approx(expected, rel=1e-4)
 
 
 def with_noise(model):

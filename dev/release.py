@@ -1,7 +1,7 @@
 """A release: `python dev/release.py --repository https://github.com/OWNER/tipdistill` writes dist/.
 
-It is built from a copy of what is committed. In the copy README's links become absolute, so that an index can show it,
-and the project's addresses go into the metadata. Nothing is uploaded.
+It is built from a copy of what is committed. Its metadata have the project's addresses, and a README whose links are
+absolute, so that an index can show it; README.md itself stays as it is. Nothing is uploaded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _IMAGES = (".png", ".svg")
+_SHOWN = "dev/README-absolute.md"  # what an index shows
 
 
 def main() -> None:
@@ -38,8 +39,9 @@ def main() -> None:
         archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
         with tarfile.open(fileobj=BytesIO(archive)) as files:
             files.extractall(copy, filter="data")
-        readme, project = copy / "README.md", copy / "pyproject.toml"
-        readme.write_text(absolute(readme.read_text(encoding="utf-8"), repository, f"v{version}"), encoding="utf-8")
+        shown = absolute((copy / "README.md").read_text(encoding="utf-8"), repository, f"v{version}")
+        (copy / _SHOWN).write_text(shown, encoding="utf-8")
+        project = copy / "pyproject.toml"
         project.write_text(with_urls(project.read_text(encoding="utf-8"), repository, version), encoding="utf-8")
         build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(options.output_dir.absolute()), copy]
         subprocess.run(build, check=True)
@@ -77,9 +79,11 @@ def absolute(readme: str, repository: str, tag: str) -> str:
 
 
 def with_urls(project: str, repository: str, version: str) -> str:
-    """pyproject.toml with the project's addresses beside the paper's."""
-    table = "[project.urls]\n"
+    """pyproject.toml with the project's addresses beside the paper's, and the README that an index shows."""
+    table, readme = "[project.urls]\n", 'readme = "README.md"\n'
     assert table in project
+    assert readme in project
+    project = project.replace(readme, f'readme = "{_SHOWN}"\n')
     urls = {
         "Repository": repository,
         "Issues": f"{repository}/issues",

@@ -63,6 +63,8 @@ def test_what_is_built_is_whole_and_its_readme_leads_somewhere(tmp_path):
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     with tarfile.open(sdist) as files:
         inside = {name.partition("/")[2] for name in files.getnames()}
+        (readme,) = (name for name in files.getnames() if name.count("/") == 1 and name.endswith("/README.md"))
+        assert files.extractfile(readme).read() == (ROOT / "README.md").read_bytes()
     committed = subprocess.run(
         ["git", "ls-tree", "-r", "--name-only", "-z", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True
     )

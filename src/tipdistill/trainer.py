@@ -57,7 +57,7 @@ from .training.monitor import (
 from .training.progress import MetricsFile
 from .training.recording import record_step
 from .training.resumable import ResumableTrainer
-from .training.rollouts import for_processor, never_sample, state_policy
+from .training.rollouts import for_processor, leave_out_router, never_sample, state_policy
 from .training.scoring import (
     evaluating,
     for_models,
@@ -160,6 +160,7 @@ class TIPTrainer(ResumableTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        leave_out_router(self.plain_student())
         _accelerate.check_sharding(self.accelerator)
         _accelerate.keep_output_dtype(self.accelerator)
         self.teacher: Teacher = teacher_of(self)

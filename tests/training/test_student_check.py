@@ -212,3 +212,16 @@ def test_an_adapter_that_acts_after_some_tokens_alone_is_refused(make, who):
     models[who].add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[3]))
     with pytest.raises(ValueError, match=rf"adapter default of the {who}, LlamaForCausalLM.*, acts after"):
         make(**models).train()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_a_routers_auxiliary_loss_is_left_out_and_said_so(make, kind, caplog):
+    """With output_router_logits the first rollout of uneven prompts would crash, and nobody would add the loss."""
+    plain, student = tiny(kind, seed=1, noise=0.2), tiny(kind, seed=1, noise=0.2, output_router_logits=True)
+    losses = []
+    for model in (plain, student):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            losses.append(loss_of(make(model, tiny(kind, seed=2, noise=0.2), selection_rule="all", beta=1.0)))
+        assert ("auxiliary loss of its router" in caplog.text) == (model is student)
+    assert losses[1] == losses[0]

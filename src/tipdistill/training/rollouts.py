@@ -42,6 +42,30 @@ def state_policy(trainer: Any, teacher_tokenizer: Any | None) -> None:
         logger.warning(difference[0].upper() + difference[1:])
 
 
+def leave_out_router(model: Any) -> None:
+    """Let a mixture of experts not return its router's logits, and say that its auxiliary loss is no part of the run.
+
+    Its own forward adds that loss to one of next tokens, which no step here computes; while it writes, that loss is
+    formed of all the same, and of prompts of unequal length it cannot be.
+
+    Args:
+        model: a transformers model, whose configuration is changed.
+    """
+    asked = [config for config in (model.config, model.config.get_text_config()) if _returns_router(config)]
+    for config in asked:
+        config.output_router_logits = False
+    if asked:
+        logger.warning(
+            "The student is a mixture of experts with output_router_logits: the auxiliary loss of its router, which "
+            "balances the experts, is left out. Rollouts and losses go without it; watch reverse_kl, or freeze the "
+            "router's weights where the experts must stay as they are."
+        )
+
+
+def _returns_router(config: Any) -> bool:
+    return bool(getattr(config, "output_router_logits", False))
+
+
 def never_sample(trainer: Any, surplus: Sequence[int]) -> None:
     """Keep ids out of all rollouts, for which the teacher has no embedding.
 

@@ -174,6 +174,7 @@ class TIPTrainer(ResumableTrainer):
         self._divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
         self._clock = StepClock()
         self._selection = StepSelection(self)
+        self._micro_batches = 0  # of the step so far
         self._engine_check = EngineCheck(args.vllm_sync_tolerance)
         self._limits, self._student_check = limits, StudentCheck()
         self._last_whole_step = last_whole_step
@@ -392,6 +393,7 @@ class TIPTrainer(ResumableTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         self._micro_batch = inputs
+        self._micro_batches += self.model.training
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _compute_loss(
@@ -512,8 +514,12 @@ class TIPTrainer(ResumableTrainer):
         totals = dict(zip(TALLIED, sums.tolist(), strict=True))
         self.monitor.trained_tokens += round(totals["kept"])
         figures = metrics(sums) | self._clock.take(totals["tokens"]) | self.teacher.metrics()
+        logged = self._metrics["train"]
+        if "entropy" in figures:  # TRL took the mean of each micro-batch, whose means depend on the split
+            del logged["entropy"][-self._micro_batches :]
+        self._micro_batches = 0
         for name, value in figures.items():
-            self._metrics["train"][name].append(value)
+            logged[name].append(value)
         # TRL logs the mean of what it finds here, and of these the last is meant
         self._metrics["train"] |= {name: [value] for name, value in self.monitor.standing().items()}
         if "selection/dropped_divergence" in figures:

@@ -39,7 +39,7 @@ def card(tmp_path):
 
 def test_a_card_has_settings_figures_versions_and_the_paper(card):
     before = card.read_text(encoding="utf-8")
-    complete_card(card, "org/teacher", ARGS, HISTORY)
+    complete_card(card, "runs/student", "org/teacher", ARGS, HISTORY, "runs/healed")
     text = card.read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert "| teacher | `org/teacher` |" in rows
@@ -53,13 +53,16 @@ def test_a_card_has_settings_figures_versions_and_the_paper(card):
     assert "### Framework versions\n\n- tipdistill: " in text
     assert "Yuanda Xu and Hejian Sang" in text
     assert "papers/2604.14084" in text
-    assert [line for line in before.splitlines() if line.strip()] == [
-        line for line in text.splitlines() if line.strip() and line in before
-    ], "nothing of TRL's is lost"
+    assert "None" in before
+    assert "None" not in text
+    assert "a fine-tuned version of `runs/student`." in text
+    assert 'pipeline("text-generation", model="runs/healed"' in text
+    told = [line for line in before.splitlines() if line.strip() and "None" not in line and "licence" not in line]
+    assert told == [line for line in text.splitlines() if line.strip() and line in before], "nothing of TRL's is lost"
 
 
 def test_a_run_that_logged_nothing_has_a_card(card):
-    complete_card(card, "http://host:8000/v1", ARGS, [])
+    complete_card(card, "org/student", "http://host:8000/v1", ARGS, [], "org/healed")
     text = card.read_text(encoding="utf-8")
     assert "| teacher | `http://host:8000/v1` |" in text
     assert "| figure |" not in text

@@ -62,7 +62,7 @@ def test_tallies_of_parts_add_up_but_for_the_quadrants_normaliser(scores):
 
 def test_what_was_not_computed_is_left_out(scores):
     figures = metrics(tally(TokenScores(entropy=scores.entropy), None))
-    assert figures == {"selection/kept_fraction": 1.0}
+    assert figures == {"selection/kept_fraction": 1.0, "entropy": pytest.approx(float(scores.entropy.mean()))}
 
 
 def test_no_token_at_all_is_no_error():

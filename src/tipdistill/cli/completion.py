@@ -35,8 +35,8 @@ def parser() -> Parser:
     """The arguments of `tipdistill completion`."""
     parser = Parser(
         "completion",
-        'Print a completion script. For bash: eval "$(tipdistill completion bash)"; for zsh write it to a file '
-        "_tipdistill in a directory of $fpath.",
+        "Print a completion script, once, to a file: for bash "
+        "~/.local/share/bash-completion/completions/tipdistill, for zsh _tipdistill in a directory of $fpath.",
         defaults=False,
     )
     parser.add_argument("shell", choices=SHELLS)

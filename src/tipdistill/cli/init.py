@@ -19,7 +19,7 @@ RECIPE = """\
 model_name_or_path: {student}
 teacher_model_name_or_path: {teacher}
 dtype: float32                          # master weights: at small rates bfloat16 loses updates
-teacher_model_init_kwargs: {{dtype: bfloat16}}
+teacher_model_init_kwargs: {{dtype: {teacher_dtype}}}
 # teacher_url: http://host:8000/v1      # a teacher on a vLLM server, in the place of the two lines above
 # use_peft: true                        # train an adapter alone; with it lora_r and lora_alpha
 # lora_r: 16
@@ -28,7 +28,7 @@ teacher_model_init_kwargs: {{dtype: bfloat16}}
 dataset_name: {dataset}
 {chat}max_prompt_length: 1024                 # drop longer ones
 
-# rollouts: {rollouts} a step on one GPU
+# rollouts: {rollouts} a step on one {device}
 per_device_train_batch_size: {batch}
 gradient_accumulation_steps: {accumulation}
 num_generations: 1                      # rollouts per prompt
@@ -124,11 +124,8 @@ def recipe(
     small = parameters < 3e8
     batch = 8 if small else 4
     accumulation = 1 if small else 8
-    machine = (
-        "bf16: true"
-        if torch.cuda.is_available()
-        else "use_cpu: true                           # no GPU here\nbf16: false"
-    )
+    on_gpu = torch.cuda.is_available()
+    machine = "bf16: true" if on_gpu else "use_cpu: true                           # no GPU here\nbf16: false"
     return RECIPE.format(
         schema=SCHEMA,
         student=_quoted(student),
@@ -138,6 +135,9 @@ def recipe(
         chat="apply_chat: true                        # the prompts are plain: each becomes a user's message\n"
         if as_chat
         else "",
+        # most CPUs compute in bfloat16 many times slower
+        teacher_dtype="bfloat16" if on_gpu else "float32",
+        device="GPU" if on_gpu else "CPU",
         rollouts=batch * accumulation,
         batch=batch,
         accumulation=accumulation,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -93,7 +94,7 @@ def _resume(namespace: Namespace, steps: int | None = None) -> tuple[str | None,
     left = [*sorted(directory.glob("checkpoint-[0-9]*")), *sorted(directory.glob("*.safetensors"))]
     if asked == "auto":  # checkpoints that are not whole are what a first save left that was killed
         left = [path for path in left if path.is_file()]
-    if checkpoint is None and left and not namespace.overwrite_output_dir and not namespace.dry_run:
+    if checkpoint is None and left and not namespace.overwrite_output_dir:
         goes_on = final_step(directory) is not None or checkpoint_to_resume("auto", directory) is not None
         raise ValueError(
             f"{directory} already holds a run ({', '.join(path.name for path in left[:3])}): "
@@ -236,7 +237,12 @@ def _run(request: Request, datasets: tuple[Any, Any], tokenizers: tuple[Any, Any
             table.close()
         trainer.save_model(config.output_dir)
         trainer.save_state()  # the log of the run, which the report draws, and the sign that it is finished
-    trainer.accelerator.print(printable(f"The distilled student is in {config.output_dir}."))
+    trainer.accelerator.print(
+        printable(
+            f"The distilled student is in {config.output_dir}. Its curves and tokens: tipdistill report "
+            f"{shlex.quote(config.output_dir)}"
+        )
+    )
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a process that leaves while another still talks to it aborts that one

@@ -64,7 +64,9 @@ def _property(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
             choices += [member.value for member in origin]
         else:
             kinds.append(_KINDS.get(origin, "string"))
-    described: dict[str, Any] = {"description": " ".join(str(field.metadata.get("help", "")).split())}
+    described: dict[str, Any] = {
+        "description": " ".join(str(field.metadata.get("help", "")).replace("%%", "%").split())
+    }
     default = field.default_factory() if callable(field.default_factory) else field.default
     default = default.value if isinstance(default, Enum) else default
     if default is None:

@@ -38,8 +38,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     "peak memory (GiB)": ("memory/peak_gib",),
     "tokens per second": ("tokens_per_second",),
 }
-STAGES = ("rollout", "score", "select", "loss", "optimizer")
-STAGE_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73")
+STAGES = ("rollout", "teacher", "score", "select", "record", "loss", "optimizer")
+STAGE_COLOURS = ("#0072B2", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C", "#D55E00", "#009E73")
 
 
 def draw_figures(

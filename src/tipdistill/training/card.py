@@ -28,16 +28,23 @@ PAPER = {
 _BEFORE = "### Framework versions"
 
 
-def complete_card(path: Path, teacher: str, args: Any, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write what was trained on into a card of TRL's.
+def complete_card(
+    path: Path, student: str, teacher: str, args: Any, history: Sequence[Mapping[str, Any]], place: str
+) -> None:
+    """Write what was trained on into a card of TRL's, and put right what it says of models on the disk.
 
     Args:
         path: of the card.
+        student: what the run began with, a directory or a hub id.
         teacher: its name, a directory or a server.
         args: of the run.
         history: what it logged (`log_history`).
+        place: where the trained model is, a directory or a hub id.
     """
     text = path.read_text(encoding="utf-8")
+    # without a hub id TRL writes None in their places, and a licence where none was given
+    text = text.replace("[None](https://huggingface.co/None)", f"`{printable(student)}`")
+    text = text.replace('model="None"', f'model="{printable(place)}"').replace("licence: license\n", "")
     settings = [
         ["teacher", f"`{printable(teacher)}`"],
         ["selection rule", f"`{rule_name(args.selection_rule)}`"],

@@ -97,6 +97,7 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "selection/dropped_divergence": (
             max(total["reverse_kl"] - total["kept_reverse_kl"], 0.0) / dropped if dropped else math.nan
         ),
+        "entropy": total["entropy"] / tokens,
         "reverse_kl": total["reverse_kl"] / tokens,
         "forward_kl": total["forward_kl"] / tokens,
     } | {f"quadrants/q{number}": total[f"q{number}"] / tokens for number in (1, 2, 3, 4)}

@@ -27,6 +27,7 @@ from trl import DistillationTrainer
 from ..files import alone, put_in_place, sync_tree
 from ..signals import StopRequest, stop
 from ..teachers import Teacher, TeacherUnavailableError
+from ..teachers.local import name_of
 from .card import complete_card
 from .checkpoints import STATE, LastWholeStep, checkpoint_to_resume, final_step, finished
 
@@ -237,7 +238,8 @@ class ResumableTrainer(DistillationTrainer):
             super().create_model_card(*args, **kwargs)
             if self.is_world_process_zero():
                 card = Path(self.args.output_dir) / "README.md"
-                complete_card(card, self.teacher.name, self.args, self.state.log_history)
+                student, place = name_of(self.plain_student()), self.hub_model_id or str(output_dir)
+                complete_card(card, student, self.teacher.name, self.args, self.state.log_history, place)
         finally:
             self.args.output_dir = output_dir
 

@@ -166,7 +166,7 @@ const PANELS = [
   ["Peak memory, GiB", ["memory/peak_gib"], { zero: true }],
   ["Tokens per second", ["tokens_per_second"], { zero: true }],
 ];
-const STAGES = [["rollout", 0], ["score", 5], ["select", 4], ["loss", 1], ["optimizer", 2]];
+const STAGES = [["rollout", 0], ["teacher", 3], ["score", 5], ["select", 4], ["record", 6], ["loss", 1], ["optimizer", 2]];
 
 function drawTraining() {
   $("run-legend").replaceChildren(...DATA.runs.map((run, number) => { const key = element("span", { class: "key" }); key.append(lineSample(number), run.name); return key; }));

@@ -258,7 +258,7 @@ def note(result: Mapping[str, Any]) -> str:
 
 def answers(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of the three prompts and their answers."""
-    after = result["rows"][1]["name"] if len(result["rows"]) > 1 else result["rows"][0]["name"]
+    after = next((row["name"] for row in result["rows"] if row["rule"] == "soft_or"), result["rows"][0]["name"])
     headings = ["prompt", "the teacher", "the student before", f"after ({after})"]
     return headings, [
         [" ".join(row[name].split()) or "(nothing)" for name in ("prompt", "teacher", "before", after)]

@@ -99,7 +99,8 @@ def show_language_model(result: dict[str, Any], directory: Path, seconds: float)
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    console.print(f"{note(result)}\n", soft_wrap=True)
+    if told := note(result):
+        console.print(f"{told}\n", soft_wrap=True)
     names, rows = answers(result)
     for row in rows:
         console.print("\n".join(f"{name}: {text}" for name, text in zip(names, row, strict=True)), soft_wrap=True)

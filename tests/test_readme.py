@@ -41,7 +41,7 @@ def test_what_it_says_of_the_table_is_so():
     assert rows["Soft-OR"]["gain_share"]["mean"] > 0.95  # "nearly what all do"
     assert rows["gradient_norm_sampling"]["gain_share"]["mean"] > 0.9  # "most of it"
     low, high = rows["gradient_norm_sampling"]["to_random"]["interval"]
-    assert low < 0 < high  # "drawn at random too"
+    assert low < 0 < high  # "a random one too"
     addition = json.loads((ROOT / "docs" / "demo" / "results.json").read_text(encoding="utf-8"))
     accuracy = {row["name"]: row["accuracy"] for row in addition["rows"]}
     said = f"trains to an accuracy of {accuracy['Q3']:.3f}, and a random tenth to {accuracy['random']:.3f}"

@@ -1,3 +1,5 @@
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -6,6 +8,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.step import PRESETS, StepVariant, _held, _RandomRollout, run_step, variants_of
 from tipdistill.tasks.arithmetic import build_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -80,3 +84,16 @@ def test_what_every_way_of_training_holds_is_weights_gradients_and_optimiser(off
     size = sum(parameter.nbytes for parameter in student.parameters())
     steps = 4 * len(list(student.parameters()))  # Adam counts them in a float32 of its own
     assert _held(trainer, offloaded) == (weights * size, 3 * size + steps)
+
+
+def test_what_the_documents_say_of_smollm2s_step_is_in_its_file():
+    result = json.loads((ROOT / "benchmarks" / "results" / "step-smollm2.json").read_text(encoding="utf-8"))
+    seconds = {name: entry["training_seconds"]["median"] for name, entry in result["variants"].items()}
+    half, tenth, sampled = (
+        seconds[f"tip {name}, running"] / seconds["tip all"]
+        for name in ("soft_or 0.5", "soft_or 0.1", "gradient_norm_sampling 0.1")
+    )
+    page = " ".join((ROOT / "docs" / "smollm2.md").read_text(encoding="utf-8").split())
+    assert f"they cost {half:.2f} of all tokens, and a tenth costs {sampled:.2f} to {tenth:.2f}" in page
+    assert seconds["tip soft_or 0.5"] > seconds["tip all"]  # "dearer than all of them"
+    assert result["variants"]["tip all"]["above_ratio"]["plain"] == pytest.approx(2 / 3, abs=0.02)

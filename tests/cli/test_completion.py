@@ -1,6 +1,5 @@
 """The completion scripts: a real bash completes commands, flags and choices with them."""
 
-import shutil
 import subprocess
 
 import pytest
@@ -31,7 +30,6 @@ def completed(text: str, line: list[str], directory) -> set[str]:
     return set(answer.stdout.split())
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_commands_flags_choices_and_files(capsys, tmp_path):
     text = script("bash", capsys)
     (tmp_path / "models").mkdir()

@@ -66,6 +66,7 @@ def every_command() -> argparse.ArgumentParser:
             command.add_argument("name", nargs="?", choices=recipe_names())
         for action in command._actions:  # argparse has no public list of them
             if action.choices is None and (completed := _completed(action.dest)):
+                # an attribute that shtab reads and argparse does not know
                 action.complete = completed  # type: ignore[attr-defined]
     return whole
 

@@ -110,17 +110,18 @@ def select(
             best = budget.top_k(score, *_one_each(rollout))
             order = order.masked_fill(best, math.inf)
             kept = kept.clamp(min=int(best.sum()))
+        threshold = running.threshold if running is not None and scope == "batch" else None
         # a complement keeps what comes last in the very same order
-        if running is not None and running.threshold is not None and scope == "batch":
-            first = order >= running.threshold
-        else:
+        if threshold is None:
             first = budget.top_k(order, group, sizes - kept if resolved.complement else kept)
+        else:
+            first = order >= threshold
         mask = ~first if resolved.complement else first
         if resolved.budget == "importance":
-            if running is not None and running.threshold is not None and scope == "batch":
-                chance = budget.reaching(score, running.threshold)
-            else:
+            if threshold is None:
                 chance = budget.inclusion(score, order, group, kept)
+            else:
+                chance = budget.reaching(score, threshold)
             share = kept.sum() / len(score) if running is None else retention
             weight = torch.where(mask, share / chance, 0.0)
             return Selection(mask, weight.float(), score.detach().float(), inverse_probability=True)

@@ -90,7 +90,8 @@ def running_of(
     elif resolved.budget != "all" and scope == "batch" and retention < 1:
         sizes = torch.tensor([len(score)])
         kept = int(counts_of(resolved, sizes, retention))
-        threshold = _threshold(resolved, score.double(), len(score) - kept if resolved.complement else kept)
+        # on the host, where looking at each halving does not wait for a GPU
+        threshold = _threshold(resolved, score.double().cpu(), len(score) - kept if resolved.complement else kept)
     return Running(tuple(scales.read), threshold, mean_weight)
 
 

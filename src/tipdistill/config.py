@@ -13,6 +13,7 @@ from trl import DistillationConfig
 from .http import server_url, variable_name
 from .redact import without_secrets
 from .select import SCOPES, resolve_rule, rule_name
+from .teachers.named import ENTRY, named_teachers, read_teachers, read_update
 from .text import check_known
 
 NORMALIZATIONS = ("batch", "running", "micro_batch")
@@ -49,6 +50,14 @@ class TIPConfig(DistillationConfig):
         eval_tasks_on_start: measure them before the first step too.
         vllm_sync_tolerance: largest mean difference between vLLM's and the student's log-probabilities after the first
             weight syncs, in nats; None: by dtype (float32 1e-3, float16 0.05, bfloat16 0.1), 0: no check.
+        teachers: several teachers, name → a directory, a hub id, "self", a server's address, or a mapping of `model`,
+            `revision`, `url`, `served_name`, `top_k`, `api_key_env`; "default" is for rows that name none
+            (docs/teachers.md).
+        teacher_column: column of the dataset that names the teacher of a row.
+        teacher_prompt_column: column of the dataset that holds the teacher's own prompt, plain or conversational; where
+            a dataset has none, the teacher reads the student's.
+        teacher_update: how the teacher "self" follows the student: "frozen", "ema:<decay>", "every:<steps>", or "base",
+            the model under the student's adapter.
         teacher_url: a vLLM server that holds the teacher, up to and with the version, in the place of a local teacher:
             http://host:8000/v1 (docs/vllm.md).
         teacher_served_name: the name that the server knows the teacher by; None: the only one it serves.
@@ -112,6 +121,23 @@ class TIPConfig(DistillationConfig):
         metadata={"help": "Comma-separated tasks to measure every eval_steps steps, such as math500,aime24."},
     )
     eval_num_samples: int = field(default=1, metadata={"help": "Completions per problem of eval_tasks."})
+    teachers: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers, name: model, server or mapping; a dataset's column says which reads a row."
+        },
+    )
+    teacher_column: str = field(
+        default="teacher", metadata={"help": "Column of the dataset that names the teacher of a row (`teachers`)."}
+    )
+    teacher_prompt_column: str = field(
+        default="teacher_prompt",
+        metadata={"help": "Column with the teacher's own prompt, where the dataset has one."},
+    )
+    teacher_update: str = field(
+        default="frozen",
+        metadata={"help": "How the teacher 'self' follows the student: frozen, base, ema:<decay> or every:<steps>."},
+    )
     teacher_url: str | None = field(
         default=None, metadata={"help": "vLLM server that holds the teacher, such as http://host:8000/v1."}
     )
@@ -143,6 +169,8 @@ class TIPConfig(DistillationConfig):
                 server_url(name, getattr(self, name))  # first: no other message may repeat a password in it
         if self.teacher_api_key_env is not None:
             variable_name("teacher_api_key_env", self.teacher_api_key_env)
+        self.teachers = read_teachers(self.teachers)
+        read_update(self.teacher_update)
         self._check_teacher_patience()
         if self.enable_jit_checkpoint:
             raise ValueError(
@@ -173,7 +201,8 @@ class TIPConfig(DistillationConfig):
                 f"a launcher started {started} processes (WORLD_SIZE) and accelerate sees one, so each would train "
                 "alone: set use_cpu to train together over gloo, or launch where there are GPUs."
             )
-        self._check_teacher_server()
+        self._check_named_apart()
+        self.check_teachers(self.teacher_model_name_or_path)
         generation_batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if generation_batch % self.num_generations:
             raise ValueError(
@@ -186,10 +215,33 @@ class TIPConfig(DistillationConfig):
         for name in ("teacher_timeout", "teacher_time_limit"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}.")
-        if self.teacher_url is not None:
-            # while one process waits for the server the others wait for it, and must not take it for dead
-            longest = math.ceil(self.teacher_time_limit + self.teacher_timeout)
-            self.ddp_timeout: int = max(self.ddp_timeout, longest + 600)
+
+    def check_teachers(self, teacher_model: Any) -> None:
+        """Refuse teachers that this configuration cannot have, before any is loaded.
+
+        Args:
+            teacher_model: what the trainer is given, see `TIPTrainer`.
+
+        Raises:
+            ValueError: which teacher, and what to change.
+        """
+        for one in named_teachers(teacher_model, self):
+            one.args._check_teacher_server()
+            if one.args.teacher_url is not None:
+                # while one process waits for the server the others wait for it, and must not take it for dead
+                longest = math.ceil(self.teacher_time_limit + self.teacher_timeout)
+                self.ddp_timeout: int = max(self.ddp_timeout, longest + 600)
+
+    def _check_named_apart(self) -> None:
+        if self.teachers is None:
+            return
+        for name in ENTRY.values():
+            if name != "teacher_top_k" and getattr(self, name) is not None:
+                key = next(key for key, field in ENTRY.items() if field == name)
+                raise ValueError(
+                    f"{name} is of one teacher, and `teachers` names several: say it of the one it is meant for, "
+                    f"as {{{key}: ...}} in its entry."
+                )
 
     def _check_teacher_server(self) -> None:
         k = self.teacher_top_k

@@ -33,14 +33,14 @@ from .integrations import _accelerate, _trl
 from .integrations._trl import TOKEN_KEYS
 from .policy import sampled_with
 from .score import token_scores
-from .score.forward import last_hidden_states
+from .score.forward import evaluating, last_hidden_states
 from .score.models import head, lm_head_dtype
 from .select import needs_teacher, resolve_rule, rule_fields
 from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
 from .training.card import PAPER, TAGS
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
-from .training.checks import check_arguments
+from .training.checks import check_arguments, teacher_prompt_column
 from .training.engine_check import EngineCheck
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
 from .training.images import prepared, with_images
@@ -59,7 +59,6 @@ from .training.recording import record_step
 from .training.resumable import ResumableTrainer
 from .training.rollouts import for_processor, leave_out_router, never_sample, state_policy
 from .training.scoring import (
-    evaluating,
     for_models,
     loss_mask,
     naming_rollouts,
@@ -89,7 +88,8 @@ class TIPTrainer(ResumableTrainer):
 
     Args:
         model: student, a model, a PEFT model, a path or a hub id.
-        teacher_model: teacher, a model, a path or a hub id.
+        teacher_model: teacher, a model, a path, a hub id or "self"; or several, name → any of these or a server's URL
+            (docs/teachers.md).
         args: the configuration.
         train_dataset: rows with a `prompt` column, plain or conversational.
         eval_dataset: the same; its loss is the divergence over all tokens, whatever the rule.
@@ -115,7 +115,7 @@ class TIPTrainer(ResumableTrainer):
     def __init__(
         self,
         model: Any,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | dict[str, Any] | None = None,
         args: TIPConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -133,17 +133,18 @@ class TIPTrainer(ResumableTrainer):
         if not isinstance(args, TIPConfig):
             raise TypeError(f"args must be a TIPConfig, got {type(args).__name__}.")
         check_arguments(model, teacher_model, args, train_dataset, eval_dataset)
-        tasks = load_tasks(args.task_names(), args.teacher_url is None)
+        tasks = load_tasks(args.task_names(), args)
         train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
         train_dataset = prepared(train_dataset, "train_dataset", args, processing_class)
         eval_dataset = prepared(eval_dataset, "eval_dataset", args, processing_class)
+        teacher_prompts = teacher_prompt_column(teacher_model, args, train_dataset, eval_dataset)
         limits = position_limits(model, teacher_model, args)
         check_prompts_fit(limits, train_dataset, processing_class, args)
         check_prompts_fit(limits, eval_dataset, processing_class, args, "eval_dataset")
         check_problems_fit(limits, tasks, processing_class, args)
-        teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class)
+        teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class, teacher_prompts)
 
         last_whole_step = LastWholeStep()
         monitor = TrainingMonitor(args.drift_factor, args.retention, args.drift_retention)
@@ -176,7 +177,8 @@ class TIPTrainer(ResumableTrainer):
         self._selection = StepSelection(self)
         self._micro_batches = 0  # of the step so far
         self._engine_check = EngineCheck(args.vllm_sync_tolerance)
-        self._limits, self._student_check = limits, StudentCheck()
+        self._limits = limits if teacher_prompts is None else {"student": limits["student"]}
+        self._student_check = StudentCheck()
         self._last_whole_step = last_whole_step
         self.add_callback(StepEnd(self._clock, self._log_step))
         for callback in (last_whole_step, *self.teacher.callbacks):
@@ -449,7 +451,7 @@ class TIPTrainer(ResumableTrainer):
                 with naming_rollouts(asked):
                     loss, scores = teacher.loss(student, None, fields=self._logged_fields(), **options)
         if self.model.training:
-            self._selection.add(scores, selection)
+            self._selection.add(scores, selection, asked, exact["examples"])
         return loss, scores.require("entropy").sum(), mask.sum()
 
     @torch.no_grad()
@@ -513,7 +515,8 @@ class TIPTrainer(ResumableTrainer):
         sums = self._selection.take()
         totals = dict(zip(TALLIED, sums.tolist(), strict=True))
         self.monitor.trained_tokens += round(totals["kept"])
-        figures = metrics(sums) | self._clock.take(totals["tokens"]) | self.teacher.metrics()
+        figures = metrics(sums) | self._clock.take(totals["tokens"])
+        figures |= self._selection.take_by_teacher() | self.teacher.metrics()
         logged = self._metrics["train"]
         if "entropy" in figures:  # TRL took the mean of each micro-batch, whose means depend on the split
             del logged["entropy"][-self._micro_batches :]

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from tipdistill.training.scoring import evaluating
+from tipdistill.score.forward import evaluating
 
 
 class Linear4bit(nn.Linear):

@@ -25,6 +25,7 @@ from ..dotted import names_only
 from ..extras import check_packages
 from ..files import write_text
 from ..redact import is_secret_variable, without_secrets
+from ..teachers.named import read_teachers
 from ..text import near_names, nearest
 from . import recipe_names, recipe_path
 from .fields import SHORT
@@ -309,6 +310,8 @@ def _kinds(name: str) -> tuple[Any, ...]:
 
 def _mapping(where: str, name: str, value: Any) -> Any:
     """A field that takes a mapping, from what stands for it: a mapping, JSON text of one, or of some fields a path."""
+    if name == "teachers":
+        return read_teachers(value, where)
     if name.endswith("_kwargs"):
         options = parse_mapping(value, where)
         if options and isinstance(options.get("trust_remote_code"), str):
@@ -393,7 +396,7 @@ def _known_flags(parser: _Parser, flags: list[str]) -> Namespace:
             raise ValueError(f"there is no flag {argument.partition('=')[0]}.{hint}")
         raise ValueError(f"unexpected argument {argument!r}: a recipe is given as --config {argument}.")
     for name, what in (("model_name_or_path", "student"), ("teacher_model_name_or_path", "teacher")):
-        if not getattr(namespace, name) and not (what == "teacher" and namespace.teacher_url):
+        if not getattr(namespace, name) and not (what == "teacher" and (namespace.teacher_url or namespace.teachers)):
             raise ValueError(f"no {what} given: name it with --{name}, a directory or a hub id.")
     return namespace
 

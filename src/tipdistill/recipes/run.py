@@ -26,6 +26,7 @@ from ..pair import check_chat_template, check_models, read_models
 from ..positions import check_positions
 from ..signals import end_with_parent
 from ..supervise import supervise
+from ..teachers.named import SELF, named_teachers
 from ..teachers.served import TeacherUnavailableError, open_teacher
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
@@ -142,7 +143,7 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     if script.dry_run:  # a run's trainer does the same
         limits = position_limits(model.model_name_or_path, config.teacher_model_name_or_path, config)
         check_prompts_fit(limits, eval_dataset, tokenizer, config, "the evaluation set")
-        check_problems_fit(limits, load_tasks(config.task_names(), config.teacher_url is None), tokenizer, config)
+        check_problems_fit(limits, load_tasks(config.task_names(), config), tokenizer, config)
     if code:
         described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"
     lines = [f"# {label:<10}{_line(text)}" for label, text in described.items()]
@@ -191,9 +192,10 @@ def _run(request: Request, datasets: tuple[Any, Any], tokenizers: tuple[Any, Any
         "dtype": model.dtype,
         **_as_dict(config.model_init_kwargs),
     }
+    named = named_teachers(config.teacher_model_name_or_path, config)
     config.teacher_model_init_kwargs = (
         None
-        if config.teacher_url is not None
+        if all(one.model is None for one in named)
         else {
             "revision": config.teacher_model_revision,
             "trust_remote_code": config.trust_remote_code,
@@ -262,26 +264,31 @@ def _as_dict(value: Any) -> dict[str, Any]:
 def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
     """Both tokenizers, once they and the lm_heads agree, and a line on each model. Loads no weights."""
     config, model = request.config, request.model
-    if config.teacher_url is not None:
-        _, (tokenizer,), described = read_models(
-            [("student", "--model_name_or_path", model.model_name_or_path, model.model_revision)],
-            config.trust_remote_code,
-        )
-        # a dry run asks once; a run waits for a server that is still loading
-        if request.script.dry_run:
-            server = open_teacher(config, tokenizer, time_limit=_DRY_RUN_PATIENCE)
-            given = "its whole vocabulary" if server.gives_all else f"its {server.top_k} likeliest tokens"
-            described["teacher"] = f"{server.model} at {server.url}, which gives {given}"
+    student = ("--model_name_or_path", model.model_name_or_path, model.model_revision)
+    named = named_teachers(config.teacher_model_name_or_path, config)
+    _, (tokenizer,), described = read_models([("student", *student)], config.trust_remote_code)
+    teacher_tokenizer = None
+    for one in named:
+        if one.args.teacher_url is not None:
+            described[one.called] = one.args.teacher_url
+            if request.script.dry_run:  # which asks once; a run waits for a server that is still loading
+                server = open_teacher(one.args, tokenizer, time_limit=_DRY_RUN_PATIENCE)
+                given = "its whole vocabulary" if server.gives_all else f"its {server.top_k} likeliest tokens"
+                described[one.called] = f"{server.model} at {server.url}, which gives {given}"
+        elif one.model == SELF:
+            described[one.called] = f"the student itself ({config.teacher_update})"
         else:
-            described["teacher"] = config.teacher_url
-        return tokenizer, None, described
-    _, (tokenizer, teacher_tokenizer), described = check_models(
-        ("--model_name_or_path", model.model_name_or_path, model.model_revision),
-        ("--teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_revision),
-        config.trust_remote_code,
-    )
-    if not request.script.dry_run:
-        described.pop("warning", None)  # the trainer says it
+            flag = f"--teachers {one.name}" if one.name else "--teacher_model_name_or_path"
+            _, (_, own_tokenizer), of_pair = check_models(
+                student, (flag, one.model, one.args.teacher_model_revision), config.trust_remote_code
+            )
+            if not request.script.dry_run:
+                of_pair.pop("warning", None)  # the trainer says it
+            described |= {
+                f"{label} {one.name}".strip() if label != "student" else label: of_pair[label] for label in of_pair
+            }
+            if len(named) == 1:
+                teacher_tokenizer = own_tokenizer
     return tokenizer, teacher_tokenizer, described
 
 

@@ -18,6 +18,7 @@ from ..documents import parse_mapping
 from ..http import server_url, variable_name
 from ..select.registry import is_code as is_code_of_rule
 from ..tasks import is_code as is_code_of_task
+from ..teachers.named import read_teachers
 from ..text import printable
 
 FLAG = "--trust_recipe"
@@ -123,10 +124,14 @@ def code_named(settings: Mapping[str, Any], where: str = "") -> list[str]:
         "/" in launcher or launcher.lower().endswith((".yaml", ".yml", ".json")) or os.path.isfile(launcher)
     ):
         named.append(f"accelerate_config: {launcher}")
-    variable, url = settings.get("teacher_api_key_env"), settings.get("teacher_url")
-    if variable and url:
-        shown = variable_name(f"{where}teacher_api_key_env", variable)
-        named.append(f"teacher_api_key_env: {shown}, sent to {server_url(f'{where}teacher_url', url)}")
+    keys = [("teacher_", settings)]
+    keys += [(f"teachers.{name}.", entry) for name, entry in (read_teachers(settings.get("teachers")) or {}).items()]
+    for prefix, given in keys:
+        one = prefix == "teacher_"
+        variable, url = (given.get(f"teacher_{key}" if one else key) for key in ("api_key_env", "url"))
+        if variable and url:
+            shown = variable_name(f"{where}{prefix}api_key_env", variable)
+            named.append(f"{prefix}api_key_env: {shown}, sent to {server_url(f'{where}{prefix}url', url)}")
     return named
 
 

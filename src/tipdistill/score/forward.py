@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +20,21 @@ BEFORE_LM_HEAD = {
     "roc_bert": "cls.predictions.transform",
     "roformer": "cls.predictions.transform",
 }
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode meanwhile: no dropout, so that scores are those of the student that wrote."""
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        # in eval mode bitsandbytes packs a layer's weights for a CPU, once and for all: no gradient passes them then
+        if any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__):
+            module.training = True
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def last_hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, **multimodal: Tensor) -> Tensor:

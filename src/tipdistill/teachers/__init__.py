@@ -11,30 +11,52 @@ An Answer is small and portable (hidden states, or log-probabilities): it is kep
 it, and is cut with the batch into micro-batches. A Comparison lives for one forward; it holds whatever must be at hand
 meanwhile, such as a sharded lm_head that was gathered.
 
-`local.py` is a model in this process, `served.py` one behind a vLLM server. A teacher of another kind is one more class
-with the members of `Teacher`, and one more line in `choose_teacher`: several teachers are one that gives each rollout
-to its own, by a column of the dataset's row, and compares piece by piece; one that sees another prompt answers from
-that of the row instead of the student's; one whose hidden states come over a wire answers with them as a local one
-does; a copy of the student is a local one whose `callbacks` renew its weights. tests/teachers/test_teachers.py has two
-of them.
+`local.py` is a model in this process, `served.py` one behind a vLLM server, `itself.py` the student as its own. Around
+any of them, `prompted.py` lets it read another prompt than the student did, and `routed.py` makes one of several, each
+for the rollouts whose row names it. A teacher of another kind is one more class with the members of `Teacher`, and one
+more line in `choose_teacher`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ..types import Head, TokenScores
+from .named import SELF, NamedTeacher, named_teachers
 
-__all__ = ["Answer", "Comparison", "Surroundings", "Teacher", "TeacherUnavailableError", "choose_teacher"]
+__all__ = [
+    "Answer",
+    "Comparison",
+    "Surroundings",
+    "Teacher",
+    "TeacherCallback",
+    "TeacherUnavailableError",
+    "choose_teacher",
+]
 
 
 class TeacherUnavailableError(OSError):
     """A teacher that is elsewhere gave no usable answer within its time limit."""
+
+
+class TeacherCallback(TrainerCallback):
+    """A callback of a teacher that changes while the student trains; what it needs to go on is part of a checkpoint."""
+
+    def save(self, directory: Path) -> None:
+        """Write its state into a checkpoint that is being saved; every process calls it."""
+
+    def load(self, directory: Path) -> None:
+        """Take its state from a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint has none, or that of another run.
+        """
 
 
 class Answer(Protocol):
@@ -84,14 +106,16 @@ class Teacher(Protocol):
         gives_hidden_states: its comparisons have a `head`, from which token records read likeliest tokens.
         model: the module that the trainer calls its teacher model, None where there is none here.
         callbacks: of the training, such as one that renews its weights.
+        names: of the teachers that it is made of, by which figures are logged; empty where it is one.
     """
 
     name: str
+    names: Sequence[str]
     vocabulary: int | None
     answers_in_loss: bool
     gives_hidden_states: bool
     model: Any
-    callbacks: Sequence[TrainerCallback]
+    callbacks: Sequence[TeacherCallback]
 
     def answer(self, batch: dict[str, Any], asked: Tensor, pieces: Sequence[Tensor] | None = None) -> list[Any]:
         """What it says of the tokens in `asked`, bool [B, T]: an Answer per rollout, or None where none was asked.
@@ -119,6 +143,19 @@ class Surroundings(Protocol):
     """What a teacher needs of the trainer that it teaches in."""
 
     accelerator: Any
+    model: Any
+    model_wrapped: Any
+    chat_template_kwargs: Any
+    tools: Any
+    pad_to_multiple_of: int | None
+
+    def plain_student(self) -> Any:
+        """The student without the wrappers of an engine."""
+        ...
+
+    def scoring_pieces(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Rows of each forward over a batch, as many forwards on every process."""
+        ...
 
     def hidden_rows(self, model: Any, batch: dict[str, Any], mask: Tensor) -> Tensor:
         """Hidden states [N, H] of a model that predict the completion tokens in `mask`."""
@@ -130,14 +167,20 @@ class Surroundings(Protocol):
 
 
 def choose_teacher(
-    teacher_model: Any, args: Any, processing_class: Any, teacher_processing_class: Any
+    teacher_model: Any,
+    args: Any,
+    processing_class: Any,
+    teacher_processing_class: Any,
+    prompt_column: str | None = None,
 ) -> Callable[[Surroundings], Teacher]:
     """The teacher that a run names, once what can be checked before weights are loaded is checked.
 
     Args:
-        teacher_model: a model, a directory or a hub id; None where `args` names a server.
+        teacher_model: a model, a directory, a hub id or "self"; a mapping of names to these; None where `args` names
+            others.
         args: the `TIPConfig`.
         processing_class, teacher_processing_class: both tokenizers, None where there is none to compare.
+        prompt_column: of the dataset, with the prompts that the teacher reads; None: it reads the student's.
 
     Returns:
         What makes the teacher, given the trainer.
@@ -146,12 +189,42 @@ def choose_teacher(
         ValueError: tokenizers that differ, a server that does not serve it.
         TeacherUnavailableError: a server that does not answer.
     """
+    named = named_teachers(teacher_model, args)
+    makers = [_choose(one, processing_class, teacher_processing_class, prompt_column) for one in named]
+    if not named[0].name:
+        return makers[0]
+    from .routed import RoutedTeacher
+
+    return lambda trainer: RoutedTeacher(
+        {one.name: make(trainer) for one, make in zip(named, makers, strict=True)}, args.teacher_column, trainer
+    )
+
+
+def _choose(
+    named: NamedTeacher, processing_class: Any, teacher_processing_class: Any, prompt_column: str | None
+) -> Callable[[Surroundings], Teacher]:
+    """What makes one teacher."""
+    args = named.args
+    make: Callable[[Surroundings], Teacher]
+    tokenizer = processing_class
     if args.teacher_url is not None:
         from . import served
 
         server = served.open_teacher(args, processing_class)
-        return lambda trainer: served.ServedTeacher(server, trainer.accelerator)
-    from . import local
+        make = lambda trainer: served.ServedTeacher(server, trainer.accelerator)  # noqa: E731
+    elif isinstance(named.model, str) and named.model == SELF:
+        from . import itself
 
-    local.check(teacher_model, args, processing_class, teacher_processing_class)
-    return lambda trainer: local.LocalTeacher(local.load(teacher_model, args), trainer, args.teacher_offload)
+        make = lambda trainer: itself.teacher_of(trainer, args)  # noqa: E731
+    else:
+        from . import local
+
+        tokenizer = local.check(named.model, args, processing_class, teacher_processing_class) or processing_class
+        make = lambda trainer: local.LocalTeacher(  # noqa: E731
+            local.load(named.model, args), trainer, args.teacher_offload
+        )
+    if prompt_column is None:
+        return make
+    from .prompted import PromptedTeacher
+
+    return lambda trainer: PromptedTeacher(make(trainer), prompt_column, tokenizer, trainer)

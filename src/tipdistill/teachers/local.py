@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
+from transformers import AutoProcessor, PreTrainedModel
 
 from ..integrations import _accelerate, _trl
 from ..loss import fused_divergence_loss
 from ..score import token_scores
 from ..score.agreement import check_model
-from ..score.models import head
+from ..score.models import head, lm_head_dtype
 from ..types import Head, TokenScores
 from ..vocabulary import check_same_tokenizer
-from . import Surroundings
+from . import Surroundings, TeacherCallback
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class LocalTeacher:
     """
 
     gives_hidden_states = True
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: Sequence[TeacherCallback] = ()
+    names: Sequence[str] = ()
 
     def __init__(self, model: PreTrainedModel, trainer: Surroundings, offload: bool) -> None:
         model.requires_grad_(False).eval()
@@ -142,15 +143,34 @@ class LocalTeacher:
 
     @contextmanager
     def compare(self, answers: Sequence[HiddenStates]) -> Iterator[HeadComparison]:
-        with self._head(torch.cat([answer.hidden for answer in answers])) as projected:
+        states = [answer.hidden for answer in answers]
+        layer = self._plain.get_output_embeddings()
+        with self._head(torch.cat(states) if states else no_states(layer, self._trainer.accelerator)) as projected:
             yield HeadComparison(projected)
 
     def metrics(self) -> dict[str, float]:
         return {}
 
 
-def check(teacher_model: Any, args: Any, processing_class: Any, teacher_processing_class: Any) -> None:
-    """Refuse a teacher that cannot be, before its weights are loaded; see `tipdistill.teachers.choose_teacher`."""
+def no_states(layer: Any, accelerator: Any) -> Tensor:
+    """Hidden states [0, H] of a teacher that has no rollout.
+
+    Args:
+        layer: its lm_head.
+        accelerator: of the run.
+    """
+    shape = getattr(layer.weight, "ds_shape", layer.weight.shape)  # ZeRO-3 holds partitions
+    empty = torch.zeros(0, shape[-1], dtype=layer.weight.dtype, device=accelerator.device)
+    with accelerator.autocast():
+        return empty.to(lm_head_dtype(empty))
+
+
+def check(teacher_model: Any, args: Any, processing_class: Any, teacher_processing_class: Any) -> Any:
+    """Refuse a teacher that cannot be, before its weights are loaded; see `tipdistill.teachers.choose_teacher`.
+
+    Returns:
+        Its tokenizer, or None where there is none to compare.
+    """
     if not isinstance(teacher_model, str) and args.teacher_model_init_kwargs is not None:
         raise ValueError(
             "teacher_model_init_kwargs load a teacher, and teacher_model is loaded already: give its path, or leave "
@@ -164,6 +184,7 @@ def check(teacher_model: Any, args: Any, processing_class: Any, teacher_processi
             "teacher_offload moves a whole teacher; FSDP and DeepSpeed shard it already. Use their own CPU offload "
             "(fsdp_offload_params, offload_param) and leave teacher_offload off."
         )
+    return teacher_processing_class
 
 
 def load(teacher_model: Any, args: Any) -> PreTrainedModel:

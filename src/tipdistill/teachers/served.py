@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from .. import http, replies
 from ..score.top_k_teacher import DEFAULT_FIELDS, served_divergence_loss, served_scores, unavailable
@@ -32,7 +31,7 @@ from ..select import rule_fields
 from ..text import printable
 from ..types import Head, TeacherLogprobs, TokenScores
 from ..vocabulary import check_served_tokenizer
-from . import TeacherUnavailableError
+from . import TeacherCallback, TeacherUnavailableError
 
 __all__ = ["ServedTeacher", "TeacherServer", "TeacherUnavailableError", "open_teacher"]
 
@@ -384,7 +383,8 @@ class ServedTeacher:
     answers_in_loss = False
     gives_hidden_states = False
     model = None
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: Sequence[TeacherCallback] = ()
+    names: Sequence[str] = ()
 
     def __init__(self, server: TeacherServer, accelerator: Any) -> None:
         self.server, self.accelerator = server, accelerator

@@ -7,10 +7,14 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from ..arrow import values_of
 from ..chat import check_columns, filled_columns
 from ..config import TIPConfig
+from ..data import check_prompt
 from ..extras import check_packages
-from ..text import near_names
+from ..teachers.named import DEFAULT, SELF, named_teachers, number_of
+from ..text import near_names, nearest
+from .images import COLUMNS as IMAGE_COLUMNS
 
 
 def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_dataset: Any, eval_dataset: Any) -> None:
@@ -22,7 +26,9 @@ def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_datas
     """
     check_packages(args)
     check_one_teacher(teacher_model, args)
-    check_distinct(model, teacher_model)
+    args.check_teachers(teacher_model)
+    for one in named_teachers(teacher_model, args):
+        check_distinct(model, one.model)
     check_datasets(train_dataset, eval_dataset)
     check_fills_a_batch(train_dataset, args)
 
@@ -65,17 +71,80 @@ def check_one_teacher(teacher_model: Any, args: TIPConfig) -> None:
 
     Args:
         teacher_model: a model, a directory or a hub id, or None.
-        args: whose `teacher_url` names one on a server.
+        args: whose `teacher_url` or `teachers` name others.
 
     Raises:
         ValueError: what to give, or to leave out.
     """
-    if args.teacher_url is not None and teacher_model is not None:
-        raise ValueError(f"teacher_url = {args.teacher_url} and teacher_model name two teachers: give one of them.")
-    if teacher_model is None and args.teacher_url is None:
+    given = {"teacher_model": teacher_model, "teacher_url": args.teacher_url, "teachers": args.teachers}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(
+            f"{' and '.join(named)} each name the teacher: give one of them. Several teachers go into `teachers`."
+        )
+    if not named:
         raise ValueError(
             "a teacher is needed: pass teacher_model, a model, a directory or a hub id, or set teacher_url."
         )
+    if args.teacher_update != "frozen" and all(one.model != SELF for one in named_teachers(teacher_model, args)):
+        raise ValueError(
+            f'teacher_update = {args.teacher_update} is for the teacher "self", which follows the student: leave it '
+            "out, or let the student be its own teacher."
+        )
+
+
+def teacher_prompt_column(teacher_model: Any, args: TIPConfig, train_dataset: Any, eval_dataset: Any) -> str | None:
+    """The column that the teacher's own prompts are in, None where no dataset has it; and the columns checked.
+
+    Args:
+        teacher_model, args: which name the teachers.
+        train_dataset, eval_dataset: as given to the trainer. A stream's rows are looked at as they come.
+
+    Raises:
+        ValueError: the first row that names no teacher, or whose teacher prompt cannot be read; a teacher that is the
+            student and sees nothing that the student does not.
+    """
+    named, column = named_teachers(teacher_model, args), args.teacher_prompt_column
+    datasets = [(name, dataset) for name, dataset in (("train_dataset", train_dataset), *_by_name(eval_dataset))]
+    has_prompts = False
+    for name, dataset in datasets:
+        if dataset is None:
+            continue
+        columns = dataset.column_names
+        has_prompts |= columns is None or column in columns
+        if named[0].name:
+            _check_names(dataset, name, [one.name for one in named], args.teacher_column)
+        if isinstance(dataset, Dataset) and column in columns:
+            for row, prompt in enumerate(values_of(dataset, column)):
+                if prompt is not None:
+                    try:
+                        check_prompt(prompt, row, name)
+                    except ValueError as error:
+                        raise ValueError(f"column {column!r} of {error}") from error
+            if any(image in columns for image in IMAGE_COLUMNS):
+                raise ValueError(
+                    f"{name} has the columns {column!r} and images, and a teacher with prompts of its own reads text "
+                    "alone: remove one of them."
+                )
+    if len(named) == 1 and named[0].model == SELF and not has_prompts and args.teacher_update != "base":
+        raise ValueError(
+            f"the student is its own teacher and both read the same prompt, so there is nothing to learn: give the "
+            f"dataset a column {column!r} with what the teacher sees besides (teacher_prompt_column names another)."
+        )
+    return column if has_prompts else None
+
+
+def _check_names(dataset: Any, name: str, names: list[str], column: str) -> None:
+    columns = dataset.column_names
+    if columns is not None and column not in columns and DEFAULT not in names:
+        raise ValueError(
+            f"{name} has no column {column!r} that says which of the teachers ({', '.join(names)}) a row is for; its "
+            f"columns are {', '.join(columns)}. Add it, name another (teacher_column), or call one teacher {DEFAULT}."
+            f"{nearest(column, columns)}"
+        )
+    if isinstance(dataset, Dataset) and column in dataset.column_names:
+        for row, value in enumerate(values_of(dataset, column)):
+            number_of({column: value}, names, column, f"{name}, row {row} (counting from 0)")
 
 
 def check_distinct(model: Any, teacher_model: Any) -> None:

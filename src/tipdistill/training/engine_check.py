@@ -9,7 +9,7 @@ import torch
 
 from ..integrations.weight_sync import WeightSyncCheck, WeightSyncError, engine_completion, tolerance_of
 from ..score import token_scores
-from .scoring import evaluating
+from ..score.forward import evaluating
 
 Tokens = tuple[list[int], list[int]]
 

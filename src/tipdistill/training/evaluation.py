@@ -17,8 +17,8 @@ from ..chat import encode_prompts
 from ..evaluate.engines import Completion, Sampling, as_fed
 from ..evaluate.run import check_names, run, write_metrics
 from ..evaluate.task import Task
+from ..score.forward import evaluating
 from ..tasks import load_task
-from .scoring import evaluating
 
 _LOGGED = ("mean_at_k", "mean", "standard_error", "maj_at_k", "mean_tokens", "truncated")
 
@@ -62,21 +62,27 @@ def _is_of_task(metric: str) -> bool:
     return metric.startswith("eval_") and metric.endswith("/standard_error")
 
 
-def load_tasks(names: Sequence[str], has_local_teacher: bool = True) -> list[Task]:
+def load_tasks(names: Sequence[str], args: Any) -> list[Task]:
     """The tasks by their names, whose samples go into files of their own.
 
     Args:
         names: as `load_task` takes them.
-        has_local_teacher: whether a divergence can be measured exactly.
+        args: the `TIPConfig`, which says where the teacher is.
 
     Raises:
-        ValueError: an unknown task, two with one file, or a divergence from a teacher that a server holds.
+        ValueError: an unknown task, two with one file, or a divergence from a teacher that cannot tell it: one that a
+            server holds, or several of which the task's problems name none.
     """
     tasks = [load_task(name) for name in names]
     if tasks:
         check_names([task.name for task in tasks])
     for task in tasks:
-        if task.divergence is not None and not has_local_teacher:
+        if task.divergence is not None and args.teachers is not None:
+            raise ValueError(
+                f"eval_tasks: {task.name} is a divergence from one teacher, and its problems name none of `teachers`: "
+                "leave the task out; eval_dataset may have the column that names them."
+            )
+        if task.divergence is not None and args.teacher_url is not None:
             raise ValueError(
                 f"eval_tasks: {task.name} needs the teacher's whole distribution, and the server of teacher_url gives "
                 "a part of it: leave the task out, or give the teacher as teacher_model_name_or_path."

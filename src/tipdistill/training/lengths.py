@@ -13,6 +13,7 @@ from ..data import prompt_lengths
 from ..evaluate.engines import as_fed
 from ..evaluate.task import Task
 from ..positions import check_positions, position_limit
+from ..teachers.named import SELF, named_teachers
 
 _ENCODED = 2000  # of the longest prompts, before weights are loaded; each batch is looked at again
 REMEDY = " or drop longer prompts (--max_prompt_length of `tipdistill train`)"
@@ -23,13 +24,14 @@ def position_limits(model: Any, teacher_model: Any, args: TIPConfig) -> dict[str
     """How far the positions of student and teacher reach, from their configurations.
 
     Args:
-        model, teacher_model: a model, a directory or a hub id each; None where there is none here.
+        model: a model, a directory or a hub id.
+        teacher_model: the same, several by name, or None where `args` names others.
         args: the keywords that they are loaded with.
     """
-    given = {
-        "student": (model, args.model_init_kwargs, None),
-        "teacher": (teacher_model, args.teacher_model_init_kwargs, args.teacher_model_revision),
-    }
+    given: dict[str, tuple[Any, Any, str | None]] = {"student": (model, args.model_init_kwargs, None)}
+    for one in named_teachers(teacher_model, args):
+        own = (one.model, one.args.teacher_model_init_kwargs, one.args.teacher_model_revision)
+        given[one.called] = given["student"] if one.model == SELF else own
     return {
         who: _limit(named, {"revision": revision, **(dict(kwargs or {}))}, args.trust_remote_code)
         for who, (named, kwargs, revision) in given.items()
@@ -76,10 +78,18 @@ def check_prompts_fit(
         return
     completion, option = args.max_completion_length, "max_completion_length"
     check_positions(limits, 1, completion, option, REMEDY)
-    room = min((limit for limit in limits.values() if limit is not None), default=None)
-    if room is None or not isinstance(dataset, Dataset) or not isinstance(processing_class, PreTrainedTokenizerBase):
+    if not isinstance(dataset, Dataset) or not isinstance(processing_class, PreTrainedTokenizerBase):
         return
-    _check_longest(limits, dataset["prompt"][:], processing_class, args, name)
+    prompts, column = dataset["prompt"][:], args.teacher_prompt_column
+    if column not in dataset.column_names:
+        _check_longest(limits, prompts, processing_class, args, name)
+        return
+    # each model by the prompt that it reads: the longer of the two is no business of the other
+    of_teacher = [prompt if own is None else own for prompt, own in zip(prompts, dataset[column][:], strict=True)]
+    student = {"student": limits["student"]}
+    _check_longest(student, prompts, processing_class, args, name)
+    teachers = {who: limit for who, limit in limits.items() if who not in student}
+    _check_longest(teachers, of_teacher, processing_class, args, name, f" or shorten the longest {column}")
 
 
 def check_problems_fit(
@@ -110,11 +120,14 @@ def _check_longest(
     name: str,
     remedy: str = REMEDY,
 ) -> None:
-    completion, room = args.max_completion_length, min(limit for limit in limits.values() if limit is not None)
-    if not isinstance(prompts[0], str) and not tokenizer.chat_template:
+    completion = args.max_completion_length
+    room = min((limit for limit in limits.values() if limit is not None), default=None)
+    dressed = [prompt for prompt in prompts if not isinstance(prompt, str)][:1]
+    if room is None or (dressed and not tokenizer.chat_template):
         return
     options = args.chat_template_kwargs or {}
-    (template,) = prompt_lengths(prompts[:1], tokenizer, options)  # at most what a template puts around a prompt
+    # at most what a template puts around a prompt
+    (template,) = prompt_lengths(dressed or prompts[:1], tokenizer, options)
     sizes = {row: len(str(prompt).encode("utf-8", "replace")) for row, prompt in enumerate(prompts)}
     doubtful = [row for row, size in sizes.items() if size + template + completion > room]
     doubtful = sorted(doubtful, key=lambda row: -sizes[row])[:_ENCODED]

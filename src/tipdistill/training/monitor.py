@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,58 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "forward_kl": total["forward_kl"] / tokens,
     } | {f"quadrants/q{number}": total[f"q{number}"] / tokens for number in (1, 2, 3, 4)}
     return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+
+class ByTeacher:
+    """What a step did with the tokens of each of several teachers, over all processes.
+
+    teacher/<name>/tokens is their number, teacher/<name>/reverse_kl the mean divergence (nats), and
+    teacher/<name>/kept_fraction the share that is trained on. A step without a token of a teacher logs 0 tokens of it.
+
+    Args:
+        trainer: a `TIPTrainer`; where it has one teacher, nothing is counted.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._sums: Tensor | None = None  # float64 [teachers, 3]: tokens, kept, reverse KL
+
+    def add(self, scores: TokenScores, kept: Tensor | None, mask: Tensor, examples: Sequence[Any]) -> None:
+        """Count tokens of this process.
+
+        Args:
+            scores: of the tokens in `mask`.
+            kept: bool, of the same; None: all.
+            mask: bool [B, T].
+            examples: the B rows of the dataset, which name the teachers.
+        """
+        teacher = self._trainer.teacher
+        if not teacher.names:
+            return
+        number = torch.tensor(teacher.numbers(examples), device=mask.device)[:, None].expand_as(mask)[mask]
+        ones = torch.ones(len(number), dtype=torch.float64, device=mask.device)
+        divergence = ones * math.nan if scores.reverse_kl is None else scores.reverse_kl.double()
+        columns = torch.stack([ones, ones if kept is None else kept.double(), divergence], 1)
+        if self._sums is None:
+            self._sums = columns.new_zeros(len(teacher.names), 3)
+        self._sums.index_add_(0, number, columns)
+
+    def take(self) -> dict[str, float]:
+        """The figures since the last call; every process calls it."""
+        names = self._trainer.teacher.names
+        if not names:
+            return {}
+        accelerator, sums = self._trainer.accelerator, self._sums
+        if sums is None:
+            sums = torch.zeros(len(names), 3, dtype=torch.float64, device=accelerator.device)
+        self._sums = None
+        figures = {}
+        for name, (tokens, kept, divergence) in zip(names, accelerator.gather(sums[None]).sum(0).tolist(), strict=True):
+            figures[f"teacher/{name}/tokens"] = tokens
+            if tokens:
+                figures[f"teacher/{name}/kept_fraction"] = kept / tokens
+                figures[f"teacher/{name}/reverse_kl"] = divergence / tokens
+        return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
 def now() -> float:

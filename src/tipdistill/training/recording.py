@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
 from ..records import About, Choice, RecordsWriter
+from ..score.forward import evaluating
 from ..score.models import joined, score_heads
 from ..teachers.local import name_of
 from ..types import Rollout, Scored
-from .scoring import evaluating, loss_mask
+from .scoring import loss_mask
 from .trackers import show_records
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,11 @@ def record_step(trainer: Any, batch: dict[str, Any], choice: Choice | None) -> N
         settings={"normalization": args.normalization, "num_generations": args.num_generations},
     )
 
-    def score(part: dict[str, Tensor], inside: Tensor) -> Scored:
+    def rows_of(rows: Tensor) -> dict[str, Any]:
+        part: dict[str, Any] = {key: batch[key][rows] for key in TOKEN_KEYS}
+        return part | {"examples": [batch["examples"][row] for row in rows.tolist()]}
+
+    def score(part: dict[str, Any], inside: Tensor) -> Scored:
         hidden, answers = trainer.hidden_rows(student, part, inside), trainer.teacher.answer(part, inside)
         with trainer.student_head(student, hidden) as of_student, trainer.teacher.compare(answers) as teacher:
             tokens = part["completion_ids"][inside]
@@ -108,9 +113,7 @@ def record_step(trainer: Any, batch: dict[str, Any], choice: Choice | None) -> N
 
     with evaluating(trainer.model):
         scored = [
-            trainer.redirected(
-                trainer.model_wrapped, student, score, {key: batch[key][rows] for key in TOKEN_KEYS}, mask[rows]
-            )
+            trainer.redirected(trainer.model_wrapped, student, score, rows_of(rows), mask[rows])
             for rows in sample.split(args.per_device_train_batch_size)
         ]
     if not trainer.accelerator.is_main_process:

@@ -179,6 +179,20 @@ class ResumableTrainer(DistillationTrainer):
             put_in_place(path, parent / path.name)
         staging.rmdir()
 
+    # What a teacher that follows the student needs to go on is saved and loaded with the optimizer.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        for callback in self.teacher.callbacks:
+            callback.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or Path(checkpoint) == Path(self.args.output_dir):
+            return  # of a finished run, whose last model is no checkpoint
+        for callback in self.teacher.callbacks:
+            callback.load(Path(checkpoint))
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 

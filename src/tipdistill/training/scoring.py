@@ -85,7 +85,8 @@ def scoring_pieces(
     count = int(accelerator.gather(torch.tensor([len(pieces)], device=device)).max())
     while len(pieces) < count:
         largest = pieces.pop(max(range(len(pieces)), key=lambda index: len(pieces[index])))
-        pieces += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        half = len(largest) // 2  # a single rollout is read twice
+        pieces += [largest[:half], largest[half:]] if half else [largest, largest]
     return [torch.tensor(sorted(piece), device=device) for piece in pieces]
 
 
@@ -115,21 +116,6 @@ def scores_by_position(
 def take_tokens(answer: Any, kept: Tensor) -> Any:
     """An Answer of the kept tokens alone."""
     return None if answer is None else answer.map(lambda value: value[kept.to(value.device)])
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in eval mode meanwhile: no dropout, so that scores are those of the student that wrote."""
-    was_training = model.training
-    model.eval()
-    for module in model.modules():
-        # in eval mode bitsandbytes packs a layer's weights for a CPU, once and for all: no gradient passes them then
-        if any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__):
-            module.training = True
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

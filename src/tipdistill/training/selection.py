@@ -10,6 +10,7 @@ alone with normalization="micro_batch".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..records import Choice
 from ..select import Running, kept_counts, quadrants, resolve_rule, running_of, select
 from ..types import Selection, TokenScores
-from .monitor import tally
+from .monitor import ByTeacher, tally
 from .scoring import loss_mask
 
 
@@ -42,6 +43,7 @@ class StepSelection:
         self._scored: list[Tensor] = []
         self._names: tuple[str, ...] = ()  # of the statistics; a process may have no token, and must still know them
         self._seen: tuple[TokenScores, Tensor] | None = None
+        self._by_teacher = ByTeacher(trainer)
 
     def begin(self, recorded: bool) -> None:
         """Decide where the tokens of the next generation batch are selected.
@@ -97,7 +99,10 @@ class StepSelection:
         if self._normalization == "running":
             self._seen = flat, rollout
         first = self._trainer.accelerator.process_index * len(mask)
-        return weight[first : first + len(mask), : mask.shape[1]]
+        weight = weight[first : first + len(mask), : mask.shape[1]]
+        own = TokenScores(**{name: value[mask] for name, value in scores.items()})
+        self._by_teacher.add(own, weight[mask] > 0, mask, batch["examples"])
+        return weight
 
     def _gather(self, value: Tensor) -> Tensor:
         accelerator = self._trainer.accelerator
@@ -188,10 +193,18 @@ class StepSelection:
 
     # What the step did.
 
-    def add(self, scores: TokenScores, selection: Selection | None) -> None:
-        """Put down what a micro-batch's loss did with its tokens; selection None: it kept all."""
+    def add(self, scores: TokenScores, selection: Selection | None, mask: Tensor, examples: Sequence[Any]) -> None:
+        """Put down what a micro-batch's loss did with its tokens.
+
+        Args:
+            scores: of the tokens in `mask`.
+            selection: of them; None: it kept all.
+            mask: bool [B, T].
+            examples: the B rows of the dataset.
+        """
         sums = tally(scores, selection)
         self._sums = sums if self._sums is None else self._sums + sums
+        self._by_teacher.add(scores, None if selection is None else selection.mask, mask, examples)
 
     def take(self) -> Tensor:
         """The sums of the step's tokens over all processes (`tally`), and start the next."""
@@ -203,6 +216,10 @@ class StepSelection:
             sums = self._sums if self._sums_are_global else accelerator.gather(self._sums[None]).sum(0)
         self._sums, self._sums_are_global = None, False
         return sums
+
+    def take_by_teacher(self) -> dict[str, float]:
+        """The figures of each of several teachers since the last call; see `ByTeacher`."""
+        return self._by_teacher.take()
 
     def _remember(self, scores: TokenScores, selection: Selection, number: Tensor) -> None:
         statistics = [scores.require(name) for name in self._names]

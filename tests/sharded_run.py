@@ -151,7 +151,16 @@ def run(job):
     if "urls" in job:  # the address of the teacher, as each rank sees it
         settings["teacher_url"] = job["urls"][int(os.environ["RANK"])]
     args = TIPConfig(job["out"], **settings)
-    trainer = Watched(job["student"], job["teacher"], args, Dataset.from_json(job["data"]), callbacks=[Dies()])
+    dataset = Dataset.from_json(job["data"])
+    if job.get("columns"):
+        prompts = dataset["prompt"][:]
+        own = [None if row % 3 == 2 else f"It is 42. {prompt}" for row, prompt in enumerate(prompts)]
+        dataset = dataset.add_column("teacher_prompt", own)
+        if args.teachers:
+            # of each step's eight the first four are the first process's
+            names = ["llama" if row % 8 < 4 or row % 8 == 7 else "phi" for row in range(len(prompts))]
+            dataset = dataset.add_column("teacher", names)
+    trainer = Watched(job["student"], job["teacher"], args, dataset, callbacks=[Dies()])
     try:
         trainer.train(resume_from_checkpoint=job.get("resume"))
     except TeacherUnavailableError as error:

@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tipdistill.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -120,3 +123,22 @@ def test_the_notebook_runs_from_top_to_bottom(tiny_model_dir, word_problems, tmp
     before, after = space["losses"]
     assert after == pytest.approx(before, rel=1e-3)
     assert (tmp_path / "half" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["itself", "several"])
+def test_the_recipes_with_other_teachers_train(name, tiny_model_dir, tmp_path, monkeypatch):
+    """As they stand, on tiny models in the place of those that their head comment makes."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    models = {"student": str(tiny_model_dir("qwen3", "student")), "teacher": str(tiny_model_dir("llama", "teacher"))}
+    recipe = yaml.safe_load((EXAMPLES / "teachers" / f"{name}.yaml").read_text(encoding="utf-8"))
+    text = json.dumps(recipe | {"output_dir": str(tmp_path / "run"), "max_steps": 2})
+    for role, path in models.items():
+        text = text.replace(f"runs/smollm2/models/{role}", path)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    assert len(steps) == 2
+    assert steps[0]["reverse_kl"] > 0
+    if name == "several":
+        assert sum(steps[0][f"teacher/{one}/tokens"] for one in ("knows", "default")) > 0

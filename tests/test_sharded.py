@@ -55,6 +55,17 @@ KINDS = {
     # thresholds and scales of the step before, over all ranks
     "running": ({**SGD, "normalization": "running", "retention": 0.1, "selection_scope": "batch"}, {"empty": 4}),
     "adam": ({"max_steps": 4, "save_strategy": "steps", "save_steps": 2}, {}),
+    # two teachers, one of them for none of the first process's rollouts, and prompts of the teachers' own
+    "several": ({**SGD, "retention": 0.1, "selection_scope": "batch", "record_rollouts": 0}, {"columns": True}),
+    "several_micro_batch": (
+        {**SGD, "normalization": "micro_batch", "selection_rule": "divergence", "record_rollouts": 0},
+        {"columns": True},
+    ),
+    # the student as its own teacher, a model beside it that follows it
+    "itself": (
+        {**SGD, "max_steps": 4, "teacher_update": "ema:0.5", "save_strategy": "steps", "save_steps": 2},
+        {"columns": True, "teacher": "self"},
+    ),
 }
 # of a teacher on a server: one rule that asks about every token, one that asks about few and of some ranks none
 SERVED = {
@@ -68,13 +79,19 @@ SERVED = {
 }
 # Which of them in two processes. What is sharded is where they differ; ZeRO-2 shards no weight, and is DDP to our code.
 KINDS_OF = {
-    "ddp": ("whole", "few", "empty", "running"),
-    "fsdp2": ("whole", "few", "empty_micro_batch", "running"),
+    "ddp": ("whole", "few", "empty", "running", "several", "itself"),
+    "fsdp2": ("whole", "few", "empty_micro_batch", "running", "several", "several_micro_batch"),
     "zero2": ("few",),
-    "zero3": ("whole", "few", "empty"),
+    "zero3": ("whole", "few", "empty", "several"),
 }
 SHARDED = tuple(name for name in ("fsdp2", "zero3") if name in NAMES)  # killed, and in more tiles
-ACCUMULATED = ("few", "empty_micro_batch", "running", "adam")  # 4 micro-batches of one rollout on two processes
+ACCUMULATED = (
+    "few",
+    "empty_micro_batch",
+    "running",
+    "adam",
+    "several",
+)  # 4 micro-batches of one rollout on two processes
 
 
 def free_port():
@@ -114,6 +131,9 @@ class Jobs:
             "per_device_train_batch_size": 8 // processes // accumulation,
         }
         told = {"teacher": str(self.models("llama", "teacher")), **told, **more}
+        if kind.startswith("several"):
+            settings["teachers"] = {name: str(self.models(name, "teacher")) for name in ("llama", "phi")}
+            told["teacher"] = None
         student = "phi" if kind == "few" else "qwen3"
         return self.job(engine, processes, f"{engine}-{processes}-{kind}{suffix}", student, settings, **told)
 
@@ -137,6 +157,8 @@ class Jobs:
                 jobs[engine, "tiles"] = self.sharded(engine, 2, "whole", "-tiles", tiles=True)
                 jobs[engine, "killed"] = self.sharded(engine, 2, "adam", dies=3)
                 jobs[engine, "adam"] = self.sharded(engine, 2, "adam", resume=True)
+        jobs["itself", "killed"] = self.sharded("fsdp2", 2, "itself", dies=3)
+        jobs["fsdp2", "itself"] = self.sharded("fsdp2", 2, "itself", resume=True)
         jobs["hosts"] = self.sharded("fsdp2", 4, "whole", "-hosts", hosts=2)
         for kind, processes in itertools.product(SERVED, (1, 2)):
             jobs["served", kind, processes] = self.served(kind, processes, f"{kind}-{processes}", [url] * processes)
@@ -219,6 +241,15 @@ def test_a_run_killed_on_one_rank_resumes_to_the_figures_of_one_process(engine, 
     assert (directory / "checkpoint-2").is_dir()
     # Adam divides by the root of tiny second moments, so weights may differ where gradients are nearly zero
     assert_same(ran[engine, "adam"], ran["one", "adam"], weights=False)
+
+
+def test_a_teacher_that_follows_a_sharded_student_goes_on_where_it_was(ran):
+    directory = ran["fsdp2", "itself"][1]
+    assert {path.name for path in (directory / "checkpoint-2").glob("teacher-*")} == {
+        "teacher-00000.safetensors",
+        "teacher-00001.safetensors",
+    }
+    assert_same(ran["fsdp2", "itself"], ran["one", "itself"])
 
 
 @pytest.mark.parametrize("engine", SHARDED)

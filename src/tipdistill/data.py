@@ -126,6 +126,30 @@ def prepare_prompts(
     )
 
 
+def as_conversations(dataset: Any, column: str) -> Any:
+    """The dataset with each text of a column as a user's message; messages and rows without stay as they are.
+
+    Args:
+        dataset: a `Dataset` or a stream, which need not have the column.
+        column: such as that of a teacher's own prompts.
+
+    Example:
+        >>> rows = Dataset.from_dict({"teacher_prompt": ["1 + 1 = 2", None]})
+        >>> as_conversations(rows, "teacher_prompt")["teacher_prompt"][:]
+        [[{'content': '1 + 1 = 2', 'role': 'user'}], None]
+    """
+
+    def dress(row: dict[str, Any]) -> dict[str, Any]:
+        value = read_stored(row.get(column))
+        return {column: [{"role": "user", "content": value}] if isinstance(value, str) else value}
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(dress)
+    if column not in dataset.column_names:
+        return dataset
+    return dataset.map(dress, keep_in_memory=True, load_from_cache_file=False)
+
+
 def check_prompts(dataset: Dataset, name: str, rows: int = 10_000) -> None:
     """Refuse the first row whose prompt no model can be fed with; later rows are looked at in their batch.
 

@@ -451,7 +451,7 @@ class TIPTrainer(ResumableTrainer):
                 with naming_rollouts(asked):
                     loss, scores = teacher.loss(student, None, fields=self._logged_fields(), **options)
         if self.model.training:
-            self._selection.add(scores, selection, asked, exact["examples"])
+            self._selection.add(scores, selection, asked, exact.get("examples", ()))
         return loss, scores.require("entropy").sum(), mask.sum()
 
     @torch.no_grad()

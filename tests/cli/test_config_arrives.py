@@ -188,6 +188,8 @@ OF_A_SERVED_TEACHER = {
     *("teacher_url", "teacher_served_name", "teacher_top_k", "teacher_api_key_env", "teacher_timeout"),
     *("teacher_time_limit", "teacher_concurrency"),
 }
+# test_train_teachers.py sees them arrive
+OF_OTHER_TEACHERS = {"teachers", "teacher_column", "teacher_prompt_column", "teacher_update"}
 # about how a run is started and what it prints: tests/recipes/test_trust.py and test_noise.py see them act
 OF_THE_COMMAND_LINE = {"trust_recipe", "verbose"}
 TRLS = {

@@ -40,6 +40,7 @@ def in_table(title: str) -> set[str]:
 
 OURS = in_table("Ours, at every logged step")
 SERVED = in_table("With a teacher on a server")
+SEVERAL = in_table("With several teachers")
 TASK = in_table("With `eval_tasks`")
 TRL = in_table("TRL's")
 
@@ -85,3 +86,12 @@ def test_the_page_names_what_a_served_teacher_adds(pair, prompts, tiny_tokenizer
         args = TIPConfig(str(tmp_path), **{**TINY, "teacher_url": server.url, "record_rollouts": 0})
         names = logged(TIPTrainer(pair[0], None, args, prompts))
     assert names - OURS - TRL == SERVED
+
+
+def test_the_page_names_what_several_teachers_add(pair, prompts, tmp_path):
+    args = TIPConfig(
+        str(tmp_path), **{**TINY, "teachers": {"maths": pair[1], "default": pair[1]}, "record_rollouts": 0}
+    )
+    dataset = prompts.add_column("teacher", ["maths" if row % 2 else None for row in range(len(prompts))])
+    names = logged(TIPTrainer(pair[0], None, args, dataset))
+    assert names - OURS - TRL == {name.replace("NAME", one) for name in SEVERAL for one in ("maths", "default")}

@@ -448,5 +448,5 @@ def test_what_the_server_cannot_serve_is_refused_before_weights_are_loaded(make,
         make(selection_rule="signal_to_curvature")
     with pytest.raises(ValueError, match=r"temperature = 0\.5 needs the teacher's whole vocabulary"):
         make(temperature=0.5)
-    with pytest.raises(ValueError, match="name two teachers"):
+    with pytest.raises(ValueError, match="each name the teacher"):
         TIPTrainer("s", "t", TIPConfig(str(tmp_path), **PLAIN, teacher_url=served.url), [])

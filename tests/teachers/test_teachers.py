@@ -87,7 +87,7 @@ def _rows(student, place):
 class SeveralTeachers:
     """Each rollout's teacher is named by a column of the dataset."""
 
-    model, callbacks, name = None, (), "several"
+    model, callbacks, names, name = None, (), (), "several"
     answers_in_loss = gives_hidden_states = False
 
     def __init__(self, *teachers):
@@ -123,7 +123,7 @@ class SeveralTeachers:
 class OverTheWire:
     """Hidden states come as plain lists of numbers, and the lm_head alone is here."""
 
-    model, callbacks, name = None, (), "over the wire"
+    model, callbacks, names, name = None, (), (), "over the wire"
     answers_in_loss, gives_hidden_states = False, True
 
     def __init__(self, model):

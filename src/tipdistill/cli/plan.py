@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     setup = setup_of_recipe(values, machine, own.gpus, own.sharding, own.teacher_place, own.prompt_tokens)
     planned = plan(setup, machine)
     where = own.machine.upper() if own.machine in MACHINES else own.machine
-    say(f"{values.model_name_or_path} from {values.teacher_model_name_or_path} on {own.gpus:,} × {where}\n")
+    teachers = ", ".join(values.teachers or [values.teacher_model_name_or_path])
+    say(f"{values.model_name_or_path} from {teachers} on {own.gpus:,} × {where}\n")
     say(as_text(planned))
     if own.json:
         own.json.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from .models import Sizes
 from .replay import Compute
 
 SHARDING = ("none", "zero2", "zero3", "fsdp2")
-TEACHERS = ("resident", "offload", "sharded", "server")
+TEACHERS = ("resident", "offload", "sharded", "server", "student")
 ENGINES = ("transformers", "colocate", "server")
 PHASES = ("rollout", "score", "loss", "optimizer")
 COMPONENTS = (
@@ -60,7 +60,10 @@ class Setup:
         memory: bytes of one GPU.
         device: "cuda" or "cpu".
         sharding: "none" (one GPU, or DDP), "zero2", "zero3" or "fsdp2".
-        teacher_place: "resident", "offload" (on the CPU between scoring passes), "sharded" or "server".
+        teacher_place: "resident", "offload" (on the CPU between scoring passes), "sharded", "server", or "student" (the
+            model under the student's adapter, which takes no memory of its own).
+        other_teachers: bytes of further teachers, on one GPU if they were alone: their weights, or where teachers are
+            on the CPU between scoring passes their lm_heads.
         micro_batch: rollouts of a forward and backward (`per_device_train_batch_size`).
         accumulation: micro-batches of a step on one GPU.
         prompt, completion: tokens.
@@ -86,6 +89,7 @@ class Setup:
     device: str = "cuda"
     sharding: str = "none"
     teacher_place: str = "resident"
+    other_teachers: int = 0
     micro_batch: int = 1
     accumulation: int = 1
     prompt: int = 2048
@@ -246,13 +250,14 @@ def _resident(setup: Setup) -> tuple[dict[str, int], int]:
         resident["student weights"] = weights // (n if setup.sharding == "zero3" else 1)
         gradients = of_weight * trained // n
         resident["gathered and in buckets"] = min(trained, _BUCKET) * of_weight + _gathered(setup)
-    teacher_bytes = replay.weights(setup.teacher)[0]
-    head = setup.teacher_sizes.lm_head * setup.teacher.dtype.itemsize
+    teacher_bytes = replay.weights(setup.teacher)[0] + setup.other_teachers
+    head = setup.other_teachers + setup.teacher_sizes.lm_head * setup.teacher.dtype.itemsize
     resident["teacher weights"] = {
         "resident": teacher_bytes,
         "offload": head,
         "sharded": teacher_bytes // n,
         "server": 0,
+        "student": 0,
     }[setup.teacher_place]
     return resident, gradients
 
@@ -340,7 +345,7 @@ def _score(setup: Setup, parts: dict[str, int], cached: int) -> None:
     parts["teacher hidden states"] += max(0, everything - of_teacher) if last >= chosen else chosen
     parts["lm_heads and temporary"] = max(moments) if last >= chosen else 0
     if setup.teacher_place == "offload":
-        parts["teacher weights"] = replay.weights(setup.teacher)[0]
+        parts["teacher weights"] = replay.weights(setup.teacher)[0] + setup.other_teachers
 
 
 def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:

@@ -12,11 +12,12 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from ..documents import parse_yaml, read_yaml
 from ..extras import EXTRAS, require
 from ..select import resolve_rule
+from ..teachers.named import SELF, NamedTeacher, named_teachers
 from ..text import nearest
 from . import setup_of
 from .machines import Machine
 from .memory import ENGINES, OPTIMIZERS, Setup
-from .models import read_config
+from .models import read_config, sizes
 
 
 def setup_of_recipe(
@@ -45,9 +46,12 @@ def setup_of_recipe(
     sharding = sharding or sharding_of(values.accelerate_config)
     if sharding != "none" and gpus == 1:
         sharding = "none"  # nothing to share with
+    named, names = _teachers(values)
     place = teacher_place or (
         "offload" if values.teacher_offload else "sharded" if sharding in ("zero3", "fsdp2") else "resident"
     )
+    if values.use_peft and [one.model for one in named] == [SELF]:
+        place = "student"
     if place == "sharded" and gpus == 1:
         place = "resident"
     if place == "offload" and sharding != "none":
@@ -59,13 +63,11 @@ def setup_of_recipe(
         if isinstance(targets, list):
             targets = targets[0] if targets == ["all-linear"] else tuple(targets)
         lora = (values.lora_r, targets)
-    student, teacher = (
+    student, *teachers = (
         read_config(name, revision, bool(values.trust_remote_code))
-        for name, revision in (
-            (values.model_name_or_path, values.model_revision),
-            (values.teacher_model_name_or_path, values.teacher_model_revision),
-        )
+        for name, revision in ((values.model_name_or_path, values.model_revision), *names)
     )
+    teacher, *others = sorted(teachers, key=lambda config: -sizes(config).parameters)
     of_teacher = (_as_dict(values.teacher_model_init_kwargs)).get("dtype", values.dtype)
     of_student = (_as_dict(values.model_init_kwargs)).get("dtype", values.dtype)
     engine = ("colocate" if values.vllm_mode == "colocate" else "server") if values.use_vllm else "transformers"
@@ -81,6 +83,11 @@ def setup_of_recipe(
         memory=int(machine.memory_gib * 2**30),
         sharding=sharding,
         teacher_place=place,
+        other_teachers=sum(
+            (sizes(other).lm_head if place == "offload" else sizes(other).parameters)
+            * _dtype(of_teacher, other).itemsize
+            for other in others
+        ),
         micro_batch=values.per_device_train_batch_size,
         accumulation=values.gradient_accumulation_steps,
         prompt=prompt_tokens or values.max_prompt_length or 1024,
@@ -99,6 +106,24 @@ def setup_of_recipe(
         vllm_sleeps=bool(values.vllm_enable_sleep_mode),
         padded=values.per_device_train_batch_size > 1,
     )
+
+
+def _teachers(values: Namespace) -> tuple[list[NamedTeacher], list[tuple[str, str | None]]]:
+    """The teachers that a recipe names, and name and revision of each whose weights are here, once each."""
+    named = named_teachers(values.teacher_model_name_or_path, values)
+    local = [
+        (values.model_name_or_path, values.model_revision)
+        if one.model == SELF
+        else (one.model, one.args.teacher_model_revision)
+        for one in named
+        if one.args.teacher_url is None
+    ]
+    if not local:
+        raise ValueError(
+            "no teacher that is planned has its weights here: a plan reads the teacher's configuration, so give its "
+            "name as --teacher, with --teacher_place server and without teacher_url."
+        )
+    return named, list(dict.fromkeys(local))
 
 
 def _check_values(values: Namespace, gpus: int) -> None:

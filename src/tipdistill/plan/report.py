@@ -104,7 +104,7 @@ def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
         yield [("teacher_offload: true", lambda setup: replace(setup, teacher_place="offload"))]
     if setup.gpus > 1 and setup.sharding in ("none", "zero2"):
         yield [("accelerate_config: zero3, which shards the teacher too", _sharded_over(setup.gpus))]
-    if setup.teacher_place != "server":
+    if setup.teacher_place not in ("server", "student"):
         yield [("the teacher on a server of its own", lambda setup: replace(setup, teacher_place="server"))]
     if setup.student.lora is None:
         yield [("use_peft: true (LoRA)", lambda setup: replace(setup, student=replace(setup.student, lora=(16, None))))]
@@ -184,6 +184,13 @@ def assumptions(setup: Setup, machine: Machine) -> list[str]:
         )
     if setup.engine == "server":
         lines.append("rollouts are written by a vLLM server on other GPUs, whose memory and time are not counted")
+    if setup.other_teachers:
+        lines.append(
+            f"{setup.other_teachers / _GIB:.1f} GiB of weights are those of further teachers; every rollout is timed "
+            "as if the largest read it"
+        )
+    if setup.teacher_place == "student":
+        lines.append("the teacher is the model under the student's adapter, and takes no memory of its own")
     if setup.teacher_place == "server":
         lines.append("the teacher's server is on other GPUs; its memory, time and traffic are not counted")
     return lines

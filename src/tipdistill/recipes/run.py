@@ -20,7 +20,7 @@ from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from ..chat import check_chat_template_kwargs
-from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
+from ..data import as_conversations, drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..dotted import names_only
 from ..pair import check_chat_template, check_models, read_models
 from ..positions import check_positions
@@ -146,7 +146,7 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
         check_problems_fit(limits, load_tasks(config.task_names(), config), tokenizer, config)
     if code:
         described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"
-    lines = [f"# {label:<10}{_line(text)}" for label, text in described.items()]
+    lines = [f"# {label:<9} {_line(text)}" for label, text in described.items()]
     if main_process:
         if script.dry_run:
             print(printable(as_yaml(request.values)), end="")
@@ -310,6 +310,8 @@ def _prompts(request: Request, purpose: str, tokenizer: Any) -> tuple[Dataset | 
         dataset = load_prompts(
             script.dataset_name, split, config=script.dataset_config, streaming=script.dataset_streaming, **shape
         )
+    if script.apply_chat:
+        dataset = as_conversations(dataset, request.config.teacher_prompt_column)
     if not isinstance(dataset, Dataset):
         if script.max_prompt_length is not None:
             raise ValueError("max_prompt_length counts tokens ahead, which a stream cannot: unset dataset_streaming.")

@@ -10,6 +10,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
+from .documents import parse_mapping
 from .http import server_url, variable_name
 from .redact import without_secrets
 from .select import SCOPES, resolve_rule, rule_name
@@ -169,7 +170,8 @@ class TIPConfig(DistillationConfig):
                 server_url(name, getattr(self, name))  # first: no other message may repeat a password in it
         if self.teacher_api_key_env is not None:
             variable_name("teacher_api_key_env", self.teacher_api_key_env)
-        self.teachers = read_teachers(self.teachers)
+        self.teachers = parse_mapping(self.teachers, "teachers") if isinstance(self.teachers, str) else self.teachers
+        read_teachers(self.teachers)
         read_update(self.teacher_update)
         self._check_teacher_patience()
         if self.enable_jit_checkpoint:

@@ -78,7 +78,7 @@ def test_several_teachers_from_a_recipe_and_from_flags(start, teachers, tmp_path
     entry = logged(trainer)
     assert min(entry["teacher/maths/tokens"], entry["teacher/code/tokens"]) > 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert written["teachers"]["maths"] == {"model": teachers["maths"]}
+    assert written["teachers"]["maths"] == teachers["maths"]
 
 
 def test_a_dry_run_says_who_teaches(start, teachers, capsys):

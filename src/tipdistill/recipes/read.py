@@ -311,7 +311,8 @@ def _kinds(name: str) -> tuple[Any, ...]:
 def _mapping(where: str, name: str, value: Any) -> Any:
     """A field that takes a mapping, from what stands for it: a mapping, JSON text of one, or of some fields a path."""
     if name == "teachers":
-        return read_teachers(value, where)
+        read_teachers(value, where)
+        return parse_mapping(value, where) if isinstance(value, str) else value
     if name.endswith("_kwargs"):
         options = parse_mapping(value, where)
         if options and isinstance(options.get("trust_remote_code"), str):

@@ -109,7 +109,10 @@ def named_teachers(teacher_model: Any, args: Any) -> list[NamedTeacher]:
     Raises:
         ValueError: as `read_teachers`.
     """
-    entries = read_teachers(teacher_model, "teacher_model") if isinstance(teacher_model, Mapping) else args.teachers
+    several, where = (
+        (teacher_model, "teacher_model") if isinstance(teacher_model, Mapping) else (args.teachers, "teachers")
+    )
+    entries = read_teachers(several, where)
     if entries is None:
         return [NamedTeacher("", teacher_model, args)]
     return [_named(name, entry, args) for name, entry in entries.items()]

@@ -1,14 +1,17 @@
 """The JSON schema of recipes, and the help that is read from it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from tipdistill import TIPConfig, cli
 from tipdistill.recipes import recipe_names, recipe_path
-from tipdistill.recipes.fields import SCHEMA, SECTIONS, help_text, read_fields
-from tipdistill.recipes.read import TIPScriptArguments, parse
+from tipdistill.recipes.fields import SCHEMA, SECTIONS, check_flags, help_text, read_fields
+from tipdistill.recipes.read import TYPES as DATACLASSES
+from tipdistill.recipes.read import TIPScriptArguments, _Parser, parse
 from tipdistill.recipes.schema import schema
 
 TYPES = {"boolean": bool, "integer": int, "number": (int, float), "string": str, "object": dict, "array": list}
@@ -115,3 +118,17 @@ def test_a_default_of_the_schema_is_that_of_a_run():
     )
     for name in ("retention", "selection_rule", "drift_factor", "record_rollouts", "eval_num_samples"):
         assert getattr(config.config, name) == read_fields()[name]["default"]
+
+
+def test_every_flag_that_the_parser_takes_passes_the_early_look():
+    flags = [flag for action in _Parser(DATACLASSES)._actions for flag in action.option_strings]
+    assert len(flags) > 300
+    check_flags([flag for flag in flags if flag not in ("-h", "--help")])
+
+
+def test_a_flag_that_is_none_is_refused_before_anything_is_loaded():
+    command = "from tipdistill.cli import main; code = main(['train', '--retension', '1']); import sys; "
+    command += "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["2", "False", "False"]
+    assert "Did you mean --retention" in done.stderr

@@ -19,6 +19,9 @@ def main(argv: list[str]) -> int:
 
         print(help_text(argv[-1] == "all", recipe_names()))
         return 0
+    from ..recipes.fields import check_flags
+
+    check_flags(argv)
     from ..recipes.run import run_recipe
 
     return run_recipe(argv)

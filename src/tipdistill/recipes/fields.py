@@ -10,6 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from ..text import near_names
+
 SCHEMA = Path(__file__).with_name("schema.json")
 # What a run is usually made of, in the order of a recipe; the rest is TRL's and Trainer's. Ours are all among it.
 SECTIONS = {
@@ -61,6 +63,30 @@ def read_fields() -> dict[str, Any]:
     """
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     return {**schema["properties"], **schema["x-flags"]}
+
+
+def check_flags(argv: list[str]) -> None:
+    """Refuse a flag that no field has, before any library is loaded to say so.
+
+    Args:
+        argv: of `tipdistill train`.
+
+    Raises:
+        ValueError: which flag, and the nearest.
+
+    Example:
+        >>> check_flags(["--retension", "0.5"])
+        Traceback (most recent call last):
+        ValueError: there is no flag --retension. Did you mean --retention?
+    """
+    names = [*read_fields(), *SHORT, "config"]
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name not in names and name.removeprefix("no_") not in names:
+            near = near_names(name, names)
+            hint = f" Did you mean {' or '.join(f'--{word}' for word in near)}?" if near else ""
+            raise ValueError(f"there is no flag {flag}.{hint}")
 
 
 def help_text(everything: bool, recipes: list[str]) -> str:

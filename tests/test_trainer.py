@@ -1076,3 +1076,31 @@ def test_a_task_may_ask_for_shorter_completions_than_the_run(make, tmp_path, mon
     rows = [json.loads(line) for line in (tmp_path / "run/eval/step-1/samples/sums.jsonl").open()]
     assert max(row["tokens"] for row in rows) == 3
     assert trainer.generation_config.max_new_tokens == longest > 3
+
+
+@pytest.mark.parametrize("rule", ["gradient_norm_sampling", "soft_or", "entropy"])
+def test_what_no_kept_token_depends_on_is_left_out_of_the_loss(make, prompts, monkeypatch, rule):
+    """Fewer positions go through both models, and loss and gradients are those of all of them."""
+    settings = {"selection_rule": rule, "selection_scope": "batch", "retention": 0.05, "score_logging_steps": 0}
+    settings |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "record_rollouts": 0}
+    trainer = make(**settings)
+    trainer.model.train()
+    inputs = trainer._prepare_inputs([prompts[index] for index in range(16)])
+    assert (inputs["selection_weight"] > 0).any()
+    positions = []
+    forward = trainer._get_last_hidden_state
+
+    def counted(model, input_ids, *rest, **more):
+        positions.append(input_ids.numel())
+        return forward(model, input_ids, *rest, **more)
+
+    monkeypatch.setattr(trainer, "_get_last_hidden_state", counted)
+    loss, found = gradients(trainer, inputs)
+    fewer, positions[:] = sum(positions), []
+    monkeypatch.setattr("tipdistill.trainer.trimmed", lambda tokens, mask: (tokens, mask))
+    expected_loss, expected = gradients(trainer, inputs)
+    assert 0 < fewer < 0.7 * sum(positions)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    for name, gradient in expected.items():
+        # float32 sums over other widths, relative to the largest entry of each tensor
+        assert (found[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max(), name

@@ -33,14 +33,23 @@ def loss_mask(batch: dict[str, Any]) -> Tensor:
 
 
 def trimmed(batch: dict[str, Any], mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Rollouts without the columns that are padding in all of them.
+    """Rollouts without what the tokens in `mask` do not depend on.
+
+    That is: rollouts that have none of them, columns of prompts that are padding in all others, and columns of
+    completions after the last of them. One token is left where there is none, since a sharded engine runs a forward on
+    every process.
 
     Args:
         batch: `TOKEN_KEYS`, [B, ...] each; prompts are padded on the left, completions on the right.
-        mask: [B, T], of completion tokens; cut like them.
+        mask: bool [B, T], of completion tokens; cut like them.
     """
+    rows, columns = mask.any(1), mask.any(0)
+    if not bool(rows.any()):
+        rows, columns = (torch.arange(len(values), device=mask.device) == 0 for values in (rows, columns))
+    if not bool(rows.all()):
+        batch, mask = {name: value[rows] for name, value in batch.items()}, mask[rows]
     start = int(batch["prompt_mask"].any(0).int().argmax())
-    stop = int(batch["completion_mask"].sum(1).max())
+    stop = int(columns.nonzero().max()) + 1
     return {
         name: value[:, start:] if name.startswith("prompt") else value[:, :stop] for name, value in batch.items()
     }, mask[:, :stop]

@@ -330,6 +330,19 @@ def _stage(name: str, render: Callable[[dict[str, Any]], str], result: dict[str,
     return render(inside) + stopped
 
 
+def _positions(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{entry['rule']}`",
+            f"{entry['retention']:.0%}".replace("%", " %"),
+            entry["scope"],
+            *(f"{entry[name]:.2f}" for name in ("without_rollouts", "without_columns_too")),
+        ]
+        for entry in result["rules"].values()
+    ]
+    return markdown_table(["rule", "kept", "of each", "rollouts with a kept token", "up to the last of them"], rows)
+
+
 def _gpu_head(result: dict[str, Any]) -> str:
     rows = []
     for entry in result["variants"].values():
@@ -464,6 +477,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "select-cpu": _select,
     "select-cuda": _select,
     "targets-cpu": _cpu_targets,
+    "positions-smollm2": _positions,
     "students-smollm2": _students,
     "step-tiny": _step,
     "step-smollm2": _step,

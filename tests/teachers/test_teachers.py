@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import tipdistill.trainer
 from tipdistill import Head, TIPConfig, TIPTrainer, TokenScores
+from tipdistill.records import open_records
 from tipdistill.teachers import choose_teacher
 from tipdistill.teachers.local import HeadComparison, HiddenStates, LocalTeacher
+from tipdistill.types import TopTokens
 
 PLAIN = {
     "use_cpu": True,
@@ -56,21 +58,32 @@ class Apart:
     def take(self, kept):
         number = kept.cumsum(0) - 1
         places = [number[place[kept[place]]] for place in self.places]
-        return Apart(places, [part.take(kept[place]) for place, part in zip(self.places, self.parts, strict=True)])
+        return Apart(places, [part.take(kept[place]) for place, part in self._pairs()])
 
     def scores(self, student, fields, temperature, token_ids):
         merged = {}
-        for place, part in zip(self.places, self.parts, strict=True):
+        for place, part in self._pairs():
             ids = None if token_ids is None else token_ids[place]
             for name, value in part.scores(_rows(student, place), fields, temperature, ids).present():
                 merged.setdefault(name, value.new_zeros(len(student.hidden)))[place] = value
         return TokenScores(**merged)
 
+    def likeliest(self, student, k, temperature):
+        tops = [part.likeliest(_rows(student, place), k, temperature) for place, part in self._pairs()]
+        order = torch.cat(self.places).argsort()
+        return [
+            TopTokens(*(torch.cat([getattr(top, name) for top in own])[order] for name in ("token_ids", "probability")))
+            for own in zip(*tops, strict=True)
+        ]
+
+    def _pairs(self):
+        return list(zip(self.places, self.parts, strict=True))
+
     def loss(self, student, weight, *, denominator, fields=(), **options):
         weight = torch.ones(len(student.hidden)) if weight is None else weight
         denominator = weight.sum() if denominator is None else denominator
         total, merged = 0.0, {}
-        for place, part in zip(self.places, self.parts, strict=True):
+        for place, part in self._pairs():
             loss, scores = part.loss(
                 _rows(student, place), weight[place], denominator=denominator, fields=fields, **options
             )
@@ -88,7 +101,7 @@ class SeveralTeachers:
     """Each rollout's teacher is named by a column of the dataset."""
 
     model, callbacks, name = None, (), "several"
-    answers_in_loss = gives_hidden_states = False
+    answers_in_loss, top_k = False, None
 
     def __init__(self, *teachers):
         self.teachers = teachers
@@ -124,7 +137,7 @@ class OverTheWire:
     """Hidden states come as plain lists of numbers, and the lm_head alone is here."""
 
     model, callbacks, name = None, (), "over the wire"
-    answers_in_loss, gives_hidden_states = False, True
+    answers_in_loss, top_k = False, None
 
     def __init__(self, model):
         self.remote, self.weight = model.eval(), model.get_output_embeddings().weight.detach()
@@ -168,9 +181,27 @@ def train(tiny_model_dir, word_problems, tmp_path, monkeypatch):
         trainer = TIPTrainer(student, teacher, args, prompts)
         trainer.train()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        return history, [parameter.detach() for parameter in trainer.model.parameters()]
+        recorded = open_records(tmp_path / "run" / "records" / "step-0").read().to_pandas()
+        return history, [parameter.detach() for parameter in trainer.model.parameters()], recorded
 
     return run
+
+
+def same_records(recorded, wanted):
+    """Every column of token records is the same, to the rounding of sums over float32."""
+    assert list(recorded) == list(wanted)
+    for name, column in wanted.items():
+        if name.endswith("_top5"):
+            for field in ("token_id", "token"):
+                assert [[token[field] for token in row] for row in recorded[name]] == [
+                    [token[field] for token in row] for row in column
+                ]
+            found, given = ([token["probability"] for row in rows for token in row] for rows in (recorded[name], column))
+            assert found == pytest.approx(given, rel=1e-4)
+        elif column.dtype == "float32":
+            assert recorded[name].tolist() == pytest.approx(column.tolist(), rel=1e-4, abs=1e-6)
+        else:
+            assert recorded[name].tolist() == column.tolist()
 
 
 SETTINGS = [
@@ -190,7 +221,7 @@ def test_another_kind_of_teacher_gives_the_same_run(train, kind, settings):
             return OverTheWire(model)
         return SeveralTeachers(*(LocalTeacher(model, trainer, offload=False) for _ in range(2)))
 
-    (expected, weights), (history, trained) = train(**settings), train(make, **settings)
+    (expected, weights, wanted), (history, trained, recorded) = train(**settings), train(make, **settings)
     for name in ("loss", "grad_norm", "selection/kept_fraction", "selection/trained_tokens"):
         # sums over float32 in another order
         assert [entry[name] for entry in history] == pytest.approx([entry[name] for entry in expected], rel=1e-4)
@@ -198,6 +229,7 @@ def test_another_kind_of_teacher_gives_the_same_run(train, kind, settings):
         # Adam's first steps are as long as the rate, so a gradient near 0 may turn one about
         torch.testing.assert_close(left, right, rtol=0, atol=2 * PLAIN["learning_rate"])
     assert all(entry.get("teacher/number") == (2.0 if kind == "several" else None) for entry in history)
+    same_records(recorded, wanted)
 
 
 def test_two_different_teachers_are_each_followed_in_their_own_rollouts(train, tiny_model_dir):
@@ -208,6 +240,6 @@ def test_two_different_teachers_are_each_followed_in_their_own_rollouts(train, t
         return SeveralTeachers(*(LocalTeacher(one, trainer, offload=False) for one in (model, student)))
 
     settings = {"selection_rule": "all", "retention": 1.0, "max_steps": 1, "score_logging_steps": 1}
-    (alone, _), (both, _) = train(**settings), train(mixed, **settings)
+    (alone, *_), (both, *_) = train(**settings), train(mixed, **settings)
     # half of the rollouts meet the student itself, from which it does not diverge
     assert 0.3 < both[0]["reverse_kl"] / alone[0]["reverse_kl"] < 0.7

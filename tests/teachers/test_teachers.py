@@ -196,7 +196,9 @@ def same_records(recorded, wanted):
                 assert [[token[field] for token in row] for row in recorded[name]] == [
                     [token[field] for token in row] for row in column
                 ]
-            found, given = ([token["probability"] for row in rows for token in row] for rows in (recorded[name], column))
+            found, given = (
+                [token["probability"] for row in rows for token in row] for rows in (recorded[name], column)
+            )
             assert found == pytest.approx(given, rel=1e-4)
         elif column.dtype == "float32":
             assert recorded[name].tolist() == pytest.approx(column.tolist(), rel=1e-4, abs=1e-6)

@@ -86,7 +86,7 @@ class LocalTeacher:
             generation batch. Its lm_head stays, since the loss projects the kept rows with it.
     """
 
-    top_k = None
+    top_k: int | None = None
     callbacks: Sequence[TrainerCallback] = ()
 
     def __init__(self, model: PreTrainedModel, trainer: Surroundings, offload: bool) -> None:

@@ -1,10 +1,10 @@
-"""What a teacher says of rollouts, for records of their tokens; with or without a trainer.
+"""A teacher of rollouts, where there is no trainer: in `tipdistill score` and `tipdistill probe`.
 
-    answers = teacher.answer(rollouts)                      of all their tokens, one Answer per rollout
-    score_answers(student, teacher, rollouts, answers, …)   → Scored
+    answers = teacher.answer(rollouts)                of all their tokens, one Answer per rollout
+    score_with(student, teacher, rollouts, fields)    → Scored, for token records
 
-`tipdistill score` and `tipdistill probe` have a `RolloutTeacher`: a model in this process, or any `Teacher` that is
-elsewhere.
+It is a model in this process, or any `Teacher` that is elsewhere. The records of a training step score with
+`score_comparison` too.
 """
 
 from __future__ import annotations
@@ -23,19 +23,11 @@ from ..score.top_k_teacher import unavailable
 from ..select import rule_fields
 from ..types import Head, Rollout, Scored
 from . import Comparison, Teacher, choose_teacher
-from .local import HeadComparison, name_of
+from .local import HeadComparison
 
 
 class RolloutTeacher(Protocol):
-    """A teacher of rollouts, where no trainer is.
-
-    Attributes:
-        name, vocabulary, top_k: as those of a `Teacher`.
-    """
-
-    name: str
-    vocabulary: int | None
-    top_k: int | None
+    """A teacher of rollouts, where no trainer is."""
 
     def answer(self, rollouts: Sequence[Rollout]) -> Sequence[Any]:
         """What it says of all tokens of these rollouts, an Answer each."""
@@ -53,11 +45,8 @@ class LoadedTeacher:
         model: a transformers model, on the student's device.
     """
 
-    top_k = None
-
     def __init__(self, model: Any) -> None:
-        self.name, self._model = name_of(model), model
-        self.vocabulary: int | None = len(model.get_output_embeddings().weight)
+        self._model = model
 
     def answer(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
         return rollouts
@@ -70,7 +59,11 @@ class LoadedTeacher:
 
 
 class AskedTeacher:
-    """A teacher that is elsewhere, asked about whole rollouts."""
+    """A teacher that is elsewhere, asked about whole rollouts.
+
+    Args:
+        teacher: whose `name`, `vocabulary` and `top_k` it has.
+    """
 
     def __init__(self, teacher: Teacher) -> None:
         self.name, self.vocabulary, self.top_k = teacher.name, teacher.vocabulary, teacher.top_k
@@ -82,6 +75,22 @@ class AskedTeacher:
 
     def compare(self, answers: Sequence[Any]) -> AbstractContextManager[Comparison]:
         return self._teacher.compare(answers)
+
+
+class RememberedTeacher:
+    """A teacher whose answers about some rollouts are kept, so that it is asked once.
+
+    Args:
+        teacher: which is asked.
+        rollouts: all that are asked about.
+    """
+
+    def __init__(self, teacher: RolloutTeacher, rollouts: Sequence[Rollout]) -> None:
+        self.compare = teacher.compare
+        self._answers = dict(zip(rollouts, teacher.answer(rollouts), strict=True))
+
+    def answer(self, rollouts: Sequence[Rollout]) -> Sequence[Any]:
+        return [self._answers[rollout] for rollout in rollouts]
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,10 @@ class OneProcess:
 
 def of_rollouts(teacher: Any) -> RolloutTeacher:
     """A transformers model as a teacher of rollouts; one that is such a teacher already as it is."""
-    return LoadedTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+    if isinstance(teacher, nn.Module):
+        return LoadedTeacher(teacher)
+    of_rollouts: RolloutTeacher = teacher
+    return of_rollouts
 
 
 def ask_teacher(settings: dict[str, Any], tokenizer: Any, device: torch.device) -> AskedTeacher:
@@ -115,11 +127,11 @@ def ask_teacher(settings: dict[str, Any], tokenizer: Any, device: torch.device) 
     return AskedTeacher(choose_teacher(None, args, tokenizer, None)(SimpleNamespace(accelerator=OneProcess(device))))
 
 
-def check_rules(teacher: RolloutTeacher, rules: Sequence[Any], where: str) -> None:
+def check_rules(teacher: AskedTeacher, rules: Sequence[Any], where: str) -> None:
     """Refuse rules that read what is not known of a teacher.
 
     Args:
-        teacher: of rollouts.
+        teacher: which answers.
         rules: as `select` takes them.
         where: of the server, for the message.
 
@@ -176,11 +188,10 @@ def batch_of(rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @torch.no_grad()
-def score_answers(
+def score_with(
     student: Any,
     teacher: RolloutTeacher,
     rollouts: Sequence[Rollout],
-    answers: Sequence[Any],
     fields: Sequence[str],
     *,
     temperature: float = 1.0,
@@ -190,9 +201,8 @@ def score_answers(
 
     Args:
         student: a transformers model.
-        teacher: that gave the answers.
+        teacher: asked about all rollouts at once.
         rollouts: R of them, N completion tokens together.
-        answers: of all their tokens, one per rollout.
         fields: names of statistics, see `TokenScores`.
         temperature, tokens_per_forward: as in `score_rollouts`.
 
@@ -201,7 +211,9 @@ def score_answers(
 
     Raises:
         NonFiniteLogitsError: a ValueError that names the rollout and the token.
+        TeacherUnavailableError, ValueError: there is no answer, or a wrong one.
     """
+    answers = teacher.answer(rollouts)
 
     def score(places: Sequence[int], of_student: Head, sampled: Tensor) -> Scored:
         with teacher.compare([answers[place] for place in places]) as comparison:

@@ -79,8 +79,8 @@ def record_step(
     """Write records/step-<n> with the tokens of `record_rollouts` rollouts. Changes nothing of the training.
 
     Every process takes part, since sharded engines need all of them for a forward; the main one writes. A directory
-    that cannot be written costs a warning, not the run. A teacher that answers before the loss is not asked again about
-    what it has answered.
+    that cannot be written costs a warning, not the run. A teacher that is elsewhere is not asked again about what it has
+    answered.
 
     Args:
         trainer: a `TIPTrainer` in a step.
@@ -107,7 +107,7 @@ def record_step(
 
     def score(rows: Tensor) -> Scored:
         part, inside = {key: batch[key][rows] for key in TOKEN_KEYS}, mask[rows]
-        if answers is None or teacher.answers_in_loss:
+        if answers is None or teacher.model is not None:
             said = teacher.answer({**part, "examples": [batch["examples"][row] for row in rows.tolist()]}, inside)
         else:
             said = [answers[row] for row in rows.tolist()]

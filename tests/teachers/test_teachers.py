@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from recorded import same_records
 from transformers import AutoModelForCausalLM
 
 import tipdistill.trainer
@@ -185,25 +186,6 @@ def train(tiny_model_dir, word_problems, tmp_path, monkeypatch):
         return history, [parameter.detach() for parameter in trainer.model.parameters()], recorded
 
     return run
-
-
-def same_records(recorded, wanted):
-    """Every column of token records is the same, to the rounding of sums over float32."""
-    assert list(recorded) == list(wanted)
-    for name, column in wanted.items():
-        if name.endswith("_top5"):
-            for field in ("token_id", "token"):
-                assert [[token[field] for token in row] for row in recorded[name]] == [
-                    [token[field] for token in row] for row in column
-                ]
-            found, given = (
-                [token["probability"] for row in rows for token in row] for rows in (recorded[name], column)
-            )
-            assert found == pytest.approx(given, rel=1e-4)
-        elif column.dtype == "float32":
-            assert recorded[name].tolist() == pytest.approx(column.tolist(), rel=1e-4, abs=1e-6)
-        else:
-            assert recorded[name].tolist() == column.tolist()
 
 
 SETTINGS = [

@@ -79,7 +79,7 @@ def record_step(
     """Write records/step-<n> with the tokens of `record_rollouts` rollouts. Changes nothing of the training.
 
     Every process takes part, since sharded engines need all of them for a forward; the main one writes. A directory
-    that cannot be written costs a warning, not the run. A teacher that is elsewhere is not asked again about what it has
+    that cannot be written costs a warning, not the run. A teacher that is elsewhere is not asked again what it has
     answered.
 
     Args:

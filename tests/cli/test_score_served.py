@@ -67,7 +67,7 @@ def test_likeliest_tokens_give_bounds_and_the_records_say_so(run, served, capsys
     records = run("score", "--rules", "soft_or,selectkd", "--teacher_top_k", "7")
     table = records.read().to_pandas()
     assert records.sidecar["settings"]["teacher_top_k"] == 7
-    assert "Divergences are lower bounds: of the teacher its 7 likeliest tokens are known" in capsys.readouterr().out
+    assert "Divergences are lower bounds: of the teacher the 7 likeliest tokens are known" in capsys.readouterr().out
     same = (table["token_id"] == local["token_id"]) & (table["position"] == 0)  # the same tokens after the same prompt
     assert same.sum() >= 3
     table, local = table[same], local[same]
@@ -124,7 +124,7 @@ def assert_close(found, wanted):
 def test_a_probe_of_likeliest_tokens_warns_of_bounds(run, capsys):
     flags = "--teacher_top_k", "5", "--retentions", "0.5", "--random_seeds", "1", "--bootstrap", "5"
     run("probe", *flags, "--rules", "soft_or")
-    assert "! Divergences are lower bounds: of the teacher its 5 likeliest tokens are known" in capsys.readouterr().out
+    assert "! Divergences are lower bounds: of the teacher the 5 likeliest tokens are known" in capsys.readouterr().out
 
 
 def test_the_probes_own_rules_can_be_had_of_every_server():

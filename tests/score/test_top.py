@@ -93,14 +93,15 @@ def test_of_known_tokens_those_that_the_student_has_as_they_stand():
     # the last column is the token that was written, where it is none of the likeliest; 8 and 9 pad the teacher's
     ids = torch.tensor([[2, 8, 7, 1], [5, 0, 3, -1], [9, 8, -1, 4]])
     of_student, of_teacher = top_of_served(student, TeacherLogprobs(logprob, ids, logprob[:, 0]), 5)
-    assert of_teacher.token_ids.tolist() == [[2, 7, -1], [5, 0, 3], [-1, -1, -1]]
-    expected = torch.tensor([[0.4, 0.2, 0.0], [0.5, 0.3, 0.1], [0.0, 0.0, 0.0]])
+    assert of_teacher.token_ids.tolist() == [[2, 7, -1, -1, -1], [5, 0, 3, -1, -1], [-1] * 5]
+    expected = torch.tensor([[0.4, 0.2, 0.0, 0.0, 0.0], [0.5, 0.3, 0.1, 0.0, 0.0], [0.0] * 5])
     torch.testing.assert_close(of_teacher.probability, expected)
     assert torch.equal(of_student.token_ids, top_tokens(student, 5).token_ids)
 
 
-@pytest.mark.parametrize("ids", [None, torch.zeros(0, 3, dtype=torch.int64)], ids=["all", "known"])
-def test_no_token_over_the_wire(ids):
-    nothing = TeacherLogprobs(torch.zeros(0, 50 if ids is None else 3), ids, torch.zeros(0))
+@pytest.mark.parametrize("columns", [None, 1, 3])
+def test_no_token_over_the_wire(columns):
+    ids = None if columns is None else torch.zeros(0, columns, dtype=torch.int64)
+    nothing = TeacherLogprobs(torch.zeros(0, columns or 50), ids, torch.zeros(0))
     for top in top_of_served(make_head(0, 50, 24, seed=5), nothing):
-        assert len(top.token_ids) == len(top.probability) == 0
+        assert top.token_ids.shape == top.probability.shape == (0, 5)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..types import Head, TeacherLogprobs, TopTokens
 from .chunked import _tile_shape
@@ -101,7 +101,7 @@ def top_of_served(
     """`top_tokens` of a student, and of a teacher that is known by log-probabilities.
 
     Of the whole vocabulary: over the tokens that both have, at the temperature. Of its likeliest tokens: k of these, or
-    as many as are known, as they stand; the token that the student wrote is none of them by being written.
+    as many as are known, as they are; the token that the student wrote is none of them by being written.
 
     Args:
         student: of N tokens.
@@ -109,12 +109,12 @@ def top_of_served(
         k, temperature: as in `top_tokens`.
 
     Returns:
-        Student's and teacher's, [N, k] each, or fewer columns; token_ids −1 and probability 0 where none is known.
+        Student's and teacher's, [N, k] each; token_ids −1 and probability 0 where no token is known.
 
     Example:
         >>> teacher = TeacherLogprobs(torch.tensor([[0.5, 0.2, 0.1]]).log(), torch.tensor([[3, 9, 0]]), torch.zeros(1))
         >>> top_of_served(Head(torch.zeros(1, 2), torch.randn(4, 2)), teacher)[1].token_ids
-        tensor([[ 3, -1]])
+        tensor([[ 3, -1, -1, -1]])
     """
     rows = len(student.weight)
     if teacher.token_ids is None:
@@ -129,7 +129,9 @@ def top_of_served(
         given, logprob = teacher.token_ids[:, :-1], teacher.logprob[:, :-1]
         known = (given >= 0) & (given < rows)
         best, places = logprob.masked_fill(~known, -math.inf).topk(min(k, logprob.shape[1]))
-        ids = given.gather(1, places).masked_fill(best == -math.inf, -1)
+        unknown = (0, min(k, rows) - best.shape[1])
+        ids = nn.functional.pad(given.gather(1, places).masked_fill(best == -math.inf, -1), unknown, value=-1)
+        best = nn.functional.pad(best, unknown, value=-math.inf)
     return top_tokens(student, min(k, rows), temperature, rows), TopTokens(ids, best.exp())
 
 

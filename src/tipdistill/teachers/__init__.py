@@ -62,8 +62,7 @@ class Comparison(Protocol):
     def likeliest(self, student: Head, k: int, temperature: float) -> tuple[TopTokens, TopTokens]:
         """The student's and the teacher's k likeliest tokens, of those that both have, [N, k] each.
 
-        They have fewer columns where the vocabulary, or what is known of the teacher, is smaller; a token_id of −1 says
-        that none is known.
+        They have as many columns as there are tokens where these are fewer; a token_id of −1 says that none is known.
         """
         ...
 

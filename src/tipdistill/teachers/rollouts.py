@@ -160,11 +160,12 @@ def said_of_bounds(settings: dict[str, Any]) -> str:
 
     Example:
         >>> said_of_bounds({"teacher_top_k": 20})
-        "Divergences are lower bounds: of the teacher its 20 likeliest tokens are known (docs/vllm.md)."
+        "Divergences are lower bounds: of the teacher the 20 likeliest tokens are known (docs/vllm.md)."
     """
     k = settings.get("teacher_top_k")
-    known = "likeliest token is" if k == 1 else f"{k} likeliest tokens are"
-    return f"Divergences are lower bounds: of the teacher its {known} known (docs/vllm.md)." if k else ""
+    return (
+        f"Divergences are lower bounds: of the teacher the {k} likeliest tokens are known (docs/vllm.md)." if k else ""
+    )
 
 
 def batch_of(rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], Tensor]:

@@ -442,13 +442,19 @@ def write_scored(config: PairConfig, pair: Pair, writer: RecordsWriter, on_batch
     """
     student, teacher = load_models(config, pair)
     for rollouts in sampled(config, pair, student, first_batch=-(-writer.rollouts // config.batch_size)):
-        scored = score_with(
-            student,
-            teacher,
-            rollouts,
-            writer.about.fields(),
-            temperature=config.temperature,
-            tokens_per_forward=config.tokens_per_forward,
-        )
+        first = writer.rollouts
+        try:
+            scored = score_with(
+                student,
+                teacher,
+                rollouts,
+                writer.about.fields(),
+                temperature=config.temperature,
+                tokens_per_forward=config.tokens_per_forward,
+            )
+        except ValueError as error:
+            if first == 0:
+                raise
+            raise ValueError(f"{error} (Rollout 0 of these is number {first} of the records.)") from error
         writer.write(rollouts, scored)
         on_batch(writer.rollouts)

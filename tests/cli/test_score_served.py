@@ -160,6 +160,11 @@ def test_what_is_no_log_probability_is_refused_by_rollout_and_token(run, served,
     run("score", "--teacher_concurrency", "1", "--teacher_top_k", "4", code=2)
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"{served.url}, rollout 1, token 7: the teacher's answers are no log-probabilities" in said
+    served.faults = [*[None] * 5, "nan"]  # in the second batch
+    run("score", "--teacher_concurrency", "1", "--teacher_top_k", "4", code=2)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "rollout 0, token 7" in said
+    assert said.endswith("(Rollout 0 of these is number 4 of the records.)")
 
 
 @pytest.fixture

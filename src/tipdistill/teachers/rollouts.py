@@ -160,7 +160,7 @@ def said_of_bounds(settings: dict[str, Any]) -> str:
 
     Example:
         >>> said_of_bounds({"teacher_top_k": 20})
-        "Divergences are lower bounds: of the teacher the 20 likeliest tokens are known (docs/vllm.md)."
+        'Divergences are lower bounds: of the teacher the 20 likeliest tokens are known (docs/vllm.md).'
     """
     k = settings.get("teacher_top_k")
     return (

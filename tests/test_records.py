@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -115,6 +116,19 @@ def test_parts_make_no_difference(tmp_path, tiny_tokenizer, batch):
     assert parts.read().equals(whole.read())
     assert parts.rollouts.equals(whole.rollouts)
     assert parts.sidecar == whole.sidecar
+
+
+def test_tokens_that_a_teacher_does_not_tell_are_none(tmp_path, tiny_tokenizer, batch):
+    rollouts, scored = batch
+    top = scored.teacher_top
+    unknown = torch.arange(5) >= (torch.arange(len(top.token_ids)) % 6)[:, None]
+    told = TopTokens(top.token_ids.masked_fill(unknown, -1), top.probability.masked_fill(unknown, 0.0))
+    with RecordsWriter(tmp_path, tiny_tokenizer, ABOUT) as writer:
+        writer.write(rollouts, replace(scored, teacher_top=told))
+    found = open_records(tmp_path).read(["teacher_top5"])["teacher_top5"].to_pylist()
+    assert [[entry["token_id"] for entry in entries] for entries in found] == [
+        [index for index in row if index >= 0] for row in told.token_ids.tolist()
+    ]
 
 
 def test_a_training_step_hands_its_own_choice_over(tmp_path, tiny_tokenizer, batch):

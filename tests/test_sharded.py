@@ -16,9 +16,12 @@ import pytest
 import sharded_run
 import torch
 from filelock import FileLock
+from recorded import same_records
 from safetensors.torch import load_file
 from serving import serving
 from transformers import AutoModelForCausalLM
+
+from tipdistill.records import open_records
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +141,7 @@ class Jobs:
         return self.job(engine, processes, f"{engine}-{processes}-{kind}{suffix}", student, settings, **told)
 
     def served(self, kind, processes, name, urls, **told):
-        settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "record_rollouts": 0, **SERVED[kind]}
+        settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, **SERVED[kind]}
         settings |= {"teacher_time_limit": 1.0, "gradient_accumulation_steps": 2}
         settings |= {"per_device_train_batch_size": 4 // processes}
         return self.job("ddp", processes, f"served-{name}", "qwen3", settings, teacher=None, urls=urls, **told)
@@ -275,6 +278,12 @@ def test_a_served_teacher_in_two_processes_equals_one(kind, ran):
     assert_same(ran["served", kind, 2], ran["served", kind, 1])
     asked = [ran["served", kind, processes][0]["teacher/tokens_asked"] for processes in (1, 2)]
     assert asked[0] == asked[1]
+    written = [sorted((ran["served", kind, processes][1] / "records").glob("step-*")) for processes in (1, 2)]
+    assert [[path.name for path in paths] for paths in written] == [["step-0", "step-2"] * (kind == "reads")] * 2
+    for paths in zip(*written, strict=True):
+        # the main process writes, and the first rollout is its own in either case
+        tables = [open_records(path).read().to_pandas() for path in paths]
+        same_records(*(table[table["rollout"] == 0] for table in tables))
 
 
 def test_a_server_that_is_gone_for_one_process_stops_both_which_then_go_on(ran):

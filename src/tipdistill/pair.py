@@ -16,15 +16,30 @@ from transformers import AutoConfig, AutoProcessor
 from .chat import check_chat_template_kwargs
 from .data import drop_long_prompts, load_prompts, prompt_lengths
 from .extras import EXTRAS, require
+from .http import server_url, variable_name
 from .integrations import _trl
 from .policy import different_ends, saved_end_tokens
 from .positions import check_positions, position_limit
 from .records import About, RecordsWriter
 from .rollout import generate
+from .teachers.rollouts import (
+    AskedTeacher,
+    LoadedTeacher,
+    RolloutTeacher,
+    ask_teacher,
+    bounds_of,
+    check_rules,
+    score_with,
+)
 from .types import Rollout
 from .vocabulary import check_same_tokenizer, shared_vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# how a teacher on a server is asked
+SERVED = (
+    *("teacher_url", "teacher_served_name", "teacher_top_k", "teacher_api_key_env"),
+    *("teacher_timeout", "teacher_time_limit", "teacher_concurrency"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class PairConfig:
     """Which models and prompts, and how the rollouts are sampled. Every field is a flag of `score` and `probe`.
 
     Args:
-        model, teacher: student and teacher, a directory or a hub id each.
+        model, teacher: student and teacher, a directory or a hub id each; no teacher where `teacher_url` names one.
         dataset: prompts: a JSONL, JSON or Parquet file, a directory, or a hub id.
         model_revision, teacher_revision: on the hub.
         trust_remote_code: run code that comes with a model.
@@ -53,10 +68,16 @@ class PairConfig:
         tokens_per_forward: tokens of a scoring forward, padding included.
         use_vllm: sample with vLLM.
         vllm_gpu_memory_utilization: share of the GPU's memory that vLLM takes.
+        teacher_url: a vLLM server that holds the teacher, up to and with the version.
+        teacher_served_name, teacher_top_k, teacher_api_key_env, teacher_timeout, teacher_time_limit,
+            teacher_concurrency: how it is asked, as in `TIPConfig`.
+
+    Raises:
+        ValueError: no teacher, two of them, or settings of one that is not asked for.
     """
 
     model: str
-    teacher: str
+    teacher: str | None
     dataset: str
     model_revision: str | None = None
     teacher_revision: str | None = None
@@ -79,6 +100,36 @@ class PairConfig:
     tokens_per_forward: int = 16384
     use_vllm: bool = False
     vllm_gpu_memory_utilization: float = 0.3
+    teacher_url: str | None = None
+    teacher_served_name: str | None = None
+    teacher_top_k: int | None = None
+    teacher_api_key_env: str | None = None
+    teacher_timeout: float = 600.0
+    teacher_time_limit: float = 1800.0
+    teacher_concurrency: int = 16
+
+    def __post_init__(self) -> None:
+        if self.teacher_url is not None:
+            server_url("teacher_url", self.teacher_url)  # first: no other message may repeat a password in it
+        if self.teacher_api_key_env is not None:
+            variable_name("teacher_api_key_env", self.teacher_api_key_env)
+        if self.teacher is None and self.teacher_url is None:
+            raise ValueError(
+                "a teacher is needed: --teacher, a directory or a hub id, or --teacher_url, a server that holds it."
+            )
+        if self.teacher is not None and self.teacher_url is not None:
+            raise ValueError(
+                f"--teacher {self.teacher} and --teacher_url {self.teacher_url} name two teachers: give one of them."
+            )
+        misplaced = ("teacher_revision",) if self.teacher_url else SERVED
+        given = [name for name in misplaced if getattr(self, name) != getattr(PairConfig, name)]
+        if given:
+            own, other = ("loaded here", "on a server") if self.teacher_url else ("on a server", "loaded here")
+            raise ValueError(f"--{given[0]} is of a teacher {own}, and this one is {other}: leave it out.")
+
+    def of_server(self) -> dict[str, Any]:
+        """What asking a server takes, by the names of `TIPConfig`."""
+        return {name: getattr(self, name) for name in ("temperature", *SERVED)}
 
 
 # what token records say of how they were made, beside models, rules and seed
@@ -112,6 +163,7 @@ class Pair:
         forbidden: rows of the student's lm_head that the teacher lacks, never to be sampled.
         prompts: plain or conversational.
         described: label → line, to show.
+        teacher: one that is elsewhere, and answers; None: one that is still to be loaded.
     """
 
     tokenizer: Any
@@ -119,6 +171,7 @@ class Pair:
     forbidden: list[int]
     prompts: list[Any]
     described: dict[str, str]
+    teacher: AskedTeacher | None = None
 
 
 def check_models(
@@ -193,19 +246,25 @@ def check_chat_template(prompt: Any, tokenizer: Any, model: str, applied: bool) 
         )
 
 
-def read_pair(config: PairConfig) -> Pair:
-    """Check models, prompts, device and packages. Loads no weights.
+def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
+    """Check models, prompts, device and packages, and a teacher's server last. Loads no weights.
+
+    Args:
+        config: which.
+        rules: selection rules, which read no more than is known of the teacher.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: what does not fit, with the remedy.
+        TeacherUnavailableError: a server gave no answer within the time limit.
     """
-    device_of(config.device)
+    device = device_of(config.device)
     if config.use_vllm:
         require("vllm", "--use_vllm", EXTRAS["use_vllm"][1])
-    configurations, processors, described = check_models(
-        ("--model", config.model, config.model_revision),
-        ("--teacher", config.teacher, config.teacher_revision),
-        config.trust_remote_code,
+    student = "--model", config.model, config.model_revision
+    configurations, processors, described = (
+        read_models([("student", *student)], config.trust_remote_code)
+        if config.teacher is None
+        else check_models(student, ("--teacher", config.teacher, config.teacher_revision), config.trust_remote_code)
     )
     tokenizer = getattr(processors[0], "tokenizer", processors[0])
     dataset = load_prompts(
@@ -225,14 +284,24 @@ def read_pair(config: PairConfig) -> Pair:
         dataset = dataset.select(range(min(config.max_prompts, len(dataset))))
     prompts = dataset["prompt"][:]
     longest = max(prompt_lengths(prompts, tokenizer, config.chat_template_kwargs))
-    limits = dict(zip(("student", "teacher"), map(position_limit, configurations), strict=True))
+    # how far the positions of a server's model reach it says when it is asked
+    limits = dict(zip(("student", "teacher"), map(position_limit, configurations), strict=False))
     check_positions(limits, longest, config.max_new_tokens, "--max_new_tokens", " or set --max_prompt_length")
     described["prompts"] = (
         f"{len(prompts):,} × {config.num_generations} rollouts of up to {config.max_new_tokens:,} tokens"
     )
-    rows, teacher_rows = (model.get_text_config().vocab_size for model in configurations)
-    shared = min(rows, teacher_rows)
-    return Pair(tokenizer, shared, list(range(shared, rows)), prompts, described)
+    rows = [model.get_text_config().vocab_size for model in configurations]
+    size = len(tokenizer)
+    if config.teacher_url is not None:
+        teacher = ask_teacher(config.of_server(), tokenizer, device)
+        check_rules(teacher, rules, config.teacher_url)
+        # one that is known by its likeliest tokens does not tell how many rows of padding it has
+        shared = shared_vocabulary(rows[0], teacher.vocabulary or rows[0], num_tokens=size)
+        gives = "its whole vocabulary" if teacher.top_k is None else f"its {teacher.top_k} likeliest tokens"
+        described["teacher"] = f"{teacher.name} at {config.teacher_url}, which gives {gives}"
+        described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
+        return Pair(tokenizer, shared, list(range(teacher.vocabulary or size, rows[0])), prompts, described, teacher)
+    return Pair(tokenizer, min(rows), list(range(min(rows), rows[0])), prompts, described)
 
 
 def device_of(name: str) -> torch.device:
@@ -255,29 +324,33 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def load_models(config: PairConfig) -> tuple[Any, Any]:
-    """Student and teacher on the device, in eval mode, without gradients; refused where their logits are not as read.
+def load_models(config: PairConfig, pair: Pair) -> tuple[Any, RolloutTeacher]:
+    """The student on the device, in eval mode, without gradients, and a teacher beside it, or the one that is asked.
 
     Raises:
         ValueError: a model whose logits are not those of its hidden states and lm_head, see `check_model`.
     """
+    student = _loaded(config, "student", config.model, config.model_revision)
+    if pair.teacher is not None:
+        return student, pair.teacher
+    assert config.teacher is not None, "there is a teacher"
+    return student, LoadedTeacher(_loaded(config, "teacher", config.teacher, config.teacher_revision))
+
+
+def _loaded(config: PairConfig, who: str, name: str, revision: str | None) -> Any:
     from .score.agreement import check_model
 
-    device = device_of(config.device)
-    models = []
-    for name, revision in ((config.model, config.model_revision), (config.teacher, config.teacher_revision)):
-        model = _trl.create_model_from_path(
-            name,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-            revision=revision,
-            trust_remote_code=config.trust_remote_code,
-            device_map=None,
-        )
-        models.append(model.to(device).eval().requires_grad_(False))
-        # vLLM does not pad, nor is a rollout on its own padded
-        padded = config.batch_size > 1 and not config.use_vllm
-        check_model(models[-1], "student" if len(models) == 1 else "teacher", padded=padded)
-    return models[0], models[1]
+    model = _trl.create_model_from_path(
+        name,
+        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        revision=revision,
+        trust_remote_code=config.trust_remote_code,
+        device_map=None,
+    )
+    model.to(device_of(config.device)).eval().requires_grad_(False)
+    # vLLM does not pad, nor is a rollout on its own padded
+    check_model(model, who, padded=config.batch_size > 1 and not config.use_vllm)
+    return model
 
 
 def load_engine(config: PairConfig, student: Any) -> Any:
@@ -299,7 +372,7 @@ def load_engine(config: PairConfig, student: Any) -> Any:
 def about_of(
     config: PairConfig,
     rules: Sequence[str],
-    vocabulary: int,
+    pair: Pair | None,
     retention: float,
     scope: str | None,
     entropy_threshold: float,
@@ -310,7 +383,7 @@ def about_of(
     Args:
         config: models, prompts and sampling.
         rules: selection rules, the main one first.
-        vocabulary: rows that both lm_heads have.
+        pair: what was found out of it; None: nothing yet, to check the other settings.
         retention: share of the tokens that each rule keeps, in (0, 1].
         scope: "rollout" or "batch", where the budget is spent; None: each rule's own.
         entropy_threshold, divergence_threshold: borders of the quadrants.
@@ -318,10 +391,11 @@ def about_of(
     Raises:
         ValueError: an unknown rule (the nearest are given), or a number out of range.
     """
+    asked = None if pair is None else pair.teacher
     return About(
         student=config.model,
-        teacher=config.teacher,
-        vocabulary=vocabulary,
+        teacher=config.teacher or (asked.name if asked else ""),
+        vocabulary=0 if pair is None else pair.vocabulary,
         rules=tuple(rules),
         retention=retention,
         scope=scope,
@@ -329,7 +403,7 @@ def about_of(
         temperature=config.temperature,
         entropy_threshold=entropy_threshold,
         divergence_threshold=divergence_threshold,
-        settings={name: getattr(config, name) for name in _RECORDED},
+        settings={name: getattr(config, name) for name in _RECORDED} | (bounds_of(asked) if asked else {}),
     )
 
 
@@ -366,17 +440,21 @@ def write_scored(config: PairConfig, pair: Pair, writer: RecordsWriter, on_batch
         writer: of the token records; what it holds already is not sampled again.
         on_batch: called with the number of rollouts that are written.
     """
-    from .score.models import score_rollouts
-
-    student, teacher = load_models(config)
+    student, teacher = load_models(config, pair)
     for rollouts in sampled(config, pair, student, first_batch=-(-writer.rollouts // config.batch_size)):
-        scored = score_rollouts(
-            student,
-            teacher,
-            rollouts,
-            writer.about.fields(),
-            temperature=config.temperature,
-            tokens_per_forward=config.tokens_per_forward,
-        )
+        first = writer.rollouts
+        try:
+            scored = score_with(
+                student,
+                teacher,
+                rollouts,
+                writer.about.fields(),
+                temperature=config.temperature,
+                tokens_per_forward=config.tokens_per_forward,
+            )
+        except ValueError as error:
+            if first == 0:
+                raise
+            raise ValueError(f"{error} (Rollout 0 of these is number {first} of the records.)") from error
         writer.write(rollouts, scored)
         on_batch(writer.rollouts)

@@ -17,11 +17,12 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from .advice import recommend, warnings_of
-from .loss import fused_divergence_loss
 from .score.models import head_of, hidden_states, micro_batches
 from .select import DRAWN, resolve_rule, rule_fields, select
 from .select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, quadrant_shares, quadrants
-from .types import Rollout, TokenScores
+from .teachers import Comparison
+from .teachers.rollouts import RememberedTeacher, of_rollouts
+from .types import Head, Rollout, TokenScores
 
 SCHEMA_VERSION = 1
 RULES = ("soft_or", "soft_or_log", "entropy", "q3", "divergence", "gradient_norm", "gradient_norm_sampling")
@@ -117,7 +118,8 @@ def probe(
     the held-out prompts, given the two gradients.
 
     Args:
-        student, teacher: transformers models on one device. The student's `requires_grad` flags are left as they were.
+        student: a transformers model. Its `requires_grad` flags are left as they were.
+        teacher: another on the same device, or a `RolloutTeacher`, which is asked once about each rollout.
         rollouts: of at least four prompts, sampled from the student.
         scores: of their tokens, `settings.fields()` at least, in the order of the rollouts.
         settings: see `Settings`.
@@ -131,6 +133,7 @@ def probe(
     """
     settings = settings or Settings()
     halves = _halves(rollouts)
+    teacher = RememberedTeacher(of_rollouts(teacher), rollouts)
     lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
     owner = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)
     scores = scores.map(Tensor.cpu)
@@ -323,24 +326,24 @@ def _gradients(
     total: Tensor | None = None
     spans = torch.arange(weights.shape[1]).split([len(rollout.completion_ids) for rollout in rollouts])
     for places in micro_batches(rollouts, settings.tokens_per_forward):
-        student_head, teacher_head = _heads(model, teacher, [rollouts[place] for place in places])
         rows = torch.cat([spans[place] for place in places])
-        for number, weight in enumerate(weights):
-            here = weight[rows].to(student_head.hidden.device)
-            kept = here.nonzero()[:, 0]
-            if len(kept) == 0:
-                continue
-            loss = fused_divergence_loss(
-                replace(student_head, hidden=student_head.hidden[kept]),
-                replace(teacher_head, hidden=teacher_head.hidden[kept]),
-                here[kept],
-                temperature=settings.temperature,
-                denominator=float(weight.sum()),
-            )
-            gradient = _flat(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True), parameters)
-            if total is None:
-                total = gradient.new_zeros(len(weights), len(gradient))
-            total[number] += gradient
+        with _compared(model, teacher, [rollouts[place] for place in places]) as (of_student, of_teacher):
+            for number, weight in enumerate(weights):
+                here = weight[rows].to(of_student.hidden.device)
+                kept = here != 0
+                if not kept.any():
+                    continue
+                loss, _ = of_teacher.take(kept).loss(
+                    replace(of_student, hidden=of_student.hidden[kept]),
+                    here[kept],
+                    denominator=float(weight.sum()),
+                    **_trained(settings),
+                )
+                each = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                gradient = _flat(each, parameters)
+                if total is None:
+                    total = gradient.new_zeros(len(weights), len(gradient))
+                total[number] += gradient
     assert total is not None, "every choice keeps a token, and there are rollouts"
     return total
 
@@ -361,18 +364,24 @@ def _slopes(
         of_prompt = unit.new_zeros(unit.shape[1])
         chosen = [rollouts[place] for place in places]
         for batch in micro_batches(chosen, settings.tokens_per_forward):
-            student_head, teacher_head = _heads(model, teacher, [chosen[place] for place in batch])
-            loss = fused_divergence_loss(student_head, teacher_head, temperature=settings.temperature, denominator=1.0)
-            of_prompt += _flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+            with _compared(model, teacher, [chosen[place] for place in batch]) as (of_student, of_teacher):
+                loss, _ = of_teacher.loss(of_student, None, denominator=1.0, **_trained(settings))
+                of_prompt += _flat(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
         rows.append(torch.cat([unit @ of_prompt, of_prompt.norm()[None]]).double().cpu())
     return torch.stack(rows)
 
 
-def _heads(model: Any, teacher: Any, rollouts: Sequence[Rollout]) -> tuple[Any, Any]:
-    with torch.no_grad():
-        teacher_head = head_of(teacher, hidden_states(teacher, rollouts))
-    with torch.enable_grad():
-        return head_of(model, hidden_states(model, rollouts)), teacher_head
+@contextmanager
+def _compared(model: Any, teacher: Any, rollouts: Sequence[Rollout]) -> Iterator[tuple[Head, Comparison]]:
+    """The student's head of these tokens, differentiable, and the teacher's side of them."""
+    beside = of_rollouts(teacher)
+    with beside.compare(beside.answer(rollouts)) as comparison, torch.enable_grad():
+        yield head_of(model, hidden_states(model, rollouts)), comparison
+
+
+def _trained(settings: Settings) -> dict[str, Any]:
+    """The divergence whose gradient is looked at."""
+    return {"divergence": "reverse_kl", "beta": 0.5, "temperature": settings.temperature}
 
 
 def _flat(gradients: Iterable[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -308,13 +308,14 @@ class RecordsWriter:
             )
 
     def _top(self, top: TopTokens) -> pa.Array:
-        token_ids = _numbers(top.token_ids.flatten().to(torch.int32))
+        known = top.token_ids >= 0
+        token_ids = _numbers(top.token_ids[known].to(torch.int32))
         entries = pa.StructArray.from_arrays(
-            [pa.array(token_ids), _take(self._texts, token_ids), pa.array(_numbers(top.probability.flatten().float()))],
+            [pa.array(token_ids), _take(self._texts, token_ids), pa.array(_numbers(top.probability[known].float()))],
             fields=list(_TOP.value_type),
         )
-        rows, count = top.token_ids.shape
-        return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * count), entries)
+        ends = np.cumsum(np.append(0, _numbers(known.sum(1))), dtype=np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), entries)
 
     def _text_of(self, token_ids: Iterable[int]) -> str:
         return _as_text(b"".join(self._pieces[index] if index < len(self._pieces) else b"" for index in token_ids))

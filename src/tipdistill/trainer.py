@@ -253,12 +253,13 @@ class TIPTrainer(ResumableTrainer):
             if not self.teacher.answers_in_loss:
                 batch["teacher_answers"] = self.teacher.answer(for_models(batch), loss_mask(batch))
             return batch
-        recorded = bool(self.args.record_rollouts) and self._is_full_step() and self.teacher.gives_hidden_states
+        recorded = bool(self.args.record_rollouts) and self._is_full_step()
         self._selection.begin(recorded)
         batch = self._generate_and_select(inputs)
+        answers = batch.pop("every_answer", None)
         if recorded:
             with self._clock.part("record"):
-                record_step(self, batch, self._selection.choice)
+                record_step(self, batch, self._selection.choice, answers)
         self._selection.choice = None
         return batch
 
@@ -266,7 +267,8 @@ class TIPTrainer(ResumableTrainer):
         """Rollout, score and select a generation batch, which TRL then splits into micro-batches.
 
         Beside TRL's entries the batch holds the rows of the dataset, the tokens' weights and entropies [B, T], and what
-        the teacher said of the kept tokens of each rollout, where it was asked before the loss.
+        the teacher said of the kept tokens of each rollout, where it was asked before the loss (of every token, for the
+        records, until they are written).
         """
         with self._clock.part("rollout"):
             batch = super()._generate_and_score_completions(inputs)
@@ -293,7 +295,7 @@ class TIPTrainer(ResumableTrainer):
             scores = self._score(seen, mask, pieces, fields, answers)
         with self._clock.part("select"):
             weight = self._selection.ahead(scores, mask, batch)
-        kept = weight > 0
+        kept, batch["every_answer"] = weight > 0, answers
         if answers is not None:
             inside = [row_kept[row_mask] for row_kept, row_mask in zip(kept, mask, strict=True)]
             answers = [take_tokens(answer, picked) for answer, picked in zip(answers, inside, strict=True)]

@@ -64,7 +64,7 @@ class TopTokens:
     """The k likeliest tokens of a model at each of N tokens, the likeliest first.
 
     Attributes:
-        token_ids: int64 [N, k].
+        token_ids: int64 [N, k]; −1 where a teacher told of fewer than k.
         probability: float [N, k].
     """
 

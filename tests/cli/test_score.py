@@ -43,9 +43,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_records(flags, tmp_pa
     assert main(flags) == 2
     assert "already holds token records" in capsys.readouterr().err
 
-    from tipdistill.score import models
+    from tipdistill import pair
 
-    score, calls = models.score_rollouts, []
+    score, calls = pair.score_with, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -53,7 +53,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_records(flags, tmp_pa
             raise KeyboardInterrupt
         return score(*arguments, **options)
 
-    monkeypatch.setattr(models, "score_rollouts", interrupted)
+    monkeypatch.setattr(pair, "score_with", interrupted)
     assert main([*flags, "--overwrite_output_dir"]) == 130
     assert len(list((tmp_path / "records" / "parts").glob("tokens-*"))) == 1
     assert open_records(tmp_path / "records").read().equals(whole)  # the earlier records are still there
@@ -66,7 +66,7 @@ def test_other_settings_do_not_go_on_from_unfinished_records(flags, capsys, monk
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tipdistill.score.models.score_rollouts", interrupted)
+    monkeypatch.setattr("tipdistill.pair.score_with", interrupted)
     assert main(flags) == 130
     assert main([*flags, "--seed", "3"]) == 2
     assert "unfinished records with other settings (seed differ)" in capsys.readouterr().err

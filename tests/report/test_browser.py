@@ -111,7 +111,10 @@ def report(tmp_path_factory):
         root / "run" / "records" / "step-0", TOKENS, prompts, seed=1, sidecar={"rule": "soft_or", "retention": 0.2}
     )
     helpers.write_records(
-        root / "run" / "records" / "step-9", TOKENS[::-1], seed=2, sidecar={"rule": "q3", "retention": 0.1, "step": 9}
+        root / "run" / "records" / "step-9",
+        TOKENS[::-1],
+        seed=2,
+        sidecar={"rule": "q3", "retention": 0.1, "step": 9, "settings": {"teacher_top_k": 20}},
     )
     for name in ("run", "other"):
         history = [
@@ -373,8 +376,10 @@ def test_runs_are_overlaid_and_records_switched(open_page):
     }
     for chart in page.locator("#training-charts .chart").all()[: len(titles) - 1]:
         assert chart.locator("polyline").count() == 2
+    assert "lower bounds" not in page.locator("#facts").text_content()
     page.select_option("#set", label="run · step-9")
     assert "step 9" in page.locator("#facts").text_content()
+    assert "divergences are lower bounds: of the teacher the 20 likeliest" in page.locator("#facts").text_content()
     assert page.locator("#rule option:checked").text_content() == "Soft-OR"  # what was being looked at
     assert page.locator("#feed .rollout .text").first.text_content() == TEXTS[-1]
 

@@ -8,6 +8,8 @@ from heads import make_head, to
 from measure import peak_bytes
 
 from tipdistill.score import chunked, reference, top_tokens
+from tipdistill.score.top import top_of_both, top_of_served
+from tipdistill.types import TeacherLogprobs
 
 
 @pytest.mark.parametrize("vocabulary", [5, 7, 2047, 2049, 4100])
@@ -70,3 +72,36 @@ def test_the_logits_are_never_held_at_once():
 def test_what_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         top_tokens(make_head(2, 50, 24, seed=7), **options)
+
+
+@pytest.mark.parametrize(("rows", "temperature"), [(70, 1.0), (50, 0.7), (4, 1.0)])
+def test_of_a_whole_vocabulary_over_the_wire_as_of_both_heads(rows, temperature, monkeypatch):
+    monkeypatch.setattr("tipdistill.score.top._GATHERED", 3 * rows)  # tiles of a few tokens
+    student, teacher = make_head(20, 60, 24, seed=8), make_head(20, rows, 16, seed=9)
+    logprob = torch.log_softmax(reference.logits(teacher, rows), -1)
+    served = TeacherLogprobs(logprob, None, logprob[:, 0])
+    for found, wanted in zip(
+        top_of_served(student, served, 5, temperature), top_of_both(student, teacher, 5, temperature), strict=True
+    ):
+        assert torch.equal(found.token_ids, wanted.token_ids)
+        torch.testing.assert_close(found.probability, wanted.probability)
+
+
+def test_of_known_tokens_those_that_the_student_has_as_they_stand():
+    student = make_head(3, 8, 24, seed=10)
+    logprob = torch.tensor([[0.4, 0.3, 0.2, 0.05], [0.5, 0.3, 0.1, 0.0], [0.3, 0.3, 0.3, 0.1]]).log()
+    # the last column is the token that was written, where it is none of the likeliest; 8 and 9 pad the teacher's
+    ids = torch.tensor([[2, 8, 7, 1], [5, 0, 3, -1], [9, 8, -1, 4]])
+    of_student, of_teacher = top_of_served(student, TeacherLogprobs(logprob, ids, logprob[:, 0]), 5)
+    assert of_teacher.token_ids.tolist() == [[2, 7, -1, -1, -1], [5, 0, 3, -1, -1], [-1] * 5]
+    expected = torch.tensor([[0.4, 0.2, 0.0, 0.0, 0.0], [0.5, 0.3, 0.1, 0.0, 0.0], [0.0] * 5])
+    torch.testing.assert_close(of_teacher.probability, expected)
+    assert torch.equal(of_student.token_ids, top_tokens(student, 5).token_ids)
+
+
+@pytest.mark.parametrize("columns", [None, 1, 3])
+def test_no_token_over_the_wire(columns):
+    ids = None if columns is None else torch.zeros(0, columns, dtype=torch.int64)
+    nothing = TeacherLogprobs(torch.zeros(0, columns or 50), ids, torch.zeros(0))
+    for top in top_of_served(make_head(0, 50, 24, seed=5), nothing):
+        assert top.token_ids.shape == top.probability.shape == (0, 5)

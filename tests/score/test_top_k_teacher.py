@@ -362,6 +362,15 @@ def test_statistics_come_with_the_loss():
     assert all(torch.equal(scores.require(name), apart.require(name)) for name in fields)
 
 
+def test_of_no_token_nothing_is_refused():
+    """A forward of rollouts in which the student wrote nothing: what kind of teacher it is, no answer tells."""
+    nothing = TeacherLogprobs(torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0))
+    scores = served_scores(
+        Head(torch.zeros(0, 2), torch.randn(4, 2)), nothing, ["signal_to_curvature"], temperature=0.7
+    )
+    assert scores.signal_to_curvature.shape == (0,)
+
+
 def test_no_row_is_a_loss_of_0_that_reaches_the_graph():
     head = Head(torch.zeros(0, H, requires_grad=True), torch.randn(V, H, requires_grad=True))
     none = TeacherLogprobs(torch.zeros(0, 4), torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0))

@@ -8,11 +8,13 @@ import threading
 import pytest
 import torch
 from datasets import Dataset
+from recorded import same_records
 from serving import serving
 from transformers import AutoModelForCausalLM
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.http import WrongAnswerError
+from tipdistill.records import open_records
 from tipdistill.replies import model_names, token_ids
 from tipdistill.teachers.served import Question, TeacherServer, TeacherUnavailableError
 from tipdistill.training.checkpoints import last_complete_checkpoint
@@ -369,6 +371,50 @@ def test_evaluation_asks_about_every_token(make, served):
     losses = [make(url, selection_rule="entropy", retention=0.2).evaluate()["eval_loss"] for url in (True, False)]
     assert losses[0] == pytest.approx(losses[1], rel=0.3)  # the rollouts are drawn anew
     assert make(selection_rule="entropy", per_device_eval_batch_size=4).evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"selection_rule": "teachability_soft_or", "gradient_accumulation_steps": 2, "num_generations": 2},
+        {"selection_rule": "entropy", "retention": 0.25},
+        {"selection_rule": "all", "temperature": 0.8},
+        {"selection_rule": "gradient_norm_sampling", "selection_scope": "batch", "beta": 0.5},
+    ],
+    ids=lambda settings: settings["selection_rule"],
+)
+def test_records_of_a_whole_vocabulary_are_those_of_the_local_teacher(make, served, tmp_path, settings):
+    served.max_logprobs = -1
+    settings = {"score_logging_steps": 1, "max_steps": 1, "retention": 0.4, **settings}
+    tables, sidecars = [], []
+    for url in (True, False):
+        make(url, output_dir=tmp_path / str(url), record_rollouts=3, **settings).train()
+        records = open_records(tmp_path / str(url) / "records" / "step-0")
+        tables.append(records.read().to_pandas())
+        sidecars.append(records.sidecar)
+    # a question at the start and one of each rollout: the records ask none of them again
+    assert len(served.bodies) == 1 + 4 * settings.get("gradient_accumulation_steps", 1)
+    same_records(*tables)
+    assert len(set(tables[0]["rollout"])) == 3
+    assert sidecars[0]["settings"] == sidecars[1]["settings"]
+    assert (sidecars[0]["teacher"], sidecars[0]["vocabulary"]) == ("teacher", sidecars[1]["vocabulary"])
+
+
+def test_records_of_likeliest_tokens_say_that_divergences_are_bounds(make, tmp_path):
+    settings = {"selection_rule": "q3", "score_logging_steps": 2, "max_steps": 3, "record_rollouts": 2}
+    runs = []
+    for count in (0, 2):
+        trainer = make(teacher_top_k=4, **{**settings, "record_rollouts": count})
+        trainer.train()
+        runs.append(logged(trainer, "loss", "grad_norm", "teacher/tokens_asked"))
+    assert runs[0] == runs[1]
+    directory = tmp_path / "run" / "records"
+    assert sorted(path.name for path in directory.iterdir()) == ["step-0", "step-2"]
+    records = open_records(directory / "step-2")
+    assert records.sidecar["settings"]["teacher_top_k"] == 4
+    table = records.read().to_pydict()
+    assert {len(top) for top in table["teacher_top5"]} == {4}
+    assert {len(top) for top in table["student_top5"]} == {5}
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     parser = Parser(command, description)
     add = parser.add_argument_group("models and prompts").add_argument
     add("--model", required=True, help="student: a directory or a hub id")
-    add("--teacher", required=True, help="teacher: a directory or a hub id")
+    add("--teacher", help="teacher: a directory or a hub id")
     add("--model_revision", help="revision of the student on the hub")
     add("--teacher_revision", help="revision of the teacher on the hub")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
@@ -83,11 +83,31 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     add("--tokens_per_forward", type=at_least(1), default=16384, help="tokens of a scoring forward, padding included")
     add("--use_vllm", action="store_true", help="sample with vLLM")
     add("--vllm_gpu_memory_utilization", type=_positive, default=0.3, help="share of the GPU's memory that vLLM takes")
+    add = parser.add_argument_group("a teacher on a server, in the place of --teacher").add_argument
+    add(
+        "--teacher_url",
+        help="vLLM server that holds the teacher, such as http://host:8000/v1; its tokenizer is compared with the "
+        "student's before weights are loaded",
+    )
+    add("--teacher_served_name", help="name that the server knows the teacher by; default: the only one it serves")
+    add(
+        "--teacher_top_k",
+        type=at_least(0),
+        help="likeliest tokens to ask the server for, which give lower bounds of divergences; 0: the whole vocabulary; "
+        "default: that where it is allowed, else 20",
+    )
+    add(
+        "--teacher_api_key_env",
+        help="environment variable that holds the server's key; default: OPENAI_API_KEY, for OpenAI alone",
+    )
+    add("--teacher_timeout", type=_positive, default=600.0, help="seconds of one request")
+    add("--teacher_time_limit", type=_positive, default=1800.0, help="seconds that the server may be out")
+    add("--teacher_concurrency", type=at_least(1), default=16, help="requests in flight")
     return parser
 
 
 def pair_of(options: argparse.Namespace) -> PairConfig:
-    """Models, prompts and sampling, of the flags of `pair_parser`."""
+    """Models, prompts and sampling, of the flags of `pair_parser`; ValueError for a teacher too few or too many."""
     from ..pair import PairConfig
 
     return PairConfig(**{field.name: getattr(options, field.name) for field in fields(PairConfig)})

@@ -42,10 +42,10 @@ def _probe(options: argparse.Namespace, directory: Path) -> int:
         )
     settings = _settings(options)
     config = pair_of(options)
-    _about(config, settings, vocabulary=0)
+    _about(config, settings, None)
     if settings.parameters == "lora":
         require("peft", "--parameters lora", 'pip install "tipdistill[peft]"')
-    pair = read_pair(config)
+    pair = read_pair(config, settings.rules)
     if len(pair.prompts) < 4:
         raise ValueError(f"a probe needs at least 4 prompts, half of them to be held out; got {len(pair.prompts)}.")
     say("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()))
@@ -98,25 +98,26 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _about(config: PairConfig, settings: Settings, vocabulary: int) -> About:
+def _about(config: PairConfig, settings: Settings, pair: Pair | None) -> About:
     borders = settings.entropy_threshold, settings.divergence_threshold
-    return about_of(config, settings.rules, vocabulary, max(settings.retentions), settings.scope, *borders)
+    return about_of(config, settings.rules, pair, max(settings.retentions), settings.scope, *borders)
 
 
 def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path) -> dict[str, Any]:
     from ..probe import probe
-    from ..score.models import score_rollouts
+    from ..teachers.rollouts import RememberedTeacher, said_of_bounds, score_with
 
     def note(line: str) -> None:
         say(f"# {line}")
 
-    student, teacher = load_models(config)
+    student, teacher = load_models(config, pair)
     started = time.perf_counter()
     rollouts = [rollout for batch in sampled(config, pair, student) for rollout in batch]
-    about = _about(config, settings, pair.vocabulary)
-    scored = score_rollouts(
+    about = _about(config, settings, pair)
+    remembered = RememberedTeacher(teacher, rollouts)
+    scored = score_with(
         student,
-        teacher,
+        remembered,
         rollouts,
         tuple(dict.fromkeys([*about.fields(), *settings.fields()])),
         temperature=config.temperature,
@@ -126,11 +127,13 @@ def _run(config: PairConfig, pair: Pair, settings: Settings, directory: Path) ->
     note(f"{len(scored.scores):,} tokens of {len(rollouts):,} rollouts sampled and scored in {seconds:.0f} s")
     with RecordsWriter(directory, pair.tokenizer, about) as writer:
         writer.write(rollouts, scored)
-    result = probe(student, teacher, rollouts, scored.scores, settings, note)
+    result = probe(student, remembered, rollouts, scored.scores, settings, note)
+    bounds = said_of_bounds(about.settings)
     return {
-        "student": config.model,
-        "teacher": config.teacher,
+        "student": about.student,
+        "teacher": about.teacher,
         **result,
+        "warnings": [*result["warnings"], *filter(None, [bounds])],
         "seconds": time.perf_counter() - started,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }

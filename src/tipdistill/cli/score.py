@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from ..files import alone
-from ..pair import about_of, read_pair, write_scored
+from ..pair import Pair, about_of, read_pair, write_scored
 from ..records import SIDECAR_FILE, TOKENS_FILE, About, Records, RecordsWriter, open_records
 from ..select.quadrants import DIVERGENCE_THRESHOLD, ENTROPY_THRESHOLD, NAMES
+from ..teachers import TeacherUnavailableError
+from ..teachers.rollouts import said_of_bounds
 from ..terminal import PlainConsole, say
 from .flags import Parser, pair_of, pair_parser
 
@@ -37,14 +41,16 @@ def _score(options: Any, directory: Path) -> int:
         )
     config = pair_of(options)
 
-    def about(vocabulary: int) -> About:
-        borders = options.entropy_threshold, options.divergence_threshold
-        return about_of(config, options.rules.split(","), vocabulary, options.retention, options.scope, *borders)
+    rules = options.rules.split(",")
 
-    about(vocabulary=0)  # names and numbers, before any file is read
-    pair = read_pair(config)
+    def about(pair: Pair | None) -> About:
+        borders = options.entropy_threshold, options.divergence_threshold
+        return about_of(config, rules, pair, options.retention, options.scope, *borders)
+
+    about(None)  # names and numbers, before any file is read
+    pair = read_pair(config, rules)
     started = time.perf_counter()
-    with RecordsWriter(directory, pair.tokenizer, about(pair.vocabulary)) as writer:
+    with RecordsWriter(directory, pair.tokenizer, about(pair)) as writer, _kept(writer):
         say("\n".join(f"# {label:<10}{text}" for label, text in pair.described.items()))
         with _progress() as progress:
             total = len(pair.prompts) * config.num_generations
@@ -52,6 +58,16 @@ def _score(options: Any, directory: Path) -> int:
             write_scored(config, pair, writer, lambda written: progress.update(task, completed=written))
     show(open_records(directory), time.perf_counter() - started)
     return 0
+
+
+@contextmanager
+def _kept(writer: RecordsWriter) -> Iterator[None]:
+    """A teacher that stays away ends the scoring with what was scored, and says how to go on."""
+    try:
+        yield
+    except TeacherUnavailableError as error:
+        kept = f" The {writer.rollouts:,} rollouts that are scored are kept: the same command goes on from there."
+        raise TeacherUnavailableError(f"{error}.{kept * bool(writer.rollouts)}") from error
 
 
 def parser() -> Parser:
@@ -92,4 +108,7 @@ def show(records: Records, seconds: float) -> None:
         share = float(divergence[kept].sum(dtype=float)) / total if total else 0.0
         table.add_row(rule, f"{kept.mean():.1%}", f"{share:.1%}")
     console.print(table)
+    bounds = said_of_bounds(sidecar["settings"])
+    if bounds:
+        console.print(bounds, soft_wrap=True)
     console.print(f"Look at them: tipdistill report {records.directory} · settings: {SIDECAR_FILE}", soft_wrap=True)

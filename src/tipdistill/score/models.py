@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..types import Head, Rollout, Scored, TokenScores, TopTokens
 from .forward import called, last_hidden_states
 from .tokens import NonFiniteLogitsError, token_scores
-from .top import top_tokens
+from .top import top_of_both
 
 TOP_TOKENS = 5  # how many of the likeliest tokens of each model are kept beside the statistics
 
@@ -214,19 +214,44 @@ def score_rollouts(
     Raises:
         NonFiniteLogitsError: a ValueError that names the rollout and the token.
     """
-    was_training = student.training, teacher.training
-    # no dropout: the scores are those of the student that generated
-    student.eval()
+
+    def score(places: Sequence[int], of_student: Head, sampled: Tensor) -> Scored:
+        of_teacher = head_of(teacher, hidden_states(teacher, [rollouts[place] for place in places]))
+        return score_heads(of_student, of_teacher, sampled, fields, temperature, top)
+
+    was_training = teacher.training
     teacher.eval()
     try:
-        batches = micro_batches(rollouts, tokens_per_forward)
-        pieces = [
-            _score([rollouts[place] for place in places], places, student, teacher, fields, temperature, top)
-            for places in batches
-        ]
+        return score_in_forwards(student, rollouts, score, tokens_per_forward)
     finally:
-        student.train(was_training[0])
-        teacher.train(was_training[1])
+        teacher.train(was_training)
+
+
+@torch.no_grad()
+def score_in_forwards(
+    student: Any,
+    rollouts: Sequence[Rollout],
+    score: Callable[[Sequence[int], Head, Tensor], Scored],
+    tokens_per_forward: int,
+) -> Scored:
+    """Rollouts scored forward by forward of the student, put together in their own order.
+
+    Args:
+        student: a transformers model.
+        rollouts: R of them.
+        score: (places of some rollouts, the student's head of their tokens, the tokens) → Scored.
+        tokens_per_forward: as in `score_rollouts`.
+
+    Raises:
+        NonFiniteLogitsError: a ValueError that names the rollout and the token.
+    """
+    was_training = student.training
+    student.eval()  # no dropout: the scores are those of the student that generated
+    batches = micro_batches(rollouts, tokens_per_forward)
+    try:
+        pieces = [_score_forward(student, [rollouts[place] for place in places], places, score) for places in batches]
+    finally:
+        student.train(was_training)
     # The pieces hold the rollouts in the micro-batches' order. `spans` has each rollout's rows as they are wanted; put
     # into the micro-batches' order they say where each row at hand belongs, and argsort turns that around.
     spans = torch.arange(sum(map(_length, rollouts))).split(list(map(_length, rollouts)))
@@ -234,20 +259,17 @@ def score_rollouts(
     return joined(pieces).map(lambda value: value[order])
 
 
-def _score(
+def _score_forward(
+    student: Any,
     rollouts: Sequence[Rollout],
     numbers: Sequence[int],
-    student: Any,
-    teacher: Any,
-    fields: Sequence[str] | None,
-    temperature: float,
-    top: int,
+    score: Callable[[Sequence[int], Head, Tensor], Scored],
 ) -> Scored:
     """One micro-batch; `numbers` is how an error calls its rollouts."""
-    heads = [head_of(model, hidden_states(model, rollouts)) for model in (student, teacher)]
+    of_student = head_of(student, hidden_states(student, rollouts))
     sampled = torch.tensor([index for rollout in rollouts for index in rollout.completion_ids])
     try:
-        return score_heads(heads[0], heads[1], sampled, fields, temperature, top)
+        return score(numbers, of_student, sampled)
     except NonFiniteLogitsError as error:
         token = error.token
         for number, rollout in zip(numbers, rollouts, strict=True):
@@ -297,12 +319,10 @@ def score_heads(
         temperature: divides both models' logits.
         top: how many of the likeliest tokens.
     """
-    vocabulary = min(len(student.weight), len(teacher.weight))
     scores = token_scores(
         student, teacher, temperature=temperature, token_ids=sampled.to(student.hidden.device), fields=fields
     )
-    tops = [top_tokens(head, min(top, vocabulary), temperature, vocabulary) for head in (student, teacher)]
-    return Scored(scores.detach(), tops[0], tops[1]).map(Tensor.cpu)
+    return Scored(scores.detach(), *top_of_both(student, teacher, top, temperature)).map(Tensor.cpu)
 
 
 def joined(pieces: Sequence[Scored]) -> Scored:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..types import Head, TopTokens
+from ..types import Head, TeacherLogprobs, TopTokens
 from .chunked import _tile_shape
 from .tiles import NEGATIVE, Projection, _operand, _spans, accumulation_dtype
 
@@ -78,6 +78,61 @@ def _top(head: Head, k: int, temperature: float, vocabulary: int, like: Tensor) 
                 where = where.gather(1, order)
             ids[row:end], logits[row:end], normalisers[row:end] = where, best, normaliser
     return ids, logits, normalisers
+
+
+def top_of_both(student: Head, teacher: Head, k: int = 5, temperature: float = 1.0) -> tuple[TopTokens, TopTokens]:
+    """`top_tokens` of two models, over the rows that both lm_heads have; fewer than k where these are fewer.
+
+    Args:
+        student, teacher: of the same N tokens.
+        k, temperature: as in `top_tokens`.
+    """
+    vocabulary = min(len(student.weight), len(teacher.weight))
+    of_student, of_teacher = (
+        top_tokens(head, min(k, vocabulary), temperature, vocabulary) for head in (student, teacher)
+    )
+    return of_student, of_teacher
+
+
+@torch.no_grad()
+def top_of_served(
+    student: Head, teacher: TeacherLogprobs, k: int = 5, temperature: float = 1.0
+) -> tuple[TopTokens, TopTokens]:
+    """`top_tokens` of a student, and of a teacher that is known by log-probabilities.
+
+    Of the whole vocabulary: over the tokens that both have, at the temperature. Of its likeliest tokens: k of these, or
+    as many as are known, as they are; the token that the student wrote is none of them by being written.
+
+    Args:
+        student: of N tokens.
+        teacher: of the same, on the student's device.
+        k, temperature: as in `top_tokens`.
+
+    Returns:
+        Student's and teacher's, [N, k] each; token_ids −1 and probability 0 where no token is known.
+
+    Example:
+        >>> teacher = TeacherLogprobs(torch.tensor([[0.5, 0.2, 0.1]]).log(), torch.tensor([[3, 9, 0]]), torch.zeros(1))
+        >>> top_of_served(Head(torch.zeros(1, 2), torch.randn(4, 2)), teacher)[1].token_ids
+        tensor([[ 3, -1, -1, -1]])
+    """
+    rows = len(student.weight)
+    if teacher.token_ids is None:
+        rows = min(rows, teacher.logprob.shape[1])
+        tiles = [
+            torch.log_softmax(teacher.logprob[start:stop, :rows] / temperature, 1).topk(min(k, rows))
+            for start, stop in _spans(len(teacher), max(1, _GATHERED // rows))
+        ] or [teacher.logprob.new_zeros(0, rows).topk(min(k, rows))]
+        best, ids = (torch.cat(parts) for parts in zip(*tiles, strict=True))
+    else:
+        # the last column is the token that was written, where it is none of the likeliest
+        given, logprob = teacher.token_ids[:, :-1], teacher.logprob[:, :-1]
+        known = (given >= 0) & (given < rows)
+        best, places = logprob.masked_fill(~known, -math.inf).topk(min(k, logprob.shape[1]))
+        unknown = (0, min(k, rows) - best.shape[1])
+        ids = nn.functional.pad(given.gather(1, places).masked_fill(best == -math.inf, -1), unknown, value=-1)
+        best = nn.functional.pad(best, unknown, value=-math.inf)
+    return top_tokens(student, min(k, rows), temperature, rows), TopTokens(ids, best.exp())
 
 
 @torch.no_grad()

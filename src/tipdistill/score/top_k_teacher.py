@@ -395,7 +395,7 @@ def _check_logits(logits: Tensor, token_ids: Tensor, logprobs: Tensor, fields: S
 def _check_served(student: Head, teacher: TeacherLogprobs, fields: Sequence[str], temperature: float) -> None:
     if len(student.hidden) != len(teacher):
         raise ValueError(f"the teacher's log-probabilities are of {len(teacher)} tokens, not {len(student.hidden)}.")
-    if teacher.token_ids is None:
+    if teacher.token_ids is None or not len(teacher):  # of no token nothing is asked
         return
     if temperature != 1:
         raise ValueError(

@@ -5,6 +5,7 @@ A training step asks its teacher two things, and neither needs to know what kind
     answers = teacher.answer(batch, asked)        one Answer per rollout, of the tokens that were asked about
     with teacher.compare(answers) as comparison:  the same N tokens, ready to be held against the student's lm_head
         comparison.scores(student, ...)           → TokenScores
+        comparison.likeliest(student, ...)        → both models' likeliest tokens, for token records
         comparison.loss(student, weight, ...)     → the loss, and its gradient
 
 An Answer is small and portable (hidden states, or log-probabilities): it is kept with its rollout until the loss needs
@@ -27,7 +28,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..types import Head, TokenScores
+from ..types import Head, TokenScores, TopTokens
 from .named import SELF, NamedTeacher, named_teachers
 
 __all__ = [
@@ -70,7 +71,7 @@ class Answer(Protocol):
 
 
 class Comparison(Protocol):
-    """A teacher's side of N tokens. That of a teacher which gives hidden states has a `head`, a `Head` of N rows."""
+    """A teacher's side of N tokens."""
 
     def take(self, kept: Tensor) -> Comparison:
         """The tokens where `kept`, bool [N], is true."""
@@ -78,6 +79,13 @@ class Comparison(Protocol):
 
     def scores(self, student: Head, fields: Sequence[str], temperature: float, token_ids: Tensor | None) -> TokenScores:
         """Statistics of the N tokens, detached; `fields` empty: those of `token_scores` by default."""
+        ...
+
+    def likeliest(self, student: Head, k: int, temperature: float) -> tuple[TopTokens, TopTokens]:
+        """The student's and the teacher's k likeliest tokens, of those that both have, [N, k] each.
+
+        They have as many columns as there are tokens where these are fewer; a token_id of −1 says that none is known.
+        """
         ...
 
     def loss(
@@ -103,7 +111,8 @@ class Teacher(Protocol):
         vocabulary: rows of its lm_head; None: it does not tell.
         answers_in_loss: its forward runs beside the student's in the loss, unless a rule asks before; otherwise it is
             asked once per generation batch, about what is trained on.
-        gives_hidden_states: its comparisons have a `head`, from which token records read likeliest tokens.
+        top_k: how many of its likeliest tokens its answers hold, so that divergences are lower bounds; None: its
+            answers tell all of its distribution.
         model: the module that the trainer calls its teacher model, None where there is none here.
         callbacks: of the training, such as one that renews its weights.
         names: of the teachers that it is made of, by which figures are logged; empty where it is one.
@@ -113,7 +122,7 @@ class Teacher(Protocol):
     names: Sequence[str]
     vocabulary: int | None
     answers_in_loss: bool
-    gives_hidden_states: bool
+    top_k: int | None
     model: Any
     callbacks: Sequence[TeacherCallback]
 

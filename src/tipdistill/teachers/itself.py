@@ -103,7 +103,7 @@ class AdapterTeacher:
         update: how its adapter follows the student's.
     """
 
-    gives_hidden_states = True
+    top_k: int | None = None
     model = None
     names: Sequence[str] = ()
 

@@ -19,7 +19,8 @@ from ..loss import fused_divergence_loss
 from ..score import token_scores
 from ..score.agreement import check_model
 from ..score.models import head, lm_head_dtype
-from ..types import Head, TokenScores
+from ..score.top import top_of_both
+from ..types import Head, TokenScores, TopTokens
 from ..vocabulary import check_same_tokenizer
 from . import Surroundings, TeacherCallback
 
@@ -55,6 +56,9 @@ class HeadComparison:
             student, self.head, beta=0.5, temperature=temperature, token_ids=token_ids, fields=fields or None
         ).detach()
 
+    def likeliest(self, student: Head, k: int, temperature: float) -> tuple[TopTokens, TopTokens]:
+        return top_of_both(student, self.head, k, temperature)
+
     def loss(
         self,
         student: Head,
@@ -82,7 +86,7 @@ class LocalTeacher:
             generation batch. Its lm_head stays, since the loss projects the kept rows with it.
     """
 
-    gives_hidden_states = True
+    top_k: int | None = None
     callbacks: Sequence[TeacherCallback] = ()
     names: Sequence[str] = ()
 

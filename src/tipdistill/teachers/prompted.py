@@ -36,7 +36,7 @@ class PromptedTeacher:
         self._teacher, self._column, self._trainer = teacher, column, trainer
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.name, self.vocabulary, self.model = teacher.name, teacher.vocabulary, teacher.model
-        self.answers_in_loss, self.gives_hidden_states = teacher.answers_in_loss, teacher.gives_hidden_states
+        self.answers_in_loss, self.top_k = teacher.answers_in_loss, teacher.top_k
         self.callbacks, self.names = teacher.callbacks, teacher.names
         config = getattr(self.model, "config", None)
         self._limit = None if config is None else position_limit(config)

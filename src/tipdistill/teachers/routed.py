@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
-from ..types import Head, TokenScores
+from ..types import Head, TokenScores, TopTokens
 from . import Answer, Comparison, Surroundings, Teacher, TeacherCallback
 from .named import number_of
 
@@ -59,6 +59,20 @@ class RoutedComparison:
             for place, part in zip(self.places, self.parts, strict=True)
         ]
         return self._merged(given, len(student.hidden))
+
+    def likeliest(self, student: Head, k: int, temperature: float) -> tuple[TopTokens, TopTokens]:
+        given = [
+            part.likeliest(_rows(student, place), k, temperature)
+            for place, part in zip(self.places, self.parts, strict=True)
+        ]
+        order = torch.cat(list(self.places)).argsort()
+        of_student, of_teacher = (
+            TopTokens(
+                torch.cat([top.token_ids for top in tops])[order], torch.cat([top.probability for top in tops])[order]
+            )
+            for tops in zip(*given, strict=True)
+        )
+        return of_student, of_teacher
 
     def loss(
         self,
@@ -116,7 +130,6 @@ class RoutedTeacher:
         trainer: what they teach in.
     """
 
-    gives_hidden_states = False
     model = None
 
     def __init__(self, teachers: dict[str, Teacher], column: str, trainer: Surroundings) -> None:
@@ -125,6 +138,8 @@ class RoutedTeacher:
         self.name = ", ".join(f"{name}: {teacher.name}" for name, teacher in teachers.items())
         rows = [teacher.vocabulary for teacher in self.teachers if teacher.vocabulary is not None]
         self.vocabulary = min(rows, default=None)
+        known = [teacher.top_k for teacher in self.teachers if teacher.top_k is not None]
+        self.top_k = min(known, default=None)
         self.answers_in_loss = all(teacher.answers_in_loss for teacher in self.teachers)
         self.callbacks: Sequence[TeacherCallback] = [callback for one in self.teachers for callback in one.callbacks]
         self._column, self._trainer = column, trainer

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from .. import http, replies
+from ..score.top import top_of_served
 from ..score.top_k_teacher import DEFAULT_FIELDS, served_divergence_loss, served_scores, unavailable
 from ..select import rule_fields
 from ..text import printable
-from ..types import Head, TeacherLogprobs, TokenScores
+from ..types import Head, TeacherLogprobs, TokenScores, TopTokens
 from ..vocabulary import check_served_tokenizer
 from . import TeacherCallback, TeacherUnavailableError
 
@@ -347,6 +348,9 @@ class LogprobComparison:
             student, self.logprobs, fields or DEFAULT_FIELDS, temperature=temperature, token_ids=token_ids
         )
 
+    def likeliest(self, student: Head, k: int, temperature: float) -> tuple[TopTokens, TopTokens]:
+        return top_of_served(student, self.logprobs, k, temperature)
+
     def loss(
         self,
         student: Head,
@@ -381,14 +385,13 @@ class ServedTeacher:
     """
 
     answers_in_loss = False
-    gives_hidden_states = False
     model = None
     callbacks: Sequence[TeacherCallback] = ()
     names: Sequence[str] = ()
 
     def __init__(self, server: TeacherServer, accelerator: Any) -> None:
         self.server, self.accelerator = server, accelerator
-        self.name = str(server.model)
+        self.name, self.top_k = str(server.model), server.top_k or None
         # a server that gives its likeliest tokens does not tell how many rows of padding its teacher has
         self.vocabulary = server.vocabulary
 

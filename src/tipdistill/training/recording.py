@@ -14,8 +14,9 @@ from torch import Tensor
 from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
 from ..records import About, Choice, RecordsWriter
 from ..score.forward import evaluating
-from ..score.models import joined, score_heads
+from ..score.models import joined
 from ..teachers.local import name_of
+from ..teachers.rollouts import bounds_of, score_comparison
 from ..types import Rollout, Scored
 from .scoring import loss_mask
 from .trackers import show_records
@@ -73,24 +74,28 @@ def rollout_of_row(
 
 
 @torch.no_grad()
-def record_step(trainer: Any, batch: dict[str, Any], choice: Choice | None) -> None:
+def record_step(
+    trainer: Any, batch: dict[str, Any], choice: Choice | None, answers: Sequence[Any] | None = None
+) -> None:
     """Write records/step-<n> with the tokens of `record_rollouts` rollouts. Changes nothing of the training.
 
     Every process takes part, since sharded engines need all of them for a forward; the main one writes. A directory
-    that cannot be written costs a warning, not the run.
+    that cannot be written costs a warning, not the run. A teacher that is elsewhere is not asked again what it has
+    answered.
 
     Args:
-        trainer: a `TIPTrainer` in a step, whose teacher gives hidden states.
+        trainer: a `TIPTrainer` in a step.
         batch: its generation batch.
         choice: what the step kept of the tokens of all processes; None: the records choose as the step would.
+        answers: the teacher's of every token of each rollout, where it was asked about them.
     """
     if any(key in batch for key in MULTIMODAL_KEYS):
         return
-    args, student, mask = trainer.args, trainer.plain_student(), loss_mask(batch)
+    args, student, teacher, mask = trainer.args, trainer.plain_student(), trainer.teacher, loss_mask(batch)
     sample = sampled_rows(args.record_rollouts, len(mask), mask.device)
     about = About(
         student=name_of(student),
-        teacher=trainer.teacher.name,
+        teacher=teacher.name,
         vocabulary=trainer.vocabulary,
         rules=(args.selection_rule,),
         retention=trainer.retention,
@@ -98,24 +103,26 @@ def record_step(trainer: Any, batch: dict[str, Any], choice: Choice | None) -> N
         seed=args.seed,
         temperature=trainer.temperature,
         step=trainer.state.global_step,
-        settings={"normalization": args.normalization, "num_generations": args.num_generations},
+        settings={"normalization": args.normalization, "num_generations": args.num_generations, **bounds_of(teacher)},
     )
 
-    def rows_of(rows: Tensor) -> dict[str, Any]:
-        part: dict[str, Any] = {key: batch[key][rows] for key in TOKEN_KEYS}
-        return part | {"examples": [batch["examples"][row] for row in rows.tolist()]}
+    def score(rows: Tensor) -> Scored:
+        part, inside = {key: batch[key][rows] for key in TOKEN_KEYS}, mask[rows]
+        if answers is None or teacher.model is not None:
+            said = teacher.answer({**part, "examples": [batch["examples"][row] for row in rows.tolist()]}, inside)
+        else:
+            said = [answers[row] for row in rows.tolist()]
 
-    def score(part: dict[str, Any], inside: Tensor) -> Scored:
-        hidden, answers = trainer.hidden_rows(student, part, inside), trainer.teacher.answer(part, inside)
-        with trainer.student_head(student, hidden) as of_student, trainer.teacher.compare(answers) as teacher:
-            tokens = part["completion_ids"][inside]
-            return score_heads(of_student, teacher.head, tokens, about.fields(), trainer.temperature)
+        def compare(part: dict[str, Tensor], inside: Tensor) -> Scored:
+            hidden = trainer.hidden_rows(student, part, inside)
+            with trainer.student_head(student, hidden) as of_student, teacher.compare(said) as comparison:
+                tokens = part["completion_ids"][inside]
+                return score_comparison(of_student, comparison, tokens, about.fields(), trainer.temperature)
+
+        return trainer.redirected(trainer.model_wrapped, student, compare, part, inside)
 
     with evaluating(trainer.model):
-        scored = [
-            trainer.redirected(trainer.model_wrapped, student, score, rows_of(rows), mask[rows])
-            for rows in sample.split(args.per_device_train_batch_size)
-        ]
+        scored = [score(rows) for rows in sample.split(args.per_device_train_batch_size)]
     if not trainer.accelerator.is_main_process:
         return
     tokenizer, directory = trainer._tokenizer, Path(args.output_dir) / "records" / f"step-{about.step}"

@@ -175,6 +175,8 @@ function drawHeadline(keptTokens, keptMass, total) {
     const model = named.get(key) ?? named.get(`models · ${key}`);
     if (model) facts.push(`${key} ${model}`);
   }
+  const known = named.get("settings · teacher top k");
+  if (known) facts.push(`divergences are lower bounds: of the teacher the ${known} likeliest tokens are known`);
   if (set.differing > 0)
     facts.push(`${percent(set.differing)} of the tokens lie in another quadrant than recorded, since ĥ is normalised here over these tokens alone`);
   $("facts").textContent = facts.join(" · ");

@@ -123,7 +123,7 @@ def ask_teacher(settings: dict[str, Any], tokenizer: Any, device: torch.device) 
         TeacherUnavailableError, ValueError: see `choose_teacher`.
     """
     # which rules it suffices for is asked about by `check_rules`: there may be several
-    args = SimpleNamespace(**settings, selection_rule="random")
+    args = SimpleNamespace(**settings, teachers=None, selection_rule="random")
     return AskedTeacher(choose_teacher(None, args, tokenizer, None)(SimpleNamespace(accelerator=OneProcess(device))))
 
 

@@ -13,16 +13,17 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor
 
-from .chat import check_chat_template_kwargs
-from .data import drop_long_prompts, load_prompts, prompt_lengths
+from .chat import check_chat_template_kwargs, encode_prompts, is_conversational
+from .conventions import check_can_end, differences, end_pair
+from .data import drop_long_prompts, load_prompts
 from .extras import EXTRAS, require
 from .integrations import _trl
-from .policy import different_ends, saved_end_tokens
+from .policy import saved_end_tokens
 from .positions import check_positions, position_limit
 from .records import About, RecordsWriter
 from .rollout import generate
 from .types import Rollout
-from .vocabulary import check_same_tokenizer, shared_vocabulary
+from .vocabulary import check_ids_shared, check_same_tokenizer, forbidden_ids, known_tokens, shared_vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -109,7 +110,7 @@ class Pair:
     Attributes:
         tokenizer: the student's.
         vocabulary: rows that both lm_heads have.
-        forbidden: rows of the student's lm_head that the teacher lacks, never to be sampled.
+        forbidden: rows of the student's lm_head that the teacher lacks or reads as others, never to be sampled.
         prompts: plain or conversational.
         described: label → line, to show.
     """
@@ -122,13 +123,17 @@ class Pair:
 
 
 def check_models(
-    student: tuple[str, str, str | None], teacher: tuple[str, str, str | None], trust_remote_code: bool
+    student: tuple[str, str, str | None],
+    teacher: tuple[str, str, str | None],
+    trust_remote_code: bool,
+    end_as_teacher: bool = False,
 ) -> tuple[list[Any], list[Any], dict[str, str]]:
     """Configurations and tokenizers of a pair, once they agree, and a line on each. Loads no weights.
 
     Args:
         student, teacher: the flag that named the model, its name, its revision.
         trust_remote_code: run code that comes with them.
+        end_as_teacher: the teacher's end counts as the student's.
 
     Returns:
         Both configurations, both processing classes, label → line.
@@ -139,21 +144,55 @@ def check_models(
     configurations, processors, described = read_models(
         [("student", *student), ("teacher", *teacher)], trust_remote_code
     )
-    check_same_tokenizer(*processors)
-    size = len(getattr(processors[0], "tokenizer", processors[0]))
+    differing = check_same_tokenizer(*processors)
+    tokenizers = [getattr(processor, "tokenizer", processor) for processor in processors]
     rows, teacher_rows = (model.get_text_config().vocab_size for model in configurations)
-    shared = shared_vocabulary(rows, teacher_rows, num_tokens=size)
-    ends = [
-        saved_end_tokens(name, revision, configuration, processor)
-        for (_, name, revision), configuration, processor in zip(
-            (student, teacher), configurations, processors, strict=True
-        )
-    ]
-    difference = different_ends(ends[0], ends[1], getattr(processors[0], "tokenizer", processors[0]))
-    if difference:
-        described["warning"] = difference
-    described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
+    shared = shared_vocabulary(rows, teacher_rows, num_tokens=known_tokens(tokenizers[0], differing))
+    ends = _ends([student, teacher], configurations, processors)
+    pair = end_pair((tokenizers[0], tokenizers[1]), ends) if end_as_teacher else None
+    check_can_end(tokenizers[0], ends[0], differing, pair)
+    same = f"the same for both{f' but for {len(differing)}' if differing else ''}: {len(tokenizers[0]):,} tokens"
+    described["tokenizer"] = f"{same}; the divergence runs over {shared:,} rows"
     return configurations, processors, described
+
+
+def compare_models(
+    student: tuple[str, str, str | None],
+    teacher: tuple[str, str, str | None],
+    configurations: Sequence[Any],
+    processors: Sequence[Any],
+    conversational: bool | None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    end_as_teacher: bool = False,
+) -> dict[str, str]:
+    """What the models of a pair are used to differently, see `conventions.differences`: label → line.
+
+    Args:
+        student, teacher: as in `check_models`.
+        configurations, processors: as it returns them.
+        conversational: whether the prompts are; None: not known.
+        chat_template_kwargs: passed to the chat templates.
+        end_as_teacher: the teacher's end counts as the student's.
+    """
+    lines = differences(
+        (processors[0], processors[1]),
+        _ends([student, teacher], configurations, processors),
+        check_same_tokenizer(*processors),
+        alike=end_as_teacher,
+        conversational=conversational,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    return {"warning" if number == 1 else f"warning {number}": line for number, line in enumerate(lines, start=1)}
+
+
+def _ends(
+    models: Sequence[tuple[str, str, str | None]], configurations: Sequence[Any], processors: Sequence[Any]
+) -> tuple[list[int], list[int]]:
+    own, other = (
+        saved_end_tokens(name, revision, configuration, processor)
+        for (_, name, revision), configuration, processor in zip(models, configurations, processors, strict=True)
+    )
+    return own, other
 
 
 def read_models(
@@ -202,11 +241,11 @@ def read_pair(config: PairConfig) -> Pair:
     device_of(config.device)
     if config.use_vllm:
         require("vllm", "--use_vllm", EXTRAS["use_vllm"][1])
-    configurations, processors, described = check_models(
+    named = (
         ("--model", config.model, config.model_revision),
         ("--teacher", config.teacher, config.teacher_revision),
-        config.trust_remote_code,
     )
+    configurations, processors, described = check_models(*named, config.trust_remote_code)
     tokenizer = getattr(processors[0], "tokenizer", processors[0])
     dataset = load_prompts(
         config.dataset,
@@ -223,8 +262,14 @@ def read_pair(config: PairConfig) -> Pair:
         dataset, _ = drop_long_prompts(dataset, tokenizer, config.max_prompt_length, config.chat_template_kwargs)
     if config.max_prompts:
         dataset = dataset.select(range(min(config.max_prompts, len(dataset))))
+    described |= compare_models(
+        *named, configurations, processors, is_conversational(dataset), config.chat_template_kwargs
+    )
     prompts = dataset["prompt"][:]
-    longest = max(prompt_lengths(prompts, tokenizer, config.chat_template_kwargs))
+    differing = check_same_tokenizer(*processors)
+    prompt_ids = encode_prompts(prompts, tokenizer, config.chat_template_kwargs)
+    check_ids_shared(prompt_ids, differing, config.dataset)
+    longest = max(map(len, prompt_ids))
     limits = dict(zip(("student", "teacher"), map(position_limit, configurations), strict=True))
     check_positions(limits, longest, config.max_new_tokens, "--max_new_tokens", " or set --max_prompt_length")
     described["prompts"] = (
@@ -232,7 +277,7 @@ def read_pair(config: PairConfig) -> Pair:
     )
     rows, teacher_rows = (model.get_text_config().vocab_size for model in configurations)
     shared = min(rows, teacher_rows)
-    return Pair(tokenizer, shared, list(range(shared, rows)), prompts, described)
+    return Pair(tokenizer, shared, forbidden_ids(rows, teacher_rows, differing), prompts, described)
 
 
 def device_of(name: str) -> torch.device:

@@ -23,7 +23,7 @@ ORDER = [
         "extras",
     }
     | {"documents", "dotted", "redact", "replies", "signals", "supervise", "terminal"},
-    {"policy"},
+    {"conventions", "policy"},
     {"rollout"},
     {"score", "divergence"},
     {"select"},

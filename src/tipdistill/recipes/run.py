@@ -12,26 +12,28 @@ import shutil
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
 
-from ..chat import check_chat_template_kwargs
+from ..chat import check_chat_template_kwargs, is_conversational
 from ..data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..dotted import names_only
-from ..pair import check_chat_template, check_models, read_models
+from ..pair import check_chat_template, check_models, compare_models, read_models
 from ..positions import check_positions
 from ..signals import end_with_parent
 from ..supervise import supervise
-from ..teachers.served import TeacherUnavailableError, open_teacher
+from ..teachers.served import TeacherUnavailableError, check_ends, open_teacher
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from ..training.evaluation import load_tasks
 from ..training.images import prepared
 from ..training.lengths import REMEDY, check_problems_fit, check_prompts_fit, position_limits
+from ..training.shared_tokens import check_problems_shared, check_prompts_shared
+from ..vocabulary import Names, check_same_tokenizer, described_differences
 from .hub import check_hub
 from .launch import check_launched, is_launched, launch_arguments, num_processes
 from .noise import logged, quiet
@@ -130,7 +132,7 @@ def _num_processes(request: Request) -> int:
 def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> int:
     script, config, model = request.script, request.config, request.model
     main_process = config.process_index == 0
-    tokenizer, teacher_tokenizer, described = _check_models(request)
+    tokenizer, teacher_tokenizer, described, compared = _check_models(request)
     check_chat_template_kwargs(_as_dict(config.chat_template_kwargs), tokenizer)
     train_dataset, dropped = _prompts(request, "train", tokenizer)
     eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
@@ -142,7 +144,13 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     if script.dry_run:  # a run's trainer does the same
         limits = position_limits(model.model_name_or_path, config.teacher_model_name_or_path, config)
         check_prompts_fit(limits, eval_dataset, tokenizer, config, "the evaluation set")
-        check_problems_fit(limits, load_tasks(config.task_names(), config.teacher_url is None), tokenizer, config)
+        tasks = load_tasks(config.task_names(), config.teacher_url is None)
+        check_problems_fit(limits, tasks, tokenizer, config)
+        differing, warnings = compared(train_dataset)
+        described |= warnings
+        check_prompts_shared(differing, train_dataset, tokenizer, config, "the training set")
+        check_prompts_shared(differing, eval_dataset, tokenizer, config, "the evaluation set")
+        check_problems_shared(differing, tasks, tokenizer, config)
     if code:
         described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"
     lines = [f"# {label:<10}{_line(text)}" for label, text in described.items()]
@@ -259,8 +267,15 @@ def _as_dict(value: Any) -> dict[str, Any]:
     return value or {}
 
 
-def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
-    """Both tokenizers, once they and the lm_heads agree, and a line on each model. Loads no weights."""
+_Compared = Callable[[Any], tuple[dict[int, Names], dict[str, str]]]
+
+
+def _check_models(request: Request) -> tuple[Any, Any, dict[str, str], _Compared]:
+    """Both tokenizers, once they and the lm_heads agree, and a line on each model. Loads no weights.
+
+    The last is for a dry run, since a run's trainer says the same: dataset → reserved tokens that differ, and a line on
+    each thing that the models are used to differently.
+    """
     config, model = request.config, request.model
     if config.teacher_url is not None:
         _, (tokenizer,), described = read_models(
@@ -268,21 +283,31 @@ def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
             config.trust_remote_code,
         )
         # a dry run asks once; a run waits for a server that is still loading
+        check_ends(config, None)
+        differing: dict[int, Names] = {}
         if request.script.dry_run:
             server = open_teacher(config, tokenizer, time_limit=_DRY_RUN_PATIENCE)
             given = "its whole vocabulary" if server.gives_all else f"its {server.top_k} likeliest tokens"
             described["teacher"] = f"{server.model} at {server.url}, which gives {given}"
+            differing = server.differing
         else:
             described["teacher"] = config.teacher_url
-        return tokenizer, None, described
-    _, (tokenizer, teacher_tokenizer), described = check_models(
+        said = {"warning": described_differences(differing)} if differing else {}
+        return tokenizer, None, described, lambda dataset: (differing, said)
+    named = (
         ("--model_name_or_path", model.model_name_or_path, model.model_revision),
         ("--teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_revision),
-        config.trust_remote_code,
     )
-    if not request.script.dry_run:
-        described.pop("warning", None)  # the trainer says it
-    return tokenizer, teacher_tokenizer, described
+    end_as_teacher, settings = config.end_as_teacher, _as_dict(config.chat_template_kwargs)
+    configurations, processors, described = check_models(*named, config.trust_remote_code, end_as_teacher)
+    return (
+        *processors,
+        described,
+        lambda dataset: (
+            check_same_tokenizer(*processors),
+            compare_models(*named, configurations, processors, is_conversational(dataset), settings, end_as_teacher),
+        ),
+    )
 
 
 def _prompts(request: Request, purpose: str, tokenizer: Any) -> tuple[Dataset | IterableDataset, int]:

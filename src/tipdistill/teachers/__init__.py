@@ -23,14 +23,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ..types import Head, TokenScores
+from ..vocabulary import Names
 
-__all__ = ["Answer", "Comparison", "Surroundings", "Teacher", "TeacherUnavailableError", "choose_teacher"]
+__all__ = [
+    "Answer",
+    "ChosenTeacher",
+    "Comparison",
+    "Surroundings",
+    "Teacher",
+    "TeacherUnavailableError",
+    "choose_teacher",
+]
 
 
 class TeacherUnavailableError(OSError):
@@ -129,9 +139,27 @@ class Surroundings(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ChosenTeacher:
+    """Makes a teacher, given the trainer; and what is known of it before.
+
+    Attributes:
+        make: the same.
+        tokenizer: its own, or a processor that holds one; None where there is none at hand.
+        differing: reserved tokens that it reads as others, see `vocabulary.check_same_tokenizer`.
+    """
+
+    make: Callable[[Surroundings], Teacher]
+    tokenizer: Any = None
+    differing: dict[int, Names] = field(default_factory=dict)
+
+    def __call__(self, trainer: Surroundings) -> Teacher:
+        return self.make(trainer)
+
+
 def choose_teacher(
     teacher_model: Any, args: Any, processing_class: Any, teacher_processing_class: Any
-) -> Callable[[Surroundings], Teacher]:
+) -> ChosenTeacher:
     """The teacher that a run names, once what can be checked before weights are loaded is checked.
 
     Args:
@@ -149,9 +177,18 @@ def choose_teacher(
     if args.teacher_url is not None:
         from . import served
 
+        served.check_ends(args, teacher_processing_class)
         server = served.open_teacher(args, processing_class)
-        return lambda trainer: served.ServedTeacher(server, trainer.accelerator)
+        return ChosenTeacher(
+            lambda trainer: served.ServedTeacher(server, trainer.accelerator),
+            teacher_processing_class,
+            server.differing,
+        )
     from . import local
 
-    local.check(teacher_model, args, processing_class, teacher_processing_class)
-    return lambda trainer: local.LocalTeacher(local.load(teacher_model, args), trainer, args.teacher_offload)
+    tokenizer, differing = local.check(teacher_model, args, processing_class, teacher_processing_class)
+    return ChosenTeacher(
+        lambda trainer: local.LocalTeacher(local.load(teacher_model, args), trainer, args.teacher_offload),
+        tokenizer,
+        differing,
+    )

@@ -60,7 +60,7 @@ def test_a_pair_of_ends_needs_both(tiny_tokenizer):
     both = (tiny_tokenizer, tiny_tokenizer)
     assert end_pair(both, ([0], [END])) == (0, END)
     assert end_pair(both, ([END], [END, 0])) is None
-    with pytest.raises(ValueError, match="end_as_teacher needs .* those of the teacher are not known"):
+    with pytest.raises(ValueError, match=r"end_as_teacher needs .* those of the teacher are not known"):
         end_pair(both, ([0], []))
 
 

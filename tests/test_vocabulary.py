@@ -106,7 +106,7 @@ def test_added_and_renamed_reserved_tokens_are_named_by_id(tiny_tokenizer):
         f"the tokenizers differ in 2 reserved tokens: {first + 1} (the student's '<|reserved_1|>', the teacher's "
         f"'<think>'), {first + 2} (the student's none, the teacher's '</think>'). "
     )
-    many = described_differences({index: ("a", None) for index in range(9)})
+    many = described_differences(dict.fromkeys(range(9), ("a", None)))
     assert "4 (the student's 'a', the teacher's none) and 4 more." in many
 
 
@@ -164,7 +164,9 @@ def test_what_may_not_be_sampled_and_what_needs_a_row(tiny_tokenizer):
 def test_prompts_with_such_a_token_are_refused_by_row():
     differing = {5: ("<a>", "<b>")}
     check_ids_shared([[1, 2], [3]], differing)
-    with pytest.raises(ValueError, match=r"of row 11 \(counting from 0\) of the set holds token 5, and the student reads"):
+    with pytest.raises(
+        ValueError, match=r"of row 11 \(counting from 0\) of the set holds token 5, and the student reads"
+    ):
         check_ids_shared([[1, 2], [4, 5]], differing, "the set", 10)
     with pytest.raises(ValueError, match="prompt 1 of the batch holds token 5"):
         check_ids_shared([[1, 2], [4, 5]], differing)

@@ -1,6 +1,8 @@
 """A teacher that ends with another token: by itself the student unlearns to end, with end_as_teacher it learns."""
 
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.cli import main
 from tipdistill.rollout import generate
 from tipdistill.teachers.ends import EndsAlike, renamed
 from tipdistill.teachers.served import ServedTeacher, TeacherServer
@@ -150,3 +153,32 @@ def test_what_a_server_does_not_tell_is_refused(tiny_model_dir, tmp_path):
     args = TIPConfig(str(tmp_path), end_as_teacher=True, teacher_url="http://127.0.0.1:9/v1", **SETTINGS)
     with pytest.raises(ValueError, match="end_as_teacher needs the teacher's end tokens, which its server does not"):
         TIPTrainer(str(tiny_model_dir("qwen3", "student")), None, args, Dataset.from_dict({"prompt": ["a"] * 16}))
+
+
+def test_the_option_reaches_a_run_from_a_flag_and_a_dry_run_shows_it(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for who, end, probability in (("student", END, 0.3), ("teacher", OTHER, 0.5)):
+        directory = tiny_model_dir("phi", "student")
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.chat_template = None
+        writes(directory, end, probability).save_pretrained(who)
+        tokenizer.save_pretrained(who)
+    Path("prompts.jsonl").write_text('{"prompt": "Ada"}\n' * 16)
+    flags = ["--model", "student", "--teacher", "teacher", "--dataset", "prompts.jsonl", "--max_steps", "1"]
+    for name, value in SETTINGS.items():
+        flags += [f"--{name}", str(value)]
+
+    def divergence(run, *more):
+        assert main(["train", *flags, "--output_dir", run, *more]) == 0
+        return json.loads(Path(run, "trainer_state.json").read_text())["log_history"][0]["reverse_kl"]
+
+    assert divergence("plain") > 2
+    assert divergence("alike", "--end_as_teacher", "true") < 0.2
+    assert main(["train", *flags, "--output_dir", "dry", "--end_as_teacher", "true", "--dry_run", "true"]) == 0
+    shown = capsys.readouterr().out
+    assert "# warning   the end tokens differ: the student ends with <|end|>, the teacher with <|endoftext|>" in shown
+    assert "counts as the student's <|end|> (end_as_teacher)" in shown
+    url = [*flags[:2], *flags[4:], "--teacher_url", "http://127.0.0.1:9/v1", "--end_as_teacher", "true"]
+    assert main(["train", *url, "--output_dir", "served", "--dry_run", "true"]) == 2
+    assert "which its server does not tell" in capsys.readouterr().err

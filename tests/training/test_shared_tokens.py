@@ -194,11 +194,13 @@ def test_score_and_the_dry_run_do_as_a_run_does(models, tiny_tokenizer, tiny_mod
     written = set(open_records(tmp_path / "records").read().to_pydict()["token_id"])
     assert written & {398, 399}
     assert not written & {396, 397}
-    assert main([*score[:6], str(tmp_path / "q.jsonl"), *score[7:]]) == 2
+    score[6] = str(tmp_path / "q.jsonl")
+    assert main([*score, "--overwrite_output_dir"]) == 2
     refused = "the prompt of row 7 (counting from 0) of"
     assert refused in capsys.readouterr().err
     dry = ["train", *pair, str(tmp_path / "p.jsonl"), "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"]
-    dry += ["--bf16", "false", "--dry_run", "true"]
+    dry += ["--bf16", "false", "--dry_run", "true", "--max_completion_length", "12"]
+    dry += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
     assert main(dry) == 0
     assert warned in capsys.readouterr().out
     dry[6] = str(tmp_path / "q.jsonl")

@@ -42,6 +42,8 @@ def test_ends_are_named_with_the_remedy(tiny_tokenizer):
     (line,) = lines(tiny_tokenizer, tiny_tokenizer, ((0,), (END,)), alike=True)
     assert "The teacher's <|end|> counts as the student's <|endoftext|> (end_as_teacher)" in line
     assert lines(tiny_tokenizer, tiny_tokenizer, ((0,), ())) == []  # the teacher's are not known
+    (line,) = lines(tiny_tokenizer, tiny_tokenizer, ((0,), range(2, 99)))
+    assert """the teacher with <|end|>, !, ", #, $, 92 more. The teacher""" in line
     (line,) = lines(tiny_tokenizer, tiny_tokenizer, ((END,), (END, 0)))
     assert "end_as_teacher" not in line  # which would change nothing: both reply with <|end|>
 

@@ -23,6 +23,7 @@ _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     ],
 )
 _SHOWN = 30  # characters of what differs
+_MOST_NAMED = 5
 
 
 def differences(
@@ -122,7 +123,7 @@ def check_can_end(
         ValueError: which tokens, and what to do.
     """
     if ends and not set(ends) - differing.keys() and pair is None:
-        names = ", ".join(map(printable, map(str, tokenizer.convert_ids_to_tokens(list(ends)))))
+        names = _listed(tokenizer, ends)
         raise ValueError(
             f"the student ends with {names}, which its teacher's tokenizer lacks or reads as another token, so that it "
             "could never end. Set end_as_teacher, which puts the teacher's end in its place, or give the student an "
@@ -142,8 +143,7 @@ def different_ends(
     if set(ends[0]) == set(ends[1]) or not ends[0] or not ends[1]:
         return None
     of_student, of_teacher = (
-        printable(", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(set(ids))))))
-        for tokenizer, ids in zip(tokenizers, ends, strict=True)
+        _listed(tokenizer, sorted(set(ids))) for tokenizer, ids in zip(tokenizers, ends, strict=True)
     )
     told = f"the end tokens differ: the student ends with {of_student}, the teacher with {of_teacher}. "
     if pair is not None:
@@ -161,6 +161,12 @@ def different_ends(
         f"{told}set end_as_teacher, which trains it to end where the teacher does, or give both models one "
         "eos_token_id (generation_config.json)."
     )
+
+
+def _listed(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The names of a few tokens, and how many more there are."""
+    more = [f"{len(ids) - _MOST_NAMED} more"] if len(ids) > _MOST_NAMED else []
+    return printable(", ".join([*map(str, tokenizer.convert_ids_to_tokens(list(ids[:_MOST_NAMED]))), *more]))
 
 
 # Beginnings.

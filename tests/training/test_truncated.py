@@ -1,8 +1,11 @@
 """mask_truncated_completions: a rollout that did not end has no token trained on, however a step is split."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
+import forks
 import pytest
 import torch
 from datasets import Dataset
@@ -15,6 +18,7 @@ from tipdistill.select import kept_counts
 from tipdistill.training.scoring import finished_alone, loss_mask
 
 END = 2
+DISTRIBUTED = Path(__file__).parents[1] / "distributed_run.py"
 
 
 class Alone:
@@ -184,3 +188,39 @@ def test_the_loss_of_an_evaluation_is_of_all_rollouts(train):
     trainer, *_ = train(ends=False, eval_strategy="no")
     trainer.eval_dataset = trainer.train_dataset.select(range(8))
     assert trainer.evaluate()["eval_loss"] > 0.1
+
+
+@pytest.mark.slow
+def test_two_processes_leave_out_what_one_does(tiny_model_dir, word_problems, tmp_path):
+    """Rollouts end at every sixth token of the vocabulary, or are cut at a length of their prompt's own."""
+    pair = [str(tiny_model_dir("qwen3", role)) for role in ROLES]
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_completion_length": 12,
+        "max_steps": 3,
+        "shuffle_dataset": False,
+        "score_logging_steps": 1,
+        "record_rollouts": 0,
+        "mask_truncated_completions": True,
+        "generation_kwargs": {"do_sample": False, "eos_token_id": list(range(0, 396, 6))},
+    }
+    figures = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        split = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
+        argv = [*pair, str(word_problems), str(out), json.dumps({**settings, **split})]
+        logs = [tmp_path / f"{processes}-{rank}" for rank in range(processes)]
+        assert forks.ranks(forks.script, DISTRIBUTED.read_text(), argv, logs=logs) == [0] * processes, logs[
+            0
+        ].read_text()
+        figures[processes] = json.loads(out.read_text())
+    assert [figures[processes]["processes"] for processes in (1, 2)] == [1, 2]
+    assert 0 < figures[1]["completions/clipped_ratio"][0] < 1
+    for name in ("loss", "grad_norm", "reverse_kl", "selection/trained_tokens", "completions/clipped_ratio"):
+        assert figures[2][name] == pytest.approx(figures[1][name], rel=1e-4)

@@ -11,7 +11,8 @@ An Answer is small and portable (hidden states, or log-probabilities): it is kep
 it, and is cut with the batch into micro-batches. A Comparison lives for one forward; it holds whatever must be at hand
 meanwhile, such as a sharded lm_head that was gathered.
 
-`local.py` is a model in this process, `served.py` one behind a vLLM server. A teacher of another kind is one more class
+`local.py` is a model in this process, `served.py` one behind a vLLM server; `ends.py` makes of another teacher one that
+ends with the student's end token. A teacher of another kind is one more class
 with the members of `Teacher`, and one more line in `choose_teacher`: several teachers are one that gives each rollout
 to its own, by a column of the dataset's row, and compares piece by piece; one that sees another prompt answers from
 that of the row instead of the student's; one whose hidden states come over a wire answers with them as a local one

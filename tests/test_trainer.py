@@ -19,8 +19,9 @@ from trl import DistillationConfig, DistillationTrainer
 import tipdistill.trainer
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.records import open_records
-from tipdistill.teachers import local
+from tipdistill.teachers import ChosenTeacher, local
 from tipdistill.training.scoring import scoring_pieces, trimmed
+from tipdistill.training.shared_tokens import share_tokens
 
 PLAIN = {
     "use_cpu": True,
@@ -280,14 +281,16 @@ def test_a_loaded_teacher_without_a_tokenizer_is_taken_with_a_warning(make, pair
 
 
 def test_different_tokenizers_are_refused_before_weights_are_loaded(make, pair, tmp_path, tiny_tokenizer, monkeypatch):
-    other = copy.deepcopy(tiny_tokenizer)
-    other.add_tokens(["<surplus>"])
-    other.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer.save_pretrained(tmp_path / "teacher")
+    saved = json.loads((tmp_path / "teacher" / "tokenizer.json").read_text())
+    words = saved["model"]["vocab"]
+    words["!"], words["#"] = words["#"], words["!"]
+    (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(saved))
     for file in Path(pair[1]).iterdir():
         if not (tmp_path / "teacher" / file.name).exists():
             (tmp_path / "teacher" / file.name).symlink_to(file)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
-    with pytest.raises(ValueError, match=f"first at token id {len(tiny_tokenizer)}"):
+    with pytest.raises(ValueError, match="first at token id 3: the student reads '!' and the teacher reads '#'"):
         make(teacher=str(tmp_path / "teacher"))
 
 
@@ -671,15 +674,17 @@ def test_a_stream_cannot_repeat_prompts(make, prompts):
         make(dataset=prompts.to_iterable_dataset(), num_generations=4)
 
 
-def test_rows_that_the_teacher_lacks_are_kept_from_vllm_beside_what_was_biased(make, tiny_model_dir, tiny_tokenizer):
+def test_rows_that_the_teacher_lacks_or_reads_otherwise_are_kept_from_vllm_beside_what_was_biased(
+    make, tiny_model_dir, tiny_tokenizer
+):
     rows = len(tiny_tokenizer)
     trainer = make(*(str(tiny_model_dir("qwen2", who, vocab_rows=rows + 4)) for who in ("student", "teacher")))
     trainer.use_vllm = True
     trainer.vllm_generation = SimpleNamespace(generation_kwargs={"logit_bias": {3: -1.0}, "seed": 1})
     trainer.teacher.vocabulary = rows + 2
-    trainer._share_vocabulary()
+    share_tokens(trainer, ChosenTeacher(lambda _: trainer.teacher, differing={1: ("<|start|>", "<|tool|>")}), None)
     assert trainer.vllm_generation.generation_kwargs == {
-        "logit_bias": {3: -1.0, rows + 2: -100.0, rows + 3: -100.0},
+        "logit_bias": {3: -1.0, 1: -100.0, rows + 2: -100.0, rows + 3: -100.0},
         "seed": 1,
     }
 

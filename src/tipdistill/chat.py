@@ -106,6 +106,16 @@ def is_begun(prompt: Any) -> bool:
     return not isinstance(prompt, str) and prompt[-1].get("role") == "assistant"
 
 
+def is_conversational(dataset: Any) -> bool | None:
+    """Whether the prompts of a dataset are conversations; None where it is a stream, or there is none.
+
+    Example:
+        >>> is_conversational(Dataset.from_dict({"prompt": ["1 + 1 ="]}))
+        False
+    """
+    return not isinstance(dataset[0]["prompt"], str) if isinstance(dataset, Dataset) else None
+
+
 # columns by which TRL's other trainers dress each row in its own way; one run dresses all rows alike
 _OF_ROWS = {
     "chat_template_kwargs": "set chat_template_kwargs for the run, which holds for all rows, and remove the column",

@@ -42,9 +42,13 @@ class TIPConfig(DistillationConfig):
             `<output_dir>/records/step-<n>/` (docs/records.md); 0 writes none.
         scoring_tokens: tokens (prompt, completion and padding) per forward of the scoring pass; 0 takes
             `per_device_train_batch_size` rollouts at a time.
-        drift_factor: warn when the mean divergence of the dropped tokens exceeds this multiple of where it began; 0
-            turns the guard off.
+        drift_factor: warn when the mean divergence of the dropped tokens exceeds this multiple of where it began, or
+            the completions are so many times longer or shorter than there, or so many times fewer of them end; 0 turns
+            the guards off.
         drift_retention: retention from the first such warning on, where it is higher than `retention`; None leaves it.
+        end_as_teacher: train the student to end where the teacher does though their end tokens differ: the teacher's
+            counts as the student's own, which it goes on to end with.
+        mask_truncated_completions: train on no token of a completion that was cut at max_completion_length.
         eval_tasks: comma-separated tasks that are measured before the first step, every `eval_steps` steps and after
             the last, see `tipdistill.tasks`; None: none.
         eval_num_samples: completions per problem of these tasks.
@@ -110,12 +114,21 @@ class TIPConfig(DistillationConfig):
     )
     drift_factor: float = field(
         default=3.0,
-        metadata={"help": "Warn when the dropped tokens' divergence exceeds this multiple of its start; 0: never."},
+        metadata={
+            "help": "Warn when the dropped tokens' divergence, or the completions' length, exceeds this multiple of "
+            "its start; 0: never."
+        },
     )
-
     drift_retention: float | None = field(
         default=None,
         metadata={"help": "Retention from the first drift warning on, where higher than `retention`; null: unchanged."},
+    )
+    end_as_teacher: bool = field(
+        default=False,
+        metadata={"help": "Where end tokens differ, let the teacher's count as the student's, to end where it does."},
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Train on no token of a completion that was cut at max_completion_length."}
     )
     eval_tasks: str | None = field(
         default=None,

@@ -6,34 +6,45 @@ What `tipdistill score` and `tipdistill probe` share; `tipdistill train` checks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoProcessor
 
-from .chat import check_chat_template_kwargs
-from .data import drop_long_prompts, load_prompts, prompt_lengths
+from .chat import check_chat_template_kwargs, encode_prompts, is_conversational
+from .data import as_conversations, check_prompt, drop_long_prompts, load_prompts
 from .extras import EXTRAS, require
 from .http import server_url, variable_name
 from .integrations import _trl
-from .policy import different_ends, saved_end_tokens
+from .model_files import check_chat_template, check_models, compare_models, of_one, read_models
 from .positions import check_positions, position_limit
 from .records import About, RecordsWriter
 from .rollout import generate
+from .teachers.named import SELF, NamedTeacher, check_teacher_names, named_teachers, number_of, read_teachers
 from .teachers.rollouts import (
     AskedTeacher,
     LoadedTeacher,
+    PromptedRollouts,
     RolloutTeacher,
+    RoutedRollouts,
     ask_teacher,
-    bounds_of,
     check_rules,
     score_with,
 )
 from .types import Rollout
-from .vocabulary import check_same_tokenizer, shared_vocabulary
+from .vocabulary import (
+    Names,
+    check_ids_shared,
+    check_same_tokenizer,
+    forbidden_ids,
+    known_tokens,
+    shared_vocabulary,
+)
 
+_POSITIONS = "--max_new_tokens", " or set --max_prompt_length"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # how a teacher on a server is asked
 SERVED = (
@@ -68,6 +79,9 @@ class PairConfig:
         tokens_per_forward: tokens of a scoring forward, padding included.
         use_vllm: sample with vLLM.
         vllm_gpu_memory_utilization: share of the GPU's memory that vLLM takes.
+        teachers: several teachers by name, in the place of `teacher`, as in `TIPConfig`.
+        teacher_column: column of the dataset that names the teacher of a row.
+        teacher_prompt_column: column of the dataset with the teacher's own prompts, where there is one.
         teacher_url: a vLLM server that holds the teacher, up to and with the version.
         teacher_served_name, teacher_top_k, teacher_api_key_env, teacher_timeout, teacher_time_limit,
             teacher_concurrency: how it is asked, as in `TIPConfig`.
@@ -100,6 +114,9 @@ class PairConfig:
     tokens_per_forward: int = 16384
     use_vllm: bool = False
     vllm_gpu_memory_utilization: float = 0.3
+    teachers: dict[str, Any] | None = None
+    teacher_column: str = "teacher"
+    teacher_prompt_column: str = "teacher_prompt"
     teacher_url: str | None = None
     teacher_served_name: str | None = None
     teacher_top_k: int | None = None
@@ -113,23 +130,36 @@ class PairConfig:
             server_url("teacher_url", self.teacher_url)  # first: no other message may repeat a password in it
         if self.teacher_api_key_env is not None:
             variable_name("teacher_api_key_env", self.teacher_api_key_env)
-        if self.teacher is None and self.teacher_url is None:
+        named = [name for name in ("teacher", "teachers", "teacher_url") if getattr(self, name) is not None]
+        if not named:
             raise ValueError(
-                "a teacher is needed: --teacher, a directory or a hub id, or --teacher_url, a server that holds it."
+                "a teacher is needed: --teacher, a directory or a hub id, --teacher_url, a server that holds it, or "
+                "--teachers, several by name."
             )
-        if self.teacher is not None and self.teacher_url is not None:
+        if len(named) > 1:
             raise ValueError(
-                f"--teacher {self.teacher} and --teacher_url {self.teacher_url} name two teachers: give one of them."
+                f"{' and '.join(f'--{name} {getattr(self, name)}' for name in named)} each name the teacher: give one "
+                "of them."
             )
-        misplaced = ("teacher_revision",) if self.teacher_url else SERVED
+        if self.teachers is not None:
+            read_teachers(self.teachers)
+            shared = ("teacher_top_k", "teacher_timeout", "teacher_time_limit", "teacher_concurrency")
+            misplaced = tuple(name for name in ("teacher_revision", *SERVED) if name not in shared)
+        else:
+            misplaced = ("teacher_revision",) if self.teacher_url else SERVED
         given = [name for name in misplaced if getattr(self, name) != getattr(PairConfig, name)]
         if given:
+            if self.teachers is not None:
+                raise ValueError(f"--{given[0]} is of one teacher: say it in the entry of the one it is meant for.")
             own, other = ("loaded here", "on a server") if self.teacher_url else ("on a server", "loaded here")
             raise ValueError(f"--{given[0]} is of a teacher {own}, and this one is {other}: leave it out.")
 
-    def of_server(self) -> dict[str, Any]:
-        """What asking a server takes, by the names of `TIPConfig`."""
-        return {name: getattr(self, name) for name in ("temperature", *SERVED)}
+    def named_teachers(self) -> list[NamedTeacher]:
+        """The teachers, in the order in which they are named; one, with no name, where there is one."""
+        settings = {name: getattr(self, name) for name in ("temperature", "teachers", *SERVED)}
+        own = {"teacher_model_name_or_path": None, "teacher_model_revision": self.teacher_revision}
+        extra = {"teacher_model_init_kwargs": None, "teacher_offload": False}
+        return named_teachers(self.teacher, SimpleNamespace(**settings, **own, **extra))
 
 
 # what token records say of how they were made, beside models, rules and seed
@@ -160,10 +190,14 @@ class Pair:
     Attributes:
         tokenizer: the student's.
         vocabulary: rows that both lm_heads have.
-        forbidden: rows of the student's lm_head that the teacher lacks, never to be sampled.
+        forbidden: rows of the student's lm_head that the teacher lacks or reads as others, never to be sampled.
         prompts: plain or conversational.
         described: label → line, to show.
-        teacher: one that is elsewhere, and answers; None: one that is still to be loaded.
+        teachers: of each that is elsewhere its name → itself, which answers; the others are still to be loaded.
+        named: the teachers.
+        numbers: of each prompt, which of them reads it; empty where there is one.
+        teacher_prompts: of each teacher, prompt number → token ids of the prompt that it reads, where that is its own.
+        top_k: how many of its likeliest tokens some teacher tells; None: all of them tell all.
     """
 
     tokenizer: Any
@@ -171,79 +205,11 @@ class Pair:
     forbidden: list[int]
     prompts: list[Any]
     described: dict[str, str]
-    teacher: AskedTeacher | None = None
-
-
-def check_models(
-    student: tuple[str, str, str | None], teacher: tuple[str, str, str | None], trust_remote_code: bool
-) -> tuple[list[Any], list[Any], dict[str, str]]:
-    """Configurations and tokenizers of a pair, once they agree, and a line on each. Loads no weights.
-
-    Args:
-        student, teacher: the flag that named the model, its name, its revision.
-        trust_remote_code: run code that comes with them.
-
-    Returns:
-        Both configurations, both processing classes, label → line.
-
-    Raises:
-        ValueError: a model that cannot be read, or tokenizers or lm_heads that do not match.
-    """
-    configurations, processors, described = read_models(
-        [("student", *student), ("teacher", *teacher)], trust_remote_code
-    )
-    check_same_tokenizer(*processors)
-    size = len(getattr(processors[0], "tokenizer", processors[0]))
-    rows, teacher_rows = (model.get_text_config().vocab_size for model in configurations)
-    shared = shared_vocabulary(rows, teacher_rows, num_tokens=size)
-    ends = [
-        saved_end_tokens(name, revision, configuration, processor)
-        for (_, name, revision), configuration, processor in zip(
-            (student, teacher), configurations, processors, strict=True
-        )
-    ]
-    difference = different_ends(ends[0], ends[1], getattr(processors[0], "tokenizer", processors[0]))
-    if difference:
-        described["warning"] = difference
-    described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
-    return configurations, processors, described
-
-
-def read_models(
-    models: Sequence[tuple[str, str, str, str | None]], trust_remote_code: bool
-) -> tuple[list[Any], list[Any], dict[str, str]]:
-    """Configurations and processing classes of models, and a line on each. Loads no weights.
-
-    Args:
-        models: who it is, the flag that named it, its name, its revision.
-        trust_remote_code: run code that comes with them.
-
-    Raises:
-        ValueError: a model that cannot be read.
-    """
-    configurations, processors, described = [], [], {}
-    for who, flag, name, revision in models:
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        try:
-            configurations.append(AutoConfig.from_pretrained(name, **options))
-            processors.append(
-                AutoProcessor.from_pretrained(name, truncation_side="left", padding_side="left", **options)
-            )
-        except Exception as error:  # files that are damaged make transformers and tokenizers raise anything
-            said = f"{type(error).__name__}: " if not isinstance(error, OSError | ValueError) else ""
-            raise ValueError(f"the {who} could not be read ({flag} {name}): {said}{error}") from error
-        rows = configurations[-1].get_text_config().vocab_size
-        described[who] = f"{name} ({configurations[-1].model_type}, {rows:,} rows in its lm_head)"
-    return configurations, processors, described
-
-
-def check_chat_template(prompt: Any, tokenizer: Any, model: str, applied: bool) -> None:
-    """Raise where a prompt is conversational and the tokenizer has no template for it."""
-    if not isinstance(prompt, str) and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"the prompts are conversational{' (apply_chat)' if applied else ''}, but the tokenizer of {model} has no "
-            "chat template: use plain prompts or an instruction-tuned model."
-        )
+    teachers: dict[str, AskedTeacher] = field(default_factory=dict)
+    named: list[NamedTeacher] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    teacher_prompts: list[dict[int, list[int]]] = field(default_factory=list)
+    top_k: int | None = None
 
 
 def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
@@ -260,13 +226,84 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
     device = device_of(config.device)
     if config.use_vllm:
         require("vllm", "--use_vllm", EXTRAS["use_vllm"][1])
+    named = config.named_teachers()
     student = "--model", config.model, config.model_revision
-    configurations, processors, described = (
-        read_models([("student", *student)], config.trust_remote_code)
-        if config.teacher is None
-        else check_models(student, ("--teacher", config.teacher, config.teacher_revision), config.trust_remote_code)
+    (of_student,), (processor,), described = read_models([("student", *student)], config.trust_remote_code)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    differing: dict[int, Names] = {}
+    local: dict[str, tuple[Any, Any]] = {}  # of each teacher that is loaded here: configuration and processing class
+    comparisons = []
+    for one in named:
+        if one.args.teacher_url is not None or one.model == SELF:
+            continue
+        flag = f"--teachers {one.name}" if one.name else "--teacher"
+        pair = student, (flag, one.model, one.args.teacher_model_revision)
+        configurations, processors, lines = check_models(*pair, config.trust_remote_code)
+        described |= of_one(one.name, lines)
+        differing |= check_same_tokenizer(*processors)
+        local[one.name] = configurations[1], processors[1]
+        comparisons.append((one.name, partial(compare_models, *pair, configurations, processors)))
+    dataset = _read_prompts(config, tokenizer)
+    settings, conversational = config.chat_template_kwargs, is_conversational(dataset)
+    for name, compare in comparisons:
+        described |= of_one(name, compare(conversational, settings))
+    prompts = dataset["prompt"][:]
+    prompt_ids = encode_prompts(prompts, tokenizer, settings)
+    check_ids_shared(prompt_ids, differing, config.dataset)
+    numbers = _numbers(config, named, dataset)
+    teacher_prompts = _teacher_prompts(config, dataset, [local.get(one.name, (None, tokenizer))[1] for one in named])
+    check_positions({"student": position_limit(of_student)}, *_longest(prompt_ids), config.max_new_tokens, *_POSITIONS)
+    for number, one in enumerate(named):
+        # how far the positions of a server's model reach it says when it is asked
+        limit = position_limit(local[one.name][0] if one.name in local else of_student)
+        if one.args.teacher_url is None:
+            read = [
+                teacher_prompts[number].get(row, ids)
+                for row, ids in enumerate(prompt_ids)
+                if not numbers or numbers[row] == number
+            ]
+            check_positions({one.called: limit}, *_longest(read), config.max_new_tokens, *_POSITIONS)
+    described["prompts"] = (
+        f"{len(prompts):,} × {config.num_generations} rollouts of up to {config.max_new_tokens:,} tokens"
     )
-    tokenizer = getattr(processors[0], "tokenizer", processors[0])
+    asked: dict[str, AskedTeacher] = {}
+    for one in named:
+        if one.args.teacher_url is not None:
+            teacher = asked[one.name] = ask_teacher(_of_server(one.args), tokenizer, device)
+            check_rules(teacher, rules, one.args.teacher_url)
+            check_ids_shared(prompt_ids, teacher.differing, config.dataset)
+            differing |= teacher.differing
+            gives = "its whole vocabulary" if teacher.top_k is None else f"its {teacher.top_k} likeliest tokens"
+            described[one.called] = f"{teacher.name} at {one.args.teacher_url}, which gives {gives}"
+        elif one.model == SELF:
+            described[one.called] = "the student itself"
+    # one that is known by its likeliest tokens does not tell how many rows of padding it has
+    rows, tokens = of_student.get_text_config().vocab_size, known_tokens(tokenizer, differing)
+    of_teachers = [configuration.get_text_config().vocab_size for configuration, _ in local.values()]
+    of_teachers += [teacher.vocabulary or max(tokens, len(tokenizer)) for teacher in asked.values()]
+    of_teachers += [rows for one in named if one.model == SELF]
+    known = [configuration.get_text_config().vocab_size for configuration, _ in local.values()]
+    known += [teacher.vocabulary or rows for teacher in asked.values()]
+    shared = shared_vocabulary(rows, min(known, default=rows), num_tokens=tokens)
+    if asked and not local:
+        described["tokenizer"] = (
+            f"the same for both: {len(tokenizer):,} tokens; the divergence runs over {shared:,} rows"
+        )
+    return Pair(
+        tokenizer,
+        shared,
+        forbidden_ids(rows, min(of_teachers), differing),
+        prompts,
+        described,
+        asked,
+        named,
+        numbers,
+        teacher_prompts,
+        min((teacher.top_k for teacher in asked.values() if teacher.top_k is not None), default=None),
+    )
+
+
+def _read_prompts(config: PairConfig, tokenizer: Any) -> Dataset:
     dataset = load_prompts(
         config.dataset,
         config.dataset_split,
@@ -282,26 +319,43 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
         dataset, _ = drop_long_prompts(dataset, tokenizer, config.max_prompt_length, config.chat_template_kwargs)
     if config.max_prompts:
         dataset = dataset.select(range(min(config.max_prompts, len(dataset))))
-    prompts = dataset["prompt"][:]
-    longest = max(prompt_lengths(prompts, tokenizer, config.chat_template_kwargs))
-    # how far the positions of a server's model reach it says when it is asked
-    limits = dict(zip(("student", "teacher"), map(position_limit, configurations), strict=False))
-    check_positions(limits, longest, config.max_new_tokens, "--max_new_tokens", " or set --max_prompt_length")
-    described["prompts"] = (
-        f"{len(prompts):,} × {config.num_generations} rollouts of up to {config.max_new_tokens:,} tokens"
-    )
-    rows = [model.get_text_config().vocab_size for model in configurations]
-    size = len(tokenizer)
-    if config.teacher_url is not None:
-        teacher = ask_teacher(config.of_server(), tokenizer, device)
-        check_rules(teacher, rules, config.teacher_url)
-        # one that is known by its likeliest tokens does not tell how many rows of padding it has
-        shared = shared_vocabulary(rows[0], teacher.vocabulary or rows[0], num_tokens=size)
-        gives = "its whole vocabulary" if teacher.top_k is None else f"its {teacher.top_k} likeliest tokens"
-        described["teacher"] = f"{teacher.name} at {config.teacher_url}, which gives {gives}"
-        described["tokenizer"] = f"the same for both: {size:,} tokens; the divergence runs over {shared:,} rows"
-        return Pair(tokenizer, shared, list(range(teacher.vocabulary or size, rows[0])), prompts, described, teacher)
-    return Pair(tokenizer, min(rows), list(range(min(rows), rows[0])), prompts, described)
+    return as_conversations(dataset, config.teacher_prompt_column) if config.apply_chat else dataset
+
+
+def _numbers(config: PairConfig, named: Sequence[NamedTeacher], dataset: Dataset) -> list[int]:
+    """Of each prompt, which of several teachers reads it; empty where there is one."""
+    if not named[0].name:
+        return []
+    check_teacher_names(dataset, config.dataset, [one.name for one in named], config.teacher_column)
+    column = config.teacher_column
+    values = dataset[column][:] if column in dataset.column_names else [None] * len(dataset)
+    names = [one.name for one in named]
+    return [number_of({column: value}, names, column, f"row {row}") for row, value in enumerate(values)]
+
+
+def _teacher_prompts(config: PairConfig, dataset: Dataset, tokenizers: Sequence[Any]) -> list[dict[int, list[int]]]:
+    """Of each teacher, by row the tokens of the prompt that it reads instead of the student's."""
+    column = config.teacher_prompt_column
+    if column not in dataset.column_names:
+        return [{} for _ in tokenizers]
+    own = {row: prompt for row, prompt in enumerate(dataset[column][:]) if prompt is not None}
+    for row, prompt in own.items():
+        check_prompt(prompt, row, f"column {column!r} of {config.dataset}")
+    prompts, settings = list(own.values()), config.chat_template_kwargs
+    encoded = [
+        encode_prompts(prompts, getattr(tokenizer, "tokenizer", tokenizer), settings, numbers=list(own))
+        for tokenizer in tokenizers
+    ]
+    return [dict(zip(own, ids, strict=True)) for ids in encoded]
+
+
+def _longest(prompts: Sequence[Sequence[int]]) -> tuple[int]:
+    return (max(map(len, prompts), default=1),)
+
+
+def _of_server(args: Any) -> dict[str, Any]:
+    """What asking a server takes, by the names of `TIPConfig`."""
+    return {name: getattr(args, name) for name in ("temperature", *SERVED)}
 
 
 def device_of(name: str) -> torch.device:
@@ -325,16 +379,26 @@ def device_of(name: str) -> torch.device:
 
 
 def load_models(config: PairConfig, pair: Pair) -> tuple[Any, RolloutTeacher]:
-    """The student on the device, in eval mode, without gradients, and a teacher beside it, or the one that is asked.
+    """The student on the device, in eval mode, without gradients, and what answers for its teacher or teachers.
 
     Raises:
         ValueError: a model whose logits are not those of its hidden states and lm_head, see `check_model`.
     """
     student = _loaded(config, "student", config.model, config.model_revision)
-    if pair.teacher is not None:
-        return student, pair.teacher
-    assert config.teacher is not None, "there is a teacher"
-    return student, LoadedTeacher(_loaded(config, "teacher", config.teacher, config.teacher_revision))
+    loaded: dict[Any, Any] = {}
+    teachers: list[RolloutTeacher] = []
+    for one, own in zip(pair.named, pair.teacher_prompts, strict=True):
+        teacher: RolloutTeacher
+        if one.name in pair.teachers:
+            teacher = pair.teachers[one.name]
+        elif one.model == SELF:
+            teacher = LoadedTeacher(student)
+        else:
+            key = one.model, one.args.teacher_model_revision
+            loaded[key] = loaded.get(key) or _loaded(config, one.called, *key)
+            teacher = LoadedTeacher(loaded[key])
+        teachers.append(PromptedRollouts(teacher, own) if own else teacher)
+    return student, RoutedRollouts(teachers, pair.numbers) if pair.numbers else teachers[0]
 
 
 def _loaded(config: PairConfig, who: str, name: str, revision: str | None) -> Any:
@@ -391,10 +455,21 @@ def about_of(
     Raises:
         ValueError: an unknown rule (the nearest are given), or a number out of range.
     """
-    asked = None if pair is None else pair.teacher
+    teacher, settings = config.teacher or "", {name: getattr(config, name) for name in _RECORDED}
+    if pair is not None:
+        said = {
+            one.name: pair.teachers[one.name].name if one.name in pair.teachers else one.model for one in pair.named
+        }
+        teacher = ", ".join(f"{name}: {model}" if name else model for name, model in said.items())
+        if pair.top_k is not None:
+            settings["teacher_top_k"] = pair.top_k
+        if pair.numbers:
+            settings["teacher_column"] = config.teacher_column
+        if any(pair.teacher_prompts):
+            settings["teacher_prompt_column"] = config.teacher_prompt_column
     return About(
         student=config.model,
-        teacher=config.teacher or (asked.name if asked else ""),
+        teacher=teacher,
         vocabulary=0 if pair is None else pair.vocabulary,
         rules=tuple(rules),
         retention=retention,
@@ -403,7 +478,7 @@ def about_of(
         temperature=config.temperature,
         entropy_threshold=entropy_threshold,
         divergence_threshold=divergence_threshold,
-        settings={name: getattr(config, name) for name in _RECORDED} | (bounds_of(asked) if asked else {}),
+        settings=settings,
     )
 
 

@@ -7,7 +7,7 @@ their users would narrow the rollouts without a word. Only the ids of special to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,28 +127,3 @@ def saved_end_tokens(name: str, revision: str | None, configuration: Any, proces
     except (OSError, ValueError):
         generation = configuration.get_text_config()
     return end_tokens(generation, getattr(processor, "tokenizer", processor))
-
-
-def different_ends(student: Iterable[int], teacher: Iterable[int], tokenizer: Any) -> str | None:
-    """A line on end tokens that only one of the models has; None where both end with the same.
-
-    Args:
-        student, teacher: the ids that end their completions.
-        tokenizer: names them.
-
-    Example:
-        >>> from tipdistill.tasks.arithmetic import build_tokenizer
-        >>> different_ends([16], [16], build_tokenizer()) is None
-        True
-    """
-    student, teacher = set(student), set(teacher)
-    if student == teacher or not student or not teacher:
-        return None
-    of_student, of_teacher = (
-        ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ids)))) for ids in (student, teacher)
-    )
-    return (
-        f"the end tokens differ: the student ends with {of_student}, the teacher with {of_teacher}. The teacher finds "
-        "an end that is not its own unlikely, so completions grow longer as the student learns; give both models one "
-        "eos_token_id (generation_config.json) where they are meant to end alike."
-    )

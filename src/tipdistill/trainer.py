@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from .arrow import as_written
-from .chat import check_chat_template_kwargs, encode_prompts
+from .chat import check_chat_template_kwargs, encode_prompts, is_conversational
 from .config import TIPConfig
 from .evaluate.task import Task
 from .integrations import _accelerate, _trl
@@ -49,6 +49,7 @@ from .training.monitor import (
     ALL_FIELDS,
     LOGGED_FIELDS,
     TALLIED,
+    WATCHED,
     StepClock,
     StepEnd,
     TrainingMonitor,
@@ -57,8 +58,9 @@ from .training.monitor import (
 from .training.progress import MetricsFile
 from .training.recording import record_step
 from .training.resumable import ResumableTrainer
-from .training.rollouts import for_processor, leave_out_router, never_sample, state_policy
+from .training.rollouts import for_processor, leave_out_router, state_policy
 from .training.scoring import (
+    finished_alone,
     for_models,
     loss_mask,
     naming_rollouts,
@@ -68,9 +70,10 @@ from .training.scoring import (
     trimmed,
 )
 from .training.selection import StepSelection
+from .training.shared_tokens import check_problems_shared, check_prompts_shared, share_tokens
 from .training.student_check import StudentCheck
 from .types import Head, TokenScores
-from .vocabulary import shared_vocabulary
+from .vocabulary import check_ids_shared
 
 logger = get_logger(__name__)
 
@@ -145,6 +148,9 @@ class TIPTrainer(ResumableTrainer):
         check_prompts_fit(limits, eval_dataset, processing_class, args, "eval_dataset")
         check_problems_fit(limits, tasks, processing_class, args)
         teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class, teacher_prompts)
+        check_prompts_shared(teacher_of.differing, train_dataset, processing_class, args, "train_dataset")
+        check_prompts_shared(teacher_of.differing, eval_dataset, processing_class, args, "eval_dataset")
+        check_problems_shared(teacher_of.differing, tasks, processing_class, args)
 
         last_whole_step = LastWholeStep()
         monitor = TrainingMonitor(args.drift_factor, args.retention, args.drift_retention)
@@ -166,8 +172,9 @@ class TIPTrainer(ResumableTrainer):
         _accelerate.keep_output_dtype(self.accelerator)
         self.teacher: Teacher = teacher_of(self)
         self.teacher_model = self.teacher.model
-        self._share_vocabulary()
-        state_policy(self, teacher_processing_class)
+        state_policy(self)
+        self._differing = teacher_of.differing  # tokens that mean something else to the teacher
+        self.vocabulary = share_tokens(self, teacher_of, is_conversational(train_dataset))
 
         self._rule_fields = rule_fields(args.selection_rule)
         self._reads_teacher = needs_teacher(args.selection_rule)
@@ -185,20 +192,6 @@ class TIPTrainer(ResumableTrainer):
             self.add_callback(callback)
         if tasks:
             self.add_callback(TaskEvaluation(lambda: self._evaluate_tasks(tasks), args.eval_tasks_on_start))
-
-    def _share_vocabulary(self) -> None:
-        """Compare the rows that both lm_heads have, and never sample one that the teacher lacks."""
-        student = self.plain_student()
-        # ZeRO-3 holds partitions; the configuration still knows
-        own = student.get_output_embeddings().weight.shape[0] or student.config.get_text_config().vocab_size
-        tokens, of_teacher = len(self._tokenizer), self.teacher.vocabulary
-        self.vocabulary = shared_vocabulary(own, of_teacher or own, num_tokens=tokens)
-        if of_teacher is not None and own != of_teacher:
-            logger.info(
-                f"The lm_heads are padded to different sizes (student {own}, teacher {of_teacher} rows); the "
-                f"divergence runs over the {self.vocabulary} rows they share."
-            )
-        never_sample(self, range(of_teacher or tokens, own))
 
     @property
     def retention(self) -> float:
@@ -236,6 +229,7 @@ class TIPTrainer(ResumableTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         check_batch(self._limits, prompt_ids, self.args.max_completion_length, bool(self.tools))
+        check_ids_shared(prompt_ids, self._differing)
         synced = self.use_vllm and self.state.global_step != self._last_loaded_step
         with sampled_with(self.plain_student(), self.generation_config):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
@@ -272,6 +266,8 @@ class TIPTrainer(ResumableTrainer):
         """
         with self._clock.part("rollout"):
             batch = super()._generate_and_score_completions(inputs)
+        if self.args.mask_truncated_completions:
+            batch = finished_alone(batch, self.eos_token_ids, self.accelerator)
         batch["examples"] = inputs
         if self._selection.is_inside or (self._keeps_all and self.teacher.answers_in_loss):
             self._selection.number_rollouts(batch)
@@ -528,10 +524,13 @@ class TIPTrainer(ResumableTrainer):
         # TRL logs the mean of what it finds here, and of these the last is meant
         self._metrics["train"] |= {name: [value] for name, value in self.monitor.standing().items()}
         if "selection/dropped_divergence" in figures:
-            warning = self.monitor.observe(figures["selection/dropped_divergence"])
-            if warning:
-                logger.warning(f"Step {self.state.global_step}: {warning}")
+            self._warn(self.monitor.observe(figures["selection/dropped_divergence"]))
+        self._warn(self.monitor.observe_lengths(*(logged[f"completions/{name}"][-1] for name in WATCHED)))
         self._selection.look_ahead()
+
+    def _warn(self, warning: str | None) -> None:
+        if warning:
+            logger.warning(f"Step {self.state.global_step}: {warning}")
 
     def _evaluate_tasks(self, tasks: list[Task]) -> None:
         figures = evaluate_tasks(self, tasks, self.args.eval_num_samples)

@@ -85,6 +85,12 @@ def keeps_the_highest_entropies(run: Run) -> bool:
     return True
 
 
+def trains_on_cut(run: Run) -> bool:
+    batch = run.batches[0]
+    last = batch["completion_ids"].gather(1, batch["completion_mask"].sum(1)[:, None] - 1)[:, 0]
+    return bool(run.kept()[last != run.trainer.processing_class.eos_token_id].any())
+
+
 def divergence_of_the_loss(run: Run) -> str:
     loss = run.logged("loss")[0]
     return min(("reverse_kl", "forward_kl"), key=lambda name: abs(run.logged(name)[0] - loss))
@@ -142,6 +148,7 @@ OURS = {
         [False, True],
         {"max_steps": 20, "drift_factor": 1.001},
     ),
+    "mask_truncated_completions": Case(True, lambda run: trains_on_cut(run), True, False),
     "eval_tasks": Case(
         f"{TASK}:six, {TASK}:five",
         lambda run: sorted(path.name for path in run.root.glob("run/eval/step-*/samples/*")),
@@ -190,6 +197,8 @@ OF_A_SERVED_TEACHER = {
 }
 # test_train_teachers.py sees them arrive
 OF_OTHER_TEACHERS = {"teachers", "teacher_column", "teacher_prompt_column", "teacher_update"}
+# tests/teachers/test_ends.py sees it arrive, where the teacher ends with another token
+OF_ANOTHER_END = {"end_as_teacher"}
 # about how a run is started and what it prints: tests/recipes/test_trust.py and test_noise.py see them act
 OF_THE_COMMAND_LINE = {"trust_recipe", "verbose"}
 TRLS = {
@@ -348,4 +357,4 @@ def test_every_field_of_ours_has_a_case():
         for entry in fields(kind)
         if entry.name not in {inherited.name for inherited in fields(trls)}
     }
-    assert ours - OF_A_SERVED_TEACHER - OF_OTHER_TEACHERS - OF_THE_COMMAND_LINE == OURS.keys()
+    assert ours - OF_A_SERVED_TEACHER - OF_OTHER_TEACHERS - OF_ANOTHER_END - OF_THE_COMMAND_LINE == OURS.keys()

@@ -114,11 +114,16 @@ def test_what_is_wrong_is_refused_in_one_line(flags, extra, message, capsys, loa
 
 def test_different_tokenizers_are_refused(flags, tmp_path, tiny_model_dir, capsys, loads_nothing):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen3", "student"))
-    tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "teacher")
+    saved = json.loads((tmp_path / "teacher" / "tokenizer.json").read_text())
+    words = saved["model"]["vocab"]
+    words["!"], words["#"] = words["#"], words["!"]
+    (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(saved))
     Qwen2Config(vocab_size=400).save_pretrained(tmp_path / "teacher")
     assert main([*flags, "--teacher", str(tmp_path / "teacher")]) == 2
-    assert "the tokenizers differ, first at token id 396: the student has no such token" in capsys.readouterr().err
+    assert (
+        "the tokenizers differ, first at token id 3: the student reads '!' and the teacher" in capsys.readouterr().err
+    )
 
 
 def test_conversations_need_a_chat_template(flags, tmp_path, tiny_model_dir, capsys, loads_nothing):

@@ -147,9 +147,12 @@ def test_what_cannot_be_read_is_refused_before_weights(arguments, tiny_model_dir
     tokenizer = AutoTokenizer.from_pretrained(arguments[1])
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(arguments[3]).save_pretrained(other)
-    tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(other)
-    assert "first at token id 396: the student has no such token" in refused("--teacher_model_name_or_path", str(other))
+    saved = json.loads((other / "tokenizer.json").read_text())
+    saved["model"]["vocab"] |= {"!": saved["model"]["vocab"]['"'], '"': saved["model"]["vocab"]["!"]}
+    (other / "tokenizer.json").write_text(json.dumps(saved))
+    said = refused("--teacher_model_name_or_path", str(other))
+    assert "first at token id 3: the student reads '!' and the teacher reads '\"'" in said
 
     plain = tmp_path / "plain"
     AutoModelForCausalLM.from_pretrained(arguments[1]).save_pretrained(plain)

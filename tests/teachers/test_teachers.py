@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import tipdistill.trainer
 from tipdistill import Head, TIPConfig, TIPTrainer
 from tipdistill.records import open_records
-from tipdistill.teachers import choose_teacher
+from tipdistill.teachers import ChosenTeacher, choose_teacher
 from tipdistill.teachers.local import HeadComparison, HiddenStates, LocalTeacher
 from tipdistill.teachers.routed import RoutedTeacher
 
@@ -72,7 +72,7 @@ def train(tiny_model_dir, word_problems, tmp_path, monkeypatch):
         def choose(*arguments):
             if make is None:
                 return choose_teacher(*arguments)
-            return lambda trainer: make(AutoModelForCausalLM.from_pretrained(teacher), trainer)
+            return ChosenTeacher(lambda trainer: make(AutoModelForCausalLM.from_pretrained(teacher), trainer))
 
         monkeypatch.setattr(tipdistill.trainer, "choose_teacher", choose)
         args = TIPConfig(str(tmp_path / "run"), **{**PLAIN, **settings})

@@ -93,7 +93,51 @@ def test_retention_is_raised_by_the_first_warning_and_stays(configured, given, r
     assert monitor.retention == raised
 
 
+@pytest.mark.parametrize(
+    ("left", "still", "told"),
+    [
+        (
+            (31.0, 0.1),
+            (29.0, 0.1),
+            "31 tokens in the mean, 10% cut at `max_completion_length`, where they began with 10",
+        ),
+        ((3.3, 0.0), (3.4, 0.0), "prompts that it answers in a word"),
+        ((12.0, 0.71), (12.0, 0.69), "`mask_truncated_completions`"),
+    ],
+    ids=["longer", "shorter", "cut"],
+)
+def test_the_length_guard_warns_once_per_excursion(left, still, told):
+    monitor = TrainingMonitor(3.0, 0.5)
+    # the mean of the first five: 10 tokens, nine in ten of the completions end
+    start = [(8.0, 0.0), (12.0, 0.2), (10.0, 0.1), (9.0, 0.1), (11.0, 0.1)]
+    assert [monitor.observe_lengths(*values) for values in start] == [None] * BASELINE_STEPS
+    assert monitor.observe_lengths(*still) is None
+    assert told in monitor.observe_lengths(*left)
+    assert monitor.observe_lengths(*left) is None
+    assert monitor.observe_lengths(*still) is None
+    assert monitor.observe_lengths(*left) is not None
+
+
+def test_completions_that_never_ended_cannot_end_less():
+    monitor = TrainingMonitor(3.0, 0.5)
+    assert all(monitor.observe_lengths(16.0, 1.0) is None for _ in range(10))
+
+
+def test_the_length_guard_goes_on_after_a_resume():
+    before = TrainingMonitor(3.0, 0.5)
+    for _ in range(BASELINE_STEPS):
+        before.observe_lengths(10.0, 0.0)
+    assert before.observe_lengths(40.0, 0.0) is not None
+    state = TrainerState(stateful_callbacks=[before], global_step=7)
+    after = TrainingMonitor(3.0, 0.5)
+    after.on_train_begin(None, TrainerState(**json.loads(json.dumps(vars(state)))), None)
+    assert after.observe_lengths(40.0, 0.0) is None  # the same excursion
+    assert after.observe_lengths(10.0, 0.0) is None
+    assert after.observe_lengths(40.0, 0.0) is not None
+
+
 def test_factor_zero_turns_the_guard_off():
+    assert all(TrainingMonitor(0, 0.5).observe_lengths(length, 0.0) is None for length in [1.0] * 9 + [99.0])
     monitor = TrainingMonitor(0, 0.5)
     assert all(monitor.observe(value) is None for value in [0.1] * 10 + [100.0])
 

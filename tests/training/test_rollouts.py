@@ -179,7 +179,7 @@ def test_vllm_is_told_the_ends(make, tiny_tokenizer):
 
     trainer = make()
     trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace(generation_kwargs={"seed": 1})
-    state_policy(trainer, None)
+    state_policy(trainer)
     assert trainer.vllm_generation.generation_kwargs == {"seed": 1, "stop_token_ids": [tiny_tokenizer.eos_token_id]}
 
 

@@ -51,7 +51,7 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     parser = Parser(command, description)
     add = parser.add_argument_group("models and prompts").add_argument
     add("--model", required=True, help="student: a directory or a hub id")
-    add("--teacher", help="teacher: a directory or a hub id")
+    add("--teacher", help="teacher: a directory, a hub id, or self for the student")
     add("--model_revision", help="revision of the student on the hub")
     add("--teacher_revision", help="revision of the teacher on the hub")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
@@ -83,6 +83,10 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     add("--tokens_per_forward", type=at_least(1), default=16384, help="tokens of a scoring forward, padding included")
     add("--use_vllm", action="store_true", help="sample with vLLM")
     add("--vllm_gpu_memory_utilization", type=_positive, default=0.3, help="share of the GPU's memory that vLLM takes")
+    add = parser.add_argument_group("several teachers, and prompts of their own (docs/teachers.md)").add_argument
+    add("--teachers", type=_teachers, help="in the place of --teacher: JSON, name to directory, hub id, server or self")
+    add("--teacher_column", default="teacher", help="column of the dataset that names a row's teacher")
+    add("--teacher_prompt_column", default="teacher_prompt", help="column with the teacher's own prompts, if any")
     add = parser.add_argument_group("a teacher on a server, in the place of --teacher").add_argument
     add(
         "--teacher_url",
@@ -132,6 +136,15 @@ def at_least(least: int) -> Any:
         return value
 
     return integer
+
+
+def _teachers(text: str) -> dict[str, Any]:
+    from ..documents import parse_mapping
+    from ..teachers.named import read_teachers
+
+    given = parse_mapping(text, "its value") or {}
+    read_teachers(given, "its value")
+    return given
 
 
 def _positive(text: str) -> float:

@@ -71,16 +71,16 @@ def main(argv: list[str]) -> int:
     path = Path(options.output)
     if path.exists():
         raise ValueError(f"{path} is there already: choose another --output.")
-    from ..pair import check_models
+    from ..model_files import check_models, compare_models
 
-    configurations, processors, described = check_models(
-        ("--model", options.model, None), ("--teacher", options.teacher, None), options.trust_remote_code
-    )
+    named = ("--model", options.model, None), ("--teacher", options.teacher, None)
+    configurations, processors, described = check_models(*named, options.trust_remote_code)
     from ..data import load_prompts
     from ..plan.models import sizes
 
     chat = bool(getattr(processors[0], "chat_template", None))
     plain = isinstance(load_prompts(options.dataset, "train")[0]["prompt"], str)
+    described |= compare_models(*named, configurations, processors, chat or not plain)
     text = recipe(
         options.model,
         options.teacher,

@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
     directory = Path(options.output_dir)
     if (directory / "config.json").exists():
         raise ValueError(f"{directory} holds a model already: choose another --output_dir.")
-    from ..pair import device_of, read_models
+    from ..model_files import read_models
+    from ..pair import device_of
 
     device_of(options.device)
     (config,), _, _ = read_models([("model", "--model", options.model, None)], options.trust_remote_code)

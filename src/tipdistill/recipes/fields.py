@@ -27,12 +27,12 @@ SECTIONS = {
         *("chat_template_kwargs", "max_prompt_length"),
     ),
     "rollouts": (
-        *("num_generations", "max_completion_length", "temperature", "top_p", "top_k"),
+        *("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "end_as_teacher"),
         *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_sync_tolerance"),
     ),
     "selection and loss": (
         *("selection_rule", "retention", "selection_scope", "normalization", "scoring_tokens", "beta"),
-        *("drift_factor", "drift_retention"),
+        *("mask_truncated_completions", "drift_factor", "drift_retention"),
     ),
     "optimisation": (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),

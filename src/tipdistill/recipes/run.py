@@ -12,27 +12,30 @@ import shutil
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl import get_dataset, get_peft_config, get_quantization_config
 
-from ..chat import check_chat_template_kwargs
+from ..chat import check_chat_template_kwargs, is_conversational
 from ..data import as_conversations, drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..dotted import names_only
-from ..pair import check_chat_template, check_models, read_models
+from ..model_files import check_chat_template, check_models, compare_models, of_one, read_models
 from ..positions import check_positions
 from ..signals import end_with_parent
 from ..supervise import supervise
 from ..teachers.named import SELF, named_teachers
-from ..teachers.served import TeacherUnavailableError, open_teacher
+from ..teachers.served import TeacherUnavailableError, check_ends, open_teacher
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from ..training.evaluation import load_tasks
 from ..training.images import prepared
 from ..training.lengths import REMEDY, check_problems_fit, check_prompts_fit, position_limits
+from ..training.shared_tokens import check_problems_shared, check_prompts_shared
+from ..vocabulary import Names, check_same_tokenizer, described_differences
 from .hub import check_hub
 from .launch import check_launched, is_launched, launch_arguments, num_processes
 from .noise import logged, quiet
@@ -131,7 +134,7 @@ def _num_processes(request: Request) -> int:
 def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> int:
     script, config, model = request.script, request.config, request.model
     main_process = config.process_index == 0
-    tokenizer, teacher_tokenizer, described = _check_models(request)
+    tokenizer, teacher_tokenizer, described, compared = _check_models(request)
     check_chat_template_kwargs(_as_dict(config.chat_template_kwargs), tokenizer)
     train_dataset, dropped = _prompts(request, "train", tokenizer)
     eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
@@ -143,7 +146,13 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     if script.dry_run:  # a run's trainer does the same
         limits = position_limits(model.model_name_or_path, config.teacher_model_name_or_path, config)
         check_prompts_fit(limits, eval_dataset, tokenizer, config, "the evaluation set")
-        check_problems_fit(limits, load_tasks(config.task_names(), config), tokenizer, config)
+        tasks = load_tasks(config.task_names(), config)
+        check_problems_fit(limits, tasks, tokenizer, config)
+        differing, warnings = compared(train_dataset)
+        described |= warnings
+        check_prompts_shared(differing, train_dataset, tokenizer, config, "the training set")
+        check_prompts_shared(differing, eval_dataset, tokenizer, config, "the evaluation set")
+        check_problems_shared(differing, tasks, tokenizer, config)
     if code:
         described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"
     lines = [f"# {label:<9} {_line(text)}" for label, text in described.items()]
@@ -261,35 +270,51 @@ def _as_dict(value: Any) -> dict[str, Any]:
     return value or {}
 
 
-def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
-    """Both tokenizers, once they and the lm_heads agree, and a line on each model. Loads no weights."""
+_Compared = Callable[[Any], tuple[dict[int, Names], dict[str, str]]]
+
+
+def _check_models(request: Request) -> tuple[Any, Any, dict[str, str], _Compared]:
+    """Both tokenizers, once they and the lm_heads agree, and a line on each model. Loads no weights.
+
+    The last is for a dry run, since a run's trainer says the same: dataset → reserved tokens that differ, and a line on
+    each thing that the models are used to differently.
+    """
     config, model = request.config, request.model
     student = ("--model_name_or_path", model.model_name_or_path, model.model_revision)
     named = named_teachers(config.teacher_model_name_or_path, config)
     _, (tokenizer,), described = read_models([("student", *student)], config.trust_remote_code)
-    teacher_tokenizer = None
+    teacher_tokenizer, differing = None, dict[int, Names]()
+    comparisons: list[tuple[str, Callable[..., dict[str, str]]]] = []
     for one in named:
         if one.args.teacher_url is not None:
+            check_ends(one.args, None)
             described[one.called] = one.args.teacher_url
             if request.script.dry_run:  # which asks once; a run waits for a server that is still loading
                 server = open_teacher(one.args, tokenizer, time_limit=_DRY_RUN_PATIENCE)
                 given = "its whole vocabulary" if server.gives_all else f"its {server.top_k} likeliest tokens"
                 described[one.called] = f"{server.model} at {server.url}, which gives {given}"
+                differing |= server.differing
+                said = {"warning": described_differences(server.differing)} if server.differing else {}
+                described |= of_one(one.name, said)
         elif one.model == SELF:
             described[one.called] = f"the student itself ({config.teacher_update})"
         else:
-            flag = f"--teachers {one.name}" if one.name else "--teacher_model_name_or_path"
-            _, (_, own_tokenizer), of_pair = check_models(
-                student, (flag, one.model, one.args.teacher_model_revision), config.trust_remote_code
-            )
-            if not request.script.dry_run:
-                of_pair.pop("warning", None)  # the trainer says it
-            described |= {
-                f"{label} {one.name}".strip() if label != "student" else label: of_pair[label] for label in of_pair
-            }
+            teacher = (f"--teachers {one.name}" if one.name else "--teacher_model_name_or_path", one.model)
+            pair = student, (*teacher, one.args.teacher_model_revision)
+            configurations, processors, lines = check_models(*pair, config.trust_remote_code, config.end_as_teacher)
+            described |= of_one(one.name, lines)
+            differing |= check_same_tokenizer(*processors)
+            compare = partial(compare_models, *pair, configurations, processors)
+            comparisons.append((one.name, compare))
             if len(named) == 1:
-                teacher_tokenizer = own_tokenizer
-    return tokenizer, teacher_tokenizer, described
+                teacher_tokenizer = processors[1]
+
+    def compared(dataset: Any) -> tuple[dict[int, Names], dict[str, str]]:
+        of_run = is_conversational(dataset), _as_dict(config.chat_template_kwargs), config.end_as_teacher
+        said = [of_one(name, compare(*of_run)) for name, compare in comparisons]
+        return differing, {label: line for lines in said for label, line in lines.items()}
+
+    return tokenizer, teacher_tokenizer, described, compared
 
 
 def _prompts(request: Request, purpose: str, tokenizer: Any) -> tuple[Dataset | IterableDataset, int]:

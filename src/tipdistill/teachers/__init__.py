@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +30,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..types import Head, TokenScores, TopTokens
+from ..vocabulary import Names
 from .named import SELF, NamedTeacher, named_teachers
 
 __all__ = [
     "Answer",
+    "ChosenTeacher",
     "Comparison",
     "Surroundings",
     "Teacher",
@@ -175,13 +178,36 @@ class Surroundings(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ChosenTeacher:
+    """Makes a teacher, given the trainer; and what is known of it before.
+
+    Attributes:
+        make: the same.
+        tokenizer: its own, or a processor that holds one; None where there is none at hand.
+        differing: reserved tokens that it reads as others, see `vocabulary.check_same_tokenizer`; of several teachers,
+            those that any of them does.
+        parts: of several teachers each by its name; empty where there is one.
+        is_student: it is the student itself, which it therefore differs from in nothing.
+    """
+
+    make: Callable[[Surroundings], Teacher]
+    tokenizer: Any = None
+    differing: dict[int, Names] = field(default_factory=dict)
+    parts: dict[str, ChosenTeacher] = field(default_factory=dict)
+    is_student: bool = False
+
+    def __call__(self, trainer: Surroundings) -> Teacher:
+        return self.make(trainer)
+
+
 def choose_teacher(
     teacher_model: Any,
     args: Any,
     processing_class: Any,
     teacher_processing_class: Any,
     prompt_column: str | None = None,
-) -> Callable[[Surroundings], Teacher]:
+) -> ChosenTeacher:
     """The teacher that a run names, once what can be checked before weights are loaded is checked.
 
     Args:
@@ -199,41 +225,53 @@ def choose_teacher(
         TeacherUnavailableError: a server that does not answer.
     """
     named = named_teachers(teacher_model, args)
-    makers = [_choose(one, processing_class, teacher_processing_class, prompt_column) for one in named]
+    chosen = [_choose(one, processing_class, teacher_processing_class, prompt_column) for one in named]
     if not named[0].name:
-        return makers[0]
+        return chosen[0]
     from .routed import RoutedTeacher
 
-    return lambda trainer: RoutedTeacher(
-        {one.name: make(trainer) for one, make in zip(named, makers, strict=True)}, args.teacher_column, trainer
+    parts = dict(zip((one.name for one in named), chosen, strict=True))
+    return ChosenTeacher(
+        lambda trainer: RoutedTeacher(
+            {name: part(trainer) for name, part in parts.items()}, args.teacher_column, trainer
+        ),
+        differing={index: names for part in chosen for index, names in part.differing.items()},
+        parts=parts,
     )
 
 
 def _choose(
     named: NamedTeacher, processing_class: Any, teacher_processing_class: Any, prompt_column: str | None
-) -> Callable[[Surroundings], Teacher]:
+) -> ChosenTeacher:
     """What makes one teacher."""
     args = named.args
     make: Callable[[Surroundings], Teacher]
-    tokenizer = processing_class
+    is_student = isinstance(named.model, str) and named.model == SELF
+    tokenizer: Any = None
+    differing: dict[int, Names] = {}
     if args.teacher_url is not None:
         from . import served
 
+        served.check_ends(args, teacher_processing_class)
         server = served.open_teacher(args, processing_class)
         make = lambda trainer: served.ServedTeacher(server, trainer.accelerator)  # noqa: E731
-    elif isinstance(named.model, str) and named.model == SELF:
+        tokenizer, differing = teacher_processing_class, server.differing
+    elif is_student:
         from . import itself
 
         make = lambda trainer: itself.teacher_of(trainer, args)  # noqa: E731
     else:
         from . import local
 
-        tokenizer = local.check(named.model, args, processing_class, teacher_processing_class) or processing_class
+        tokenizer, differing = local.check(named.model, args, processing_class, teacher_processing_class)
         make = lambda trainer: local.LocalTeacher(  # noqa: E731
             local.load(named.model, args), trainer, args.teacher_offload
         )
-    if prompt_column is None:
-        return make
-    from .prompted import PromptedTeacher
+    if prompt_column is not None:
+        from .prompted import PromptedTeacher
 
-    return lambda trainer: PromptedTeacher(make(trainer), prompt_column, tokenizer, trainer)
+        alone = make
+        make = lambda trainer: PromptedTeacher(  # noqa: E731
+            alone(trainer), prompt_column, tokenizer or processing_class, trainer
+        )
+    return ChosenTeacher(make, tokenizer, differing, is_student=is_student)

@@ -21,7 +21,7 @@ from ..score.agreement import check_model
 from ..score.models import head, lm_head_dtype
 from ..score.top import top_of_both
 from ..types import Head, TokenScores, TopTokens
-from ..vocabulary import check_same_tokenizer
+from ..vocabulary import Names, check_same_tokenizer
 from . import Surroundings, TeacherCallback
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class LocalTeacher:
         for rows in [everything] if pieces is None else pieces:
             # a forward of all rows takes the batch as it is, since images are not cut by rollouts
             part = batch if pieces is None else {key: batch[key][rows] for key in _trl.TOKEN_KEYS}
+            part = with_known_padding(part, self.vocabulary)
             # through its own wrapper, so that FSDP and DeepSpeed materialise the sharded weights
             hidden = self._trainer.redirected(self.model, plain, self._trainer.hidden_rows, plain, part, asked[rows])
             for row, states in zip(rows.tolist(), hidden.split(asked[rows].sum(1).tolist()), strict=True):
@@ -169,12 +170,38 @@ def no_states(layer: Any, accelerator: Any) -> Tensor:
         return empty.to(lm_head_dtype(empty))
 
 
-def check(teacher_model: Any, args: Any, processing_class: Any, teacher_processing_class: Any) -> Any:
+def with_known_padding(batch: dict[str, Any], vocabulary: int | None) -> dict[str, Any]:
+    """A batch whose padding is a token that the teacher has an embedding of, where the student's was added to its own.
+
+    Args:
+        batch: prompt_ids, prompt_mask, completion_ids, completion_mask, [B, ...] each, and others.
+        vocabulary: rows of the teacher's lm_head; None: not known.
+
+    Example:
+        >>> ids = {f"{part}_ids": torch.tensor([[9, 3]]) for part in ("prompt", "completion")}
+        >>> masks = {f"{part}_mask": torch.tensor([[0, 1]]) for part in ("prompt", "completion")}
+        >>> with_known_padding(ids | masks, 8)["prompt_ids"]
+        tensor([[7, 3]])
+    """
+    most = torch.iinfo(torch.int64).max if vocabulary is None else vocabulary - 1
+    known = {
+        f"{part}_ids": torch.where(
+            batch[f"{part}_mask"].bool(), batch[f"{part}_ids"], batch[f"{part}_ids"].clamp(max=most)
+        )
+        for part in ("prompt", "completion")
+    }
+    return {**batch, **known}
+
+
+def check(
+    teacher_model: Any, args: Any, processing_class: Any, teacher_processing_class: Any
+) -> tuple[Any | None, dict[int, Names]]:
     """Refuse a teacher that cannot be, before its weights are loaded; see `tipdistill.teachers.choose_teacher`.
 
     Returns:
-        Its tokenizer, or None where there is none to compare.
+        Its tokenizer, where there is one, and the reserved tokens that it reads as others.
     """
+    differing: dict[int, Names] = {}
     if not isinstance(teacher_model, str) and args.teacher_model_init_kwargs is not None:
         raise ValueError(
             "teacher_model_init_kwargs load a teacher, and teacher_model is loaded already: give its path, or leave "
@@ -182,13 +209,13 @@ def check(teacher_model: Any, args: Any, processing_class: Any, teacher_processi
         )
     teacher_processing_class = teacher_processing_class or load_tokenizer(teacher_model, args, teacher=True)
     if processing_class is not None and teacher_processing_class is not None:
-        check_same_tokenizer(processing_class, teacher_processing_class)
+        differing = check_same_tokenizer(processing_class, teacher_processing_class)
     if args.teacher_offload and (args.deepspeed_plugin is not None or args.fsdp_plugin_args is not None):
         raise ValueError(
             "teacher_offload moves a whole teacher; FSDP and DeepSpeed shard it already. Use their own CPU offload "
             "(fsdp_offload_params, offload_param) and leave teacher_offload off."
         )
-    return teacher_processing_class
+    return teacher_processing_class, differing
 
 
 def load(teacher_model: Any, args: Any) -> PreTrainedModel:

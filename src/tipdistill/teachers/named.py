@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
+
+from ..arrow import values_of
 from ..documents import parse_mapping
 from ..http import server_url, variable_name
 from ..text import near_names, nearest
@@ -165,6 +168,29 @@ def number_of(row: Mapping[str, Any], names: list[str], column: str, where: str)
             f"{', '.join(names)}.{f' Did you mean {near[0]}?' if near else ''}"
         )
     return names.index(name)
+
+
+def check_teacher_names(dataset: Any, name: str, names: list[str], column: str) -> None:
+    """Refuse a dataset with a row that names none of several teachers; of a stream, one without the column.
+
+    Args:
+        dataset: a `Dataset` or a stream.
+        name: what errors call it.
+        names, column: see `number_of`.
+
+    Raises:
+        ValueError: the first such row, or the missing column, with the nearest.
+    """
+    columns = dataset.column_names
+    if columns is not None and column not in columns and DEFAULT not in names:
+        raise ValueError(
+            f"{name} has no column {column!r} that says which of the teachers ({', '.join(names)}) a row is for; its "
+            f"columns are {', '.join(columns)}. Add it, name another (teacher_column), or call one teacher {DEFAULT}."
+            f"{nearest(column, columns)}"
+        )
+    if isinstance(dataset, Dataset) and column in dataset.column_names:
+        for row, value in enumerate(values_of(dataset, column)):
+            number_of({column: value}, names, column, f"{name}, row {row} (counting from 0)")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ It is a model in this process, or any `Teacher` that is elsewhere. The records o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -22,8 +22,10 @@ from ..score.models import TOP_TOKENS, head_of, hidden_states, score_in_forwards
 from ..score.top_k_teacher import unavailable
 from ..select import rule_fields
 from ..types import Head, Rollout, Scored
+from ..vocabulary import Names
 from . import Comparison, Teacher, choose_teacher
 from .local import HeadComparison
+from .routed import RoutedComparison
 
 
 class RolloutTeacher(Protocol):
@@ -63,9 +65,11 @@ class AskedTeacher:
 
     Args:
         teacher: whose `name`, `vocabulary` and `top_k` it has.
+        differing: reserved tokens that it reads as others, see `vocabulary.check_same_tokenizer`.
     """
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, differing: dict[int, Names] | None = None) -> None:
+        self.differing = differing or {}  # reserved tokens that it reads as others
         self.name, self.vocabulary, self.top_k = teacher.name, teacher.vocabulary, teacher.top_k
         self._teacher = teacher
 
@@ -75,6 +79,64 @@ class AskedTeacher:
 
     def compare(self, answers: Sequence[Any]) -> AbstractContextManager[Comparison]:
         return self._teacher.compare(answers)
+
+
+class PromptedRollouts:
+    """A teacher that reads prompts of its own; see `prompted.PromptedTeacher`.
+
+    Args:
+        teacher: who answers.
+        prompt_ids: by `Rollout.prompt_id`, the tokens of a prompt of its own; others are read after the student's.
+    """
+
+    def __init__(self, teacher: RolloutTeacher, prompt_ids: Mapping[int, Sequence[int]]) -> None:
+        self.compare = teacher.compare
+        self._teacher, self._prompt_ids = teacher, prompt_ids
+
+    def answer(self, rollouts: Sequence[Rollout]) -> Sequence[Any]:
+        own = self._prompt_ids
+        return self._teacher.answer(
+            [
+                replace(rollout, prompt_ids=tuple(own[rollout.prompt_id])) if rollout.prompt_id in own else rollout
+                for rollout in rollouts
+            ]
+        )
+
+
+class RoutedRollouts:
+    """Several teachers, each for the rollouts of its prompts; see `routed.RoutedTeacher`.
+
+    Args:
+        teachers: of them.
+        numbers: by `Rollout.prompt_id`, which of them reads it.
+    """
+
+    def __init__(self, teachers: Sequence[RolloutTeacher], numbers: Sequence[int]) -> None:
+        self._teachers, self._numbers = teachers, numbers
+
+    def answer(self, rollouts: Sequence[Rollout]) -> Sequence[tuple[int, int, Any]]:
+        """The number of each rollout's teacher, the rollout's tokens, and what that teacher says of them."""
+        numbers = [self._numbers[rollout.prompt_id] for rollout in rollouts]
+        answers: dict[int, Any] = {}
+        for number, teacher in enumerate(self._teachers):
+            rows = [row for row, own in enumerate(numbers) if own == number]
+            if rows:
+                answers |= dict(zip(rows, teacher.answer([rollouts[row] for row in rows]), strict=True))
+        return [
+            (number, len(rollout.completion_ids), answers[row])
+            for row, (number, rollout) in enumerate(zip(numbers, rollouts, strict=True))
+        ]
+
+    @contextmanager
+    def compare(self, answers: Sequence[tuple[int, int, Any]]) -> Iterator[RoutedComparison]:
+        of_token = torch.tensor([number for number, count, _ in answers for _ in range(count)], dtype=torch.int64)
+        here = sorted({number for number, _, _ in answers})
+        with ExitStack() as stack:
+            parts = [
+                stack.enter_context(self._teachers[own].compare([said for number, _, said in answers if number == own]))
+                for own in here
+            ]
+            yield RoutedComparison([(of_token == number).nonzero()[:, 0] for number in here], parts)
 
 
 class RememberedTeacher:
@@ -123,8 +185,9 @@ def ask_teacher(settings: dict[str, Any], tokenizer: Any, device: torch.device) 
         TeacherUnavailableError, ValueError: see `choose_teacher`.
     """
     # which rules it suffices for is asked about by `check_rules`: there may be several
-    args = SimpleNamespace(**settings, teachers=None, selection_rule="random")
-    return AskedTeacher(choose_teacher(None, args, tokenizer, None)(SimpleNamespace(accelerator=OneProcess(device))))
+    args = SimpleNamespace(**settings, teachers=None, end_as_teacher=False, selection_rule="random")
+    chosen = choose_teacher(None, args, tokenizer, None)
+    return AskedTeacher(chosen(SimpleNamespace(accelerator=OneProcess(device))), chosen.differing)
 
 
 def check_rules(teacher: AskedTeacher, rules: Sequence[Any], where: str) -> None:

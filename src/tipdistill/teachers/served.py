@@ -31,7 +31,7 @@ from ..score.top_k_teacher import DEFAULT_FIELDS, served_divergence_loss, served
 from ..select import rule_fields
 from ..text import printable
 from ..types import Head, TeacherLogprobs, TokenScores, TopTokens
-from ..vocabulary import check_served_tokenizer
+from ..vocabulary import Names, check_served_tokenizer
 from . import TeacherCallback, TeacherUnavailableError
 
 __all__ = ["ServedTeacher", "TeacherServer", "TeacherUnavailableError", "open_teacher"]
@@ -140,6 +140,7 @@ class TeacherServer:
         self.timeout, self.time_limit, self.concurrency, self.pause = timeout, time_limit, concurrency, pause
         self.vocabulary: int | None = None
         self.tokens, self.largest_id = 0, _MOST_IDS
+        self.differing: dict[int, Names] = {}  # reserved tokens that it reads as others
         self.traffic = Traffic()
         self._api_key = api_key
         self._jitter = random.Random()  # its own: the run's random numbers stay where they are
@@ -182,7 +183,7 @@ class TeacherServer:
             return self._read(f"{root}/tokenize", body, lambda reply: replies.token_ids(reply, self.largest_id))
 
         try:
-            check_served_tokenizer(tokenizer, tokenize)
+            self.differing = check_served_tokenizer(tokenizer, tokenize)
         except TeacherRefusedError as error:
             raise ValueError(
                 f"the teacher's tokenizer cannot be compared with the student's, since {self.url} has no /tokenize as "
@@ -442,6 +443,23 @@ def _joined(answers: Sequence[TeacherLogprobs | None]) -> TeacherLogprobs:
     return TeacherLogprobs(
         torch.cat([answer.logprob for answer in some]), ids, torch.cat([answer.sampled for answer in some])
     )
+
+
+def check_ends(config: Any, tokenizer: Any) -> None:
+    """Refuse `end_as_teacher` with a teacher whose end tokens no server tells, unless its tokenizer is given.
+
+    Args:
+        config: a `TIPConfig`.
+        tokenizer: the teacher's, None where there is none.
+
+    Raises:
+        ValueError: what to do instead.
+    """
+    if config.end_as_teacher and tokenizer is None:
+        raise ValueError(
+            "end_as_teacher needs the teacher's end tokens, which its server does not tell: give its tokenizer to "
+            "TIPTrainer (teacher_processing_class), or leave end_as_teacher out."
+        )
 
 
 def open_teacher(config: Any, tokenizer: Any, time_limit: float | None = None) -> TeacherServer:

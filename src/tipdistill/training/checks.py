@@ -12,8 +12,8 @@ from ..chat import check_columns, filled_columns
 from ..config import TIPConfig
 from ..data import check_prompt
 from ..extras import check_packages
-from ..teachers.named import DEFAULT, SELF, named_teachers, number_of
-from ..text import near_names, nearest
+from ..teachers.named import SELF, check_teacher_names, named_teachers
+from ..text import near_names
 from .images import COLUMNS as IMAGE_COLUMNS
 
 
@@ -113,7 +113,7 @@ def teacher_prompt_column(teacher_model: Any, args: TIPConfig, train_dataset: An
         columns = dataset.column_names
         has_prompts |= columns is None or column in columns
         if named[0].name:
-            _check_names(dataset, name, [one.name for one in named], args.teacher_column)
+            check_teacher_names(dataset, name, [one.name for one in named], args.teacher_column)
         if isinstance(dataset, Dataset) and column in columns:
             for row, prompt in enumerate(values_of(dataset, column)):
                 if prompt is not None:
@@ -132,19 +132,6 @@ def teacher_prompt_column(teacher_model: Any, args: TIPConfig, train_dataset: An
             f"dataset a column {column!r} with what the teacher sees besides (teacher_prompt_column names another)."
         )
     return column if has_prompts else None
-
-
-def _check_names(dataset: Any, name: str, names: list[str], column: str) -> None:
-    columns = dataset.column_names
-    if columns is not None and column not in columns and DEFAULT not in names:
-        raise ValueError(
-            f"{name} has no column {column!r} that says which of the teachers ({', '.join(names)}) a row is for; its "
-            f"columns are {', '.join(columns)}. Add it, name another (teacher_column), or call one teacher {DEFAULT}."
-            f"{nearest(column, columns)}"
-        )
-    if isinstance(dataset, Dataset) and column in dataset.column_names:
-        for row, value in enumerate(values_of(dataset, column)):
-            number_of({column: value}, names, column, f"{name}, row {row} (counting from 0)")
 
 
 def check_distinct(model: Any, teacher_model: Any) -> None:

@@ -33,6 +33,8 @@ ALL_FIELDS = (*LOGGED_FIELDS, "forward_kl")
 # parts of a step before its loss, which times them
 PREPARATION = ("rollout", "score", "select", "record", "teacher")
 BASELINE_STEPS = 5
+# what TRL logs of the completions, as completions/<name>, and the length guard watches
+WATCHED = ("mean_length", "clipped_ratio")
 
 
 def tally(scores: TokenScores, selection: Selection | None) -> Tensor:
@@ -257,8 +259,13 @@ class TrainingMonitor(TrainerCallback, ExportableState):
     above `drift_factor` times it the guard warns, once per excursion, and from the first warning on `retention` is
     `drift_retention`, where that is given and higher: tokens that were let go once drift again when they are let go.
 
+    The length guard: completions that grow, or do not end any more, have left what the teacher can judge, and those
+    that shrink say nothing. It warns, once per excursion, where their mean length is above `drift_factor` times that of
+    the first `BASELINE_STEPS` observations or below a `drift_factor`-th of it, or the share of them that end by
+    themselves is below a `drift_factor`-th of that share.
+
     Args:
-        drift_factor: multiple of the baseline that triggers the warning; 0 turns the guard off.
+        drift_factor: multiple of the baseline that triggers the warnings; 0 turns the guards off.
         retention: share of the tokens that is trained on, in (0, 1].
         drift_retention: what it is raised to, in (0, 1]; None: nothing.
     """
@@ -272,6 +279,8 @@ class TrainingMonitor(TrainerCallback, ExportableState):
         self.baseline: list[float] = []
         self.drifting = False
         self.has_drifted = False
+        self.length_baseline: list[list[float]] = []  # of each observation: mean length, share that ended
+        self.lengths_left = False
 
     @property
     def retention(self) -> float:
@@ -306,6 +315,38 @@ class TrainingMonitor(TrainerCallback, ExportableState):
             )
         return None
 
+    def observe_lengths(self, mean_length: float, clipped_ratio: float) -> str | None:
+        """Take one step's mean length (tokens) and share of cut rollouts; return a warning when they leave their range.
+
+        The share is looked at as that of rollouts which ended: a multiple of 0 cut ones would be any.
+        """
+        if not self.drift_factor:
+            return None
+        if len(self.length_baseline) < BASELINE_STEPS:
+            self.length_baseline.append([mean_length, 1.0 - clipped_ratio])
+            return None
+        length, ended = (sum(values) / BASELINE_STEPS for values in zip(*self.length_baseline, strict=True))
+        longer, shorter = mean_length > self.drift_factor * length, mean_length * self.drift_factor < length
+        had_left, self.lengths_left = (
+            self.lengths_left,
+            (longer or shorter or (1.0 - clipped_ratio) * self.drift_factor < ended),
+        )
+        if had_left or not self.lengths_left:
+            return None
+        remedy = (
+            "Look at what the student writes (`record_rollouts`): an end that the teacher never gives, or prompts that "
+            "it answers in a word, make it so; raise `retention` or lower `learning_rate`."
+            if shorter
+            else "See whether both models end with one token (`end_as_teacher`); raise `max_completion_length` where "
+            "longer completions are right, or leave those that are cut out of the loss "
+            "(`mask_truncated_completions`)."
+        )
+        return (
+            f"the completions have left the range of their lengths: {mean_length:.4g} tokens in the mean, "
+            f"{clipped_ratio:.0%} cut at `max_completion_length`, where they began with {length:.4g} tokens and "
+            f"{1.0 - ended:.0%}. {remedy} `drift_factor=0` turns this warning off."
+        )
+
     def state(self) -> dict[str, Any]:
         return {
             "args": {
@@ -319,6 +360,8 @@ class TrainingMonitor(TrainerCallback, ExportableState):
                 "baseline": list(self.baseline),
                 "drifting": self.drifting,
                 "has_drifted": self.has_drifted,
+                "length_baseline": [list(values) for values in self.length_baseline],
+                "lengths_left": self.lengths_left,
             },
         }
 

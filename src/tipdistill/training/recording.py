@@ -123,7 +123,7 @@ def record_step(
 
     with evaluating(trainer.model):
         scored = [score(rows) for rows in sample.split(args.per_device_train_batch_size)]
-    if not trainer.accelerator.is_main_process:
+    if not trainer.accelerator.is_main_process or not mask[sample].any():
         return
     tokenizer, directory = trainer._tokenizer, Path(args.output_dir) / "records" / f"step-{about.step}"
     try:

@@ -8,17 +8,16 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from ..chat import is_begun
-from ..policy import different_ends, end_tokens, left_out
+from ..policy import end_tokens, left_out
 
 logger = get_logger(__name__)
 
 
-def state_policy(trainer: Any, teacher_tokenizer: Any | None) -> None:
-    """Every end token of the generation ends a completion; what rollouts leave out, and ends that differ, are said.
+def state_policy(trainer: Any) -> None:
+    """Every end token of the generation ends a completion; what rollouts leave out is said.
 
     Args:
         trainer: a `TIPTrainer` with both its models.
-        teacher_tokenizer: the teacher's, where it is at hand.
     """
     asked = trainer.args.generation_kwargs or {}
     stops = list(asked.get("stop_token_ids") or [])  # vLLM's name for them
@@ -36,10 +35,6 @@ def state_policy(trainer: Any, teacher_tokenizer: Any | None) -> None:
             f"from the student's own distribution (temperature {trainer.temperature:g}, top_p {trainer.args.top_p:g}); "
             "what you do want is set in generation_kwargs. The saved model keeps its generation_config."
         )
-    of_teacher = end_tokens(getattr(trainer.teacher_model, "generation_config", None), teacher_tokenizer)
-    difference = different_ends(trainer.eos_token_ids, of_teacher, trainer._tokenizer)
-    if difference:
-        logger.warning(difference[0].upper() + difference[1:])
 
 
 def leave_out_router(model: Any) -> None:
@@ -67,7 +62,7 @@ def _returns_router(config: Any) -> bool:
 
 
 def never_sample(trainer: Any, surplus: Sequence[int]) -> None:
-    """Keep ids out of all rollouts, for which the teacher has no embedding.
+    """Keep ids out of all rollouts: those that the teacher has no embedding of, or reads as other tokens.
 
     Args:
         trainer: a `TIPTrainer`.

@@ -32,6 +32,26 @@ def loss_mask(batch: dict[str, Any]) -> Tensor:
     return mask if batch.get("tool_mask") is None else mask & batch["tool_mask"].bool()
 
 
+def finished_alone(batch: dict[str, Any], ends: Sequence[int], accelerator: Any) -> dict[str, Any]:
+    """A batch in which no token of a rollout that did not end is trained on; both models still see all of them.
+
+    Args:
+        batch: completion_ids and completion_mask, [B, T] each, and tool_mask [B, T] where tools were called.
+        ends: tokens that end a completion.
+        accelerator: of the run, whose processes count the tokens that are left.
+
+    Returns:
+        The batch with its tool_mask, which `loss_mask` reads, and the number of these tokens over all processes.
+    """
+    ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    is_end = torch.isin(ids, torch.tensor(list(ends), device=ids.device, dtype=ids.dtype))
+    last = mask.long().cumsum(1).argmax(1)  # where a completion stops
+    finished = is_end.gather(1, last[:, None])
+    taken = loss_mask(batch) & finished
+    total = accelerator.gather(taken.sum()).sum()
+    return {**batch, "tool_mask": (taken | ~mask).long(), "num_items_in_batch": total}
+
+
 def trimmed(batch: dict[str, Any], mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Rollouts without what the tokens in `mask` do not depend on.
 

@@ -142,8 +142,11 @@ def _teachers(text: str) -> dict[str, Any]:
     from ..documents import parse_mapping
     from ..teachers.named import read_teachers
 
-    given = parse_mapping(text, "its value") or {}
-    read_teachers(given, "its value")
+    try:
+        given = parse_mapping(text, "its value") or {}
+        read_teachers(given, "its value")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error  # argparse names the flag
     return given
 
 

@@ -51,6 +51,8 @@ class TIPConfig(DistillationConfig):
             weight syncs, in nats; None: by dtype (float32 1e-3, float16 0.05, bfloat16 0.1), 0: no check.
         teacher_url: a vLLM server that holds the teacher, up to and with the version, in the place of a local teacher:
             http://host:8000/v1 (docs/vllm.md).
+        teacher_lm_head: the model that the server serves, a directory or a hub id, of which the lm_head alone is loaded
+            here: the server gives hidden states, and everything is exact; None: it gives log-probabilities.
         teacher_served_name: the name that the server knows the teacher by; None: the only one it serves.
         teacher_top_k: how many of the teacher's likeliest tokens to ask for; 0: the whole vocabulary; None: that where
             the server allows it, else 20.
@@ -114,6 +116,10 @@ class TIPConfig(DistillationConfig):
     eval_num_samples: int = field(default=1, metadata={"help": "Completions per problem of eval_tasks."})
     teacher_url: str | None = field(
         default=None, metadata={"help": "vLLM server that holds the teacher, such as http://host:8000/v1."}
+    )
+    teacher_lm_head: str | None = field(
+        default=None,
+        metadata={"help": "Model that the server serves: it gives hidden states, its lm_head alone is loaded here."},
     )
     teacher_served_name: str | None = field(
         default=None, metadata={"help": "Name that the server knows the teacher by; null: the only one it serves."}
@@ -195,6 +201,7 @@ class TIPConfig(DistillationConfig):
         k = self.teacher_top_k
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
             raise ValueError(f"teacher_top_k must be an integer ≥ 0 (0: the whole vocabulary) or null, got {k!r}.")
+        self._check_teacher_lm_head()
         if self.teacher_url is None:
             return
         if self.teacher_model_name_or_path:
@@ -212,6 +219,24 @@ class TIPConfig(DistillationConfig):
                 f"temperature = {self.temperature:g} needs the teacher's whole vocabulary (teacher_top_k = 0): a "
                 "server gives log-probabilities at temperature 1, and of its likeliest tokens alone the rest cannot "
                 "be brought to another."
+            )
+
+    def _check_teacher_lm_head(self) -> None:
+        if self.teacher_lm_head is None:
+            return
+        if not isinstance(self.teacher_lm_head, str) or not self.teacher_lm_head:
+            raise ValueError(
+                f"teacher_lm_head must be a directory or a hub id, or null, got {self.teacher_lm_head!r:.80}."
+            )
+        if self.teacher_url is None:
+            raise ValueError(
+                f"teacher_lm_head = {self.teacher_lm_head} is the lm_head for hidden states of a server, and there is "
+                "none: set teacher_url, or give the model as teacher_model_name_or_path, which loads all of it."
+            )
+        if self.teacher_top_k is not None:
+            raise ValueError(
+                f"teacher_top_k = {self.teacher_top_k} asks the server for log-probabilities and teacher_lm_head for "
+                "hidden states: leave one of them out."
             )
 
     # Keys stay in this process, as does a function that is the rule. Trainer pickles its arguments into each checkpoint

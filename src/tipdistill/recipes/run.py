@@ -26,7 +26,7 @@ from ..pair import check_chat_template, check_models, read_models
 from ..positions import check_positions
 from ..signals import end_with_parent
 from ..supervise import supervise
-from ..teachers.served import TeacherUnavailableError, open_teacher
+from ..teachers import TeacherUnavailableError, open_server
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from ..training.evaluation import load_tasks
@@ -269,9 +269,8 @@ def _check_models(request: Request) -> tuple[Any, Any, dict[str, str]]:
         )
         # a dry run asks once; a run waits for a server that is still loading
         if request.script.dry_run:
-            server = open_teacher(config, tokenizer, time_limit=_DRY_RUN_PATIENCE)
-            given = "its whole vocabulary" if server.gives_all else f"its {server.top_k} likeliest tokens"
-            described["teacher"] = f"{server.model} at {server.url}, which gives {given}"
+            server = open_server(config, tokenizer, _DRY_RUN_PATIENCE)
+            described["teacher"] = f"{server.model} at {server.url}, which gives {server.gives}"
         else:
             described["teacher"] = config.teacher_url
         return tokenizer, None, described

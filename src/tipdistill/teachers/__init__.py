@@ -11,11 +11,11 @@ An Answer is small and portable (hidden states, or log-probabilities): it is kep
 it, and is cut with the batch into micro-batches. A Comparison lives for one forward; it holds whatever must be at hand
 meanwhile, such as a sharded lm_head that was gathered.
 
-`local.py` is a model in this process, `served.py` one behind a vLLM server. A teacher of another kind is one more class
+`local.py` is a model in this process, `served.py` one behind a vLLM server that gives log-probabilities, `hidden.py`
+one that gives hidden states, whose lm_head is here (both ask through `client.py`). A teacher of another kind is one more class
 with the members of `Teacher`, and one more line in `choose_teacher`: several teachers are one that gives each rollout
 to its own, by a column of the dataset's row, and compares piece by piece; one that sees another prompt answers from
-that of the row instead of the student's; one whose hidden states come over a wire answers with them as a local one
-does; a copy of the student is a local one whose `callbacks` renew its weights. tests/teachers/test_teachers.py has two
+that of the row instead of the student's; a copy of the student is a local one whose `callbacks` renew its weights. tests/teachers/test_teachers.py has two
 of them.
 """
 
@@ -30,7 +30,15 @@ from transformers import TrainerCallback
 
 from ..types import Head, TokenScores
 
-__all__ = ["Answer", "Comparison", "Surroundings", "Teacher", "TeacherUnavailableError", "choose_teacher"]
+__all__ = [
+    "Answer",
+    "Comparison",
+    "Surroundings",
+    "Teacher",
+    "TeacherUnavailableError",
+    "choose_teacher",
+    "open_server",
+]
 
 
 class TeacherUnavailableError(OSError):
@@ -147,11 +155,29 @@ def choose_teacher(
         TeacherUnavailableError: a server that does not answer.
     """
     if args.teacher_url is not None:
-        from . import served
-
-        server = served.open_teacher(args, processing_class)
-        return lambda trainer: served.ServedTeacher(server, trainer.accelerator)
+        server = open_server(args, processing_class)
+        return lambda trainer: server.teacher(trainer.accelerator)
     from . import local
 
     local.check(teacher_model, args, processing_class, teacher_processing_class)
     return lambda trainer: local.LocalTeacher(local.load(teacher_model, args), trainer, args.teacher_offload)
+
+
+def open_server(args: Any, tokenizer: Any, time_limit: float | None = None) -> Any:
+    """The server of `teacher_url`, connected, as what asks it for log-probabilities or for hidden states.
+
+    Args:
+        args: the `TIPConfig`.
+        tokenizer: the student's.
+        time_limit: seconds to wait for it; None: the configuration's.
+
+    Returns:
+        A `client.TeacherClient`, whose `teacher(accelerator)` is the `Teacher`.
+
+    Raises:
+        ValueError, TeacherUnavailableError: as `choose_teacher`.
+    """
+    from . import hidden, served
+
+    opened = served.open_teacher if args.teacher_lm_head is None else hidden.open_server
+    return opened(args, tokenizer, time_limit)

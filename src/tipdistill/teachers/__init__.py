@@ -12,11 +12,11 @@ it, and is cut with the batch into micro-batches. A Comparison lives for one for
 meanwhile, such as a sharded lm_head that was gathered.
 
 `local.py` is a model in this process, `served.py` one behind a vLLM server that gives log-probabilities, `hidden.py`
-one that gives hidden states, whose lm_head is here (both ask through `client.py`). A teacher of another kind is one more class
-with the members of `Teacher`, and one more line in `choose_teacher`: several teachers are one that gives each rollout
-to its own, by a column of the dataset's row, and compares piece by piece; one that sees another prompt answers from
-that of the row instead of the student's; a copy of the student is a local one whose `callbacks` renew its weights. tests/teachers/test_teachers.py has two
-of them.
+one that gives hidden states, whose lm_head is here (both ask through `client.py`). A teacher of another kind is one
+more class with the members of `Teacher`, and one more line in `choose_teacher`: several teachers are one that gives
+each rollout to its own, by a column of the dataset's row, and compares piece by piece; one that sees another prompt
+answers from that of the row instead of the student's; a copy of the student is a local one whose `callbacks` renew its
+weights. tests/teachers/test_teachers.py has two of them.
 """
 
 from __future__ import annotations

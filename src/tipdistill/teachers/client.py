@@ -101,8 +101,6 @@ class TeacherClient:
     """
 
     vocabulary: int | None = None
-    gives = "nothing yet"
-    """What its answers hold, in words (known after `connect`)."""
 
     def __init__(
         self,
@@ -123,6 +121,11 @@ class TeacherClient:
         self._lock = threading.Lock()
         self._answered_at = -math.inf
         self._out = False
+
+    @property
+    def gives(self) -> str:
+        """What its answers hold, in words (known after `connect`)."""
+        raise NotImplementedError
 
     @property
     def root(self) -> str:

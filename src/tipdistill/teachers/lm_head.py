@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
 from ..score.forward import BEFORE_LM_HEAD
@@ -25,7 +28,7 @@ from ..types import Head
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # how classes call the norm after their last layer
-_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "embedding_norm")
 
 
 @dataclass(frozen=True)
@@ -106,18 +109,17 @@ def read_lm_head(name: str, revision: str | None = None, trust_remote_code: bool
             f"teacher_lm_head: {kind} computes more than its lm_head after its backbone ({between}), which a server "
             "of hidden states leaves out: take log-probabilities (leave teacher_lm_head out), or another teacher."
         )
-    files = _Files(name, revision)
+    files = _Files(name, revision, model)
     # where both are saved transformers takes the lm_head, tied or not
-    key = files.key_of(f"{path}.weight")
-    if key is None and model.config.get_text_config().tie_word_embeddings:
-        embedding = model.get_input_embeddings()
+    key, embedding = files.key_of(f"{path}.weight"), model.get_input_embeddings()
+    tied = weight is embedding.weight
+    if key is None and tied:
         inside = next(inside for inside, module in model.named_modules() if module is embedding)
         key = files.key_of(f"{inside}.weight")
     if key is None:
+        nor = ", nor the embedding that it is tied to" if tied else ""
         raise ValueError(
-            f"teacher_lm_head: the files of {name} hold no {path}.weight"
-            + (", nor the embedding that it is tied to" if model.config.get_text_config().tie_word_embeddings else "")
-            + ": give the model that the server serves."
+            f"teacher_lm_head: the files of {name} hold no {path}.weight{nor}: give the model that the server serves."
         )
     layer.weight = nn.Parameter(_checked(files.read(key), weight.shape, key, name), requires_grad=False)
     if getattr(layer, "bias", None) is not None:
@@ -148,13 +150,17 @@ def _without_weights(name: str, revision: str | None, trust_remote_code: bool) -
 class _Files:
     """The safetensors of a model by the names of their tensors."""
 
-    def __init__(self, name: str, revision: str | None) -> None:
+    def __init__(self, name: str, revision: str | None, model: Any) -> None:
         self.name, self._revision = name, revision
+        self._file_of = self._files()
+        self._key_of = _names_in(model, self._file_of)
+
+    def _files(self) -> dict[str, Any]:
+        """Tensor → file."""
         whole = self._fetch(_WHOLE)
         if whole is not None:
             with _opened(whole) as opened:
-                self._file_of = dict.fromkeys(opened.keys(), _WHOLE)
-            return
+                return dict.fromkeys(opened.keys(), _WHOLE)
         index = self._fetch(_INDEX)
         if index is None:
             raise ValueError(
@@ -162,16 +168,13 @@ class _Files:
                 "can run code): save the model with save_pretrained, which writes safetensors."
             )
         try:
-            self._file_of = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+            return dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"teacher_lm_head: {index} has no weight_map: download {name} again.") from error
 
     def key_of(self, wanted: str) -> str | None:
-        """The tensor that a model calls `wanted`; files leave out, or add, where the model is nested."""
-        if wanted in self._file_of:
-            return wanted
-        near = [key for key in self._file_of if wanted.endswith(f".{key}") or key.endswith(f".{wanted}")]
-        return near[0] if len(near) == 1 else None
+        """How the files call the parameter `wanted` of the model; None where they do not hold it."""
+        return self._key_of.get(wanted)
 
     def read(self, key: str, only_if_here: bool = False) -> Tensor | None:
         """A tensor, whose file is downloaded unless `only_if_here`: then None where it is not."""
@@ -200,6 +203,21 @@ class _Files:
             raise ValueError(f"teacher_lm_head: {file} of {self.name} could not be had: {said}") from error
 
 
+def _names_in(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """The parameters of a model → how its files call them, as transformers renames them when it loads (GPT-NeoX's
+    embed_out, the nested models of those that see)."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    parameters = model.state_dict()
+    renamed = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if converted is None:  # a tensor as it is, and not one of several that are joined
+            renamed[name] = key
+    return renamed
+
+
 def _opened(path: str) -> Any:
     try:
         return safe_open(path, framework="pt")
@@ -221,12 +239,12 @@ def _checked(tensor: Tensor | None, shape: torch.Size, key: str, name: str) -> T
 def _final_norm(model: Any, files: _Files, width: int) -> tuple[Tensor, Tensor] | None:
     """(weight, bias) that the backbone's last norm multiplies with and adds; None where it is not in files at hand."""
     decoder = model.get_decoder()
-    norm = next(
-        (getattr(decoder, name) for name in _FINAL_NORMS if isinstance(getattr(decoder, name, None), nn.Module)), None
-    )
-    path = next((path for path, module in model.named_modules() if module is norm), None)
-    if path is None or width % 2:
+    backbones = (decoder, getattr(decoder, "model", None))  # Llama 4's text model takes itself for its decoder
+    norms = (getattr(backbone, name, None) for backbone in backbones for name in _FINAL_NORMS)
+    norm = next((module for module in norms if isinstance(module, nn.Module)), None)
+    if norm is None or width % 2:
         return None
+    path = next(path for path, module in model.named_modules() if module is norm)
     norm = copy.deepcopy(norm).to_empty(device="cpu").float()
     for name, parameter in norm.named_parameters():
         key = files.key_of(f"{path}.{name}")

@@ -132,7 +132,8 @@ def pooled(reply: Bytes, shape: tuple[int, int], dtype: str, size: int, where: s
     """
     text = reply.headers.get("metadata")
     if text is None:
-        raise WrongAnswerError(f"{where}: no hidden states as bytes but {_shown(reply.body[:80], 80)}.")
+        begins = reply.body[:80].decode("utf-8", "replace")
+        raise WrongAnswerError(f"{where}: no hidden states as bytes but {begins!r}.")
     try:
         metadata = json.loads(text)
     except (ValueError, RecursionError):

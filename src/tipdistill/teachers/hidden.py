@@ -38,7 +38,7 @@ _MOST_TOKENS = 64  # of that text that are sent
 _ANSWER = 2**20  # bytes of an answer beside its numbers
 # The final norm leaves a mean square of 1. Half precision moves it by thousandths, the norm's epsilon lowers it.
 NORM_TOLERANCE, _LOWEST, _HIGHEST = 0.05, 0.2, 1.1
-LEAST_GAIN = 0.5  # nats by which a text is likelier in its own order; a trained model gains several
+LEAST_GAIN = 0.5  # nats by which a token of a text is likelier by its own state; a trained model gains several
 
 
 class HiddenServer(TeacherClient):
@@ -74,9 +74,8 @@ class HiddenServer(TeacherClient):
 
     def _find_out(self, tokenizer: Any) -> None:
         tokens = tokenizer(_TEXT, add_special_tokens=False)["input_ids"][:_MOST_TOKENS]
-        question = Question(tokens[:1], tokens[1:], range(len(tokens) - 1))
         try:
-            states = self._ask(question).hidden
+            states = self._states(tokens[:-1], "an ordinary text", threading.Event())
         except TeacherRefusedError as error:
             raise ValueError(
                 f"teacher_lm_head needs a server that gives hidden states ({error}): start it with {SERVE}."
@@ -90,6 +89,8 @@ class HiddenServer(TeacherClient):
 
     def _check(self, states: Tensor, following: Tensor) -> None:
         """Refuse states that cannot be this lm_head's: normalised to length 1, or before the final norm."""
+        if not states.isfinite().all():
+            raise ValueError(f"{self.url} gives hidden states that are NaN or infinite: look at the server's log.")
         name, mean_square = self.lm_head.name, self.lm_head.mean_square(states)
         if mean_square is None or not abs(float(mean_square.median()) - 1) <= NORM_TOLERANCE:
             if float((states.norm(dim=1) - 1).abs().max()) < 1e-2:
@@ -108,15 +109,17 @@ class HiddenServer(TeacherClient):
             token_scores(self.lm_head.of(hidden), token_ids=following, fields=("student_logprob",))
             for hidden in (states, states.roll(len(states) // 2, 0))
         )
-        gain = float((own.require("student_logprob") - others.require("student_logprob")).mean())
-        if not gain >= LEAST_GAIN:
+        gains = own.require("student_logprob") - others.require("student_logprob")
+        gain, error = float(gains.mean()), float(gains.std() / len(gains) ** 0.5)
+        if not gain >= max(LEAST_GAIN, 3 * error):
             logger.warning(
                 f"An ordinary text is no likelier in its own order by the hidden states of {self.url} and the lm_head "
                 f"of {name} ({gain:+.2f} nats per token): either the teacher was never trained on text, or "
                 "teacher_lm_head is not the model that the server serves."
             )
 
-    def _answer(self, question: Question, tokens: list[int], row: int, gone: threading.Event) -> HiddenStates:
+    def _states(self, tokens: list[int], where: str, gone: threading.Event) -> Tensor:
+        """Hidden states [L, H] of a sequence, in the server's dtype."""
         width, named = self.lm_head.width, str(self.dtype).removeprefix("torch.")
         body = {
             "model": self.model,
@@ -132,15 +135,17 @@ class HiddenServer(TeacherClient):
         packed = self._read(
             f"{self.root}/pooling",
             body,
-            lambda reply: replies.pooled(reply, (len(tokens), width), named, size, f"rollout {row}"),
+            lambda reply: replies.pooled(reply, (len(tokens), width), named, size, where),
             gone,
             largest=_ANSWER + 4 * size,
             as_bytes=True,
         )
-        states = torch.frombuffer(bytearray(packed), dtype=self.dtype).view(len(tokens), width)
-        # the state of a token predicts the next
-        states = states[[len(question.prompt_ids) - 1 + position for position in question.positions]]
-        self._refuse(question, row, ~states.isfinite().all(1), f"is NaN, or infinite: more than {named} holds")
+        return torch.frombuffer(bytearray(packed), dtype=self.dtype).view(len(tokens), width)
+
+    def _answer(self, question: Question, tokens: list[int], row: int, gone: threading.Event) -> HiddenStates:
+        before = len(question.prompt_ids) - 1  # the state of a token predicts the next
+        states = self._states(tokens, f"rollout {row}", gone)[[before + position for position in question.positions]]
+        self._refuse(question, row, ~states.isfinite().all(1), "is NaN, or infinite")
         mean_square = self.lm_head.mean_square(states)
         if mean_square is not None:
             outside = ~((mean_square >= _LOWEST) & (mean_square <= _HIGHEST))

@@ -164,13 +164,13 @@ class _Files:
         index = self._fetch(_INDEX)
         if index is None:
             raise ValueError(
-                f"teacher_lm_head: {name} has no {_WHOLE} and no {_INDEX}, and other files are not read (pickled ones "
-                "can run code): save the model with save_pretrained, which writes safetensors."
+                f"teacher_lm_head: {self.name} has no {_WHOLE} and no {_INDEX}, and other files are not read "
+                "(pickled ones can run code): save the model with save_pretrained, which writes safetensors."
             )
         try:
             return dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"teacher_lm_head: {index} has no weight_map: download {name} again.") from error
+            raise ValueError(f"teacher_lm_head: {index} has no weight_map: download {self.name} again.") from error
 
     def key_of(self, wanted: str) -> str | None:
         """How the files call the parameter `wanted` of the model; None where they do not hold it."""

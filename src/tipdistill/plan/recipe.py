@@ -34,7 +34,7 @@ def setup_of_recipe(
         machine: its memory is the setup's.
         gpus: of the run.
         sharding: one of `SHARDING`; None: as accelerate_config has it.
-        teacher_place: one of `TEACHERS`; None: as teacher_offload and the sharding have it.
+        teacher_place: one of `TEACHERS`; None: as teacher_url, teacher_offload and the sharding have it.
         prompt_tokens: tokens of a prompt; None: max_prompt_length, else 1024.
 
     Raises:
@@ -45,9 +45,7 @@ def setup_of_recipe(
     sharding = sharding or sharding_of(values.accelerate_config)
     if sharding != "none" and gpus == 1:
         sharding = "none"  # nothing to share with
-    place = teacher_place or (
-        "offload" if values.teacher_offload else "sharded" if sharding in ("zero3", "fsdp2") else "resident"
-    )
+    place = teacher_place or _teacher_place(values, sharding)
     if place == "sharded" and gpus == 1:
         place = "resident"
     if place == "offload" and sharding != "none":
@@ -59,14 +57,20 @@ def setup_of_recipe(
         if isinstance(targets, list):
             targets = targets[0] if targets == ["all-linear"] else tuple(targets)
         lora = (values.lora_r, targets)
+    of_teacher = values.teacher_model_name_or_path or values.teacher_lm_head
+    if of_teacher is None:
+        raise ValueError(
+            "the sizes of a teacher on a server are not asked for here: give the model that it serves as "
+            "--teacher_lm_head (hidden states) or --teacher_model_name_or_path (log-probabilities)."
+        )
     student, teacher = (
         read_config(name, revision, bool(values.trust_remote_code))
         for name, revision in (
             (values.model_name_or_path, values.model_revision),
-            (values.teacher_model_name_or_path, values.teacher_model_revision),
+            (of_teacher, values.teacher_model_revision),
         )
     )
-    of_teacher = (_as_dict(values.teacher_model_init_kwargs)).get("dtype", values.dtype)
+    dtype_of_teacher = (_as_dict(values.teacher_model_init_kwargs)).get("dtype", values.dtype)
     of_student = (_as_dict(values.model_init_kwargs)).get("dtype", values.dtype)
     engine = ("colocate" if values.vllm_mode == "colocate" else "server") if values.use_vllm else "transformers"
     assert engine in ENGINES
@@ -74,7 +78,7 @@ def setup_of_recipe(
         student,
         teacher,
         student_dtype=_dtype(of_student, student),
-        teacher_dtype=_dtype(of_teacher, teacher),
+        teacher_dtype=_dtype(dtype_of_teacher, teacher),
         bf16=not values.fp16 if values.bf16 is None else bool(values.bf16),
         lora=lora,
         gpus=gpus,
@@ -99,6 +103,14 @@ def setup_of_recipe(
         vllm_sleeps=bool(values.vllm_enable_sleep_mode),
         padded=values.per_device_train_batch_size > 1,
     )
+
+
+def _teacher_place(values: Namespace, sharding: str) -> str:
+    if values.teacher_url:
+        return "lm_head" if values.teacher_lm_head else "server"
+    if values.teacher_offload:
+        return "offload"
+    return "sharded" if sharding in ("zero3", "fsdp2") else "resident"
 
 
 def _check_values(values: Namespace, gpus: int) -> None:

@@ -74,20 +74,25 @@ class HiddenServer(TeacherClient):
 
     def _find_out(self, tokenizer: Any) -> None:
         tokens = tokenizer(_TEXT, add_special_tokens=False)["input_ids"][:_MOST_TOKENS]
+        readable = len(set(tokens)) > len(tokens) // 4
+        if not readable:  # a tokenizer of digits alone, say: any of its tokens
+            tokens = list(range(0, self.tokens, -(-self.tokens // _MOST_TOKENS)))
         try:
-            states = self._states(tokens[:-1], "an ordinary text", threading.Event())
+            states = self._states(tokens[:-1], "a text to try", threading.Event())
         except TeacherRefusedError as error:
             raise ValueError(
                 f"teacher_lm_head needs a server that gives hidden states ({error}): start it with {SERVE}."
             ) from error
-        self._check(states, torch.tensor(tokens[1:]))
+        self._check(states)
+        if readable:
+            self._check_text(states, torch.tensor(tokens[1:]))
         self.dtype = held_in(states)
         logger.warning(
             f"The teacher at {self.url} gives {self.gives}: scores and loss are exact. An answer takes "
             f"{self.lm_head.width * self.dtype.itemsize:,} bytes per token."
         )
 
-    def _check(self, states: Tensor, following: Tensor) -> None:
+    def _check(self, states: Tensor) -> None:
         """Refuse states that cannot be this lm_head's: normalised to length 1, or before the final norm."""
         if not states.isfinite().all():
             raise ValueError(f"{self.url} gives hidden states that are NaN or infinite: look at the server's log.")
@@ -104,7 +109,9 @@ class HiddenServer(TeacherClient):
                     f"is {float(mean_square.median()):.3g} of what that leaves): teacher_lm_head must be the model "
                     "that the server serves, and the server must apply its final norm."
                 )
-        # by the states of its tokens, and by those of tokens elsewhere
+
+    def _check_text(self, states: Tensor, following: Tensor) -> None:
+        """Warn where the tokens that follow are no likelier by the states before them than by others."""
         own, others = (
             token_scores(self.lm_head.of(hidden), token_ids=following, fields=("student_logprob",))
             for hidden in (states, states.roll(len(states) // 2, 0))
@@ -114,7 +121,7 @@ class HiddenServer(TeacherClient):
         if not gain >= max(LEAST_GAIN, 3 * error):
             logger.warning(
                 f"An ordinary text is no likelier in its own order by the hidden states of {self.url} and the lm_head "
-                f"of {name} ({gain:+.2f} nats per token): either the teacher was never trained on text, or "
+                f"of {self.lm_head.name} ({gain:+.2f} nats per token): the teacher was never trained on text, or "
                 "teacher_lm_head is not the model that the server serves."
             )
 

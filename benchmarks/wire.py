@@ -28,10 +28,13 @@ from tipdistill.teachers.served import TeacherServer
 from . import measure
 
 TEXT = (
-    "Distillation trains a small model on what it writes itself. A large one says, for every token, how likely it would "
-    "have been. The small one moves towards that. Most tokens are settled already, and only a few teach something."
+    "Distillation trains a small model on what it writes itself. A large one says, for every token, how likely it "
+    "would have been. The small one moves towards that. Most tokens are settled, and only a few teach something."
 )
-PROMPT = 16  # tokens of the text that are a prompt
+TOKENS, PROMPT = (
+    16,
+    4,
+)  # of the text that are sent, and that are the prompt: a whole vocabulary takes megabytes for each
 LONGEST_START = 600  # seconds
 STATES = ("--runner", "pooling", "--pooler-config", '{"task": "token_embed"}')
 
@@ -69,9 +72,8 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
 
 
 def asked(server: TeacherClient, tokenizer: Any, question: Question) -> dict[str, float]:
-    """What one answer takes, after the connection is made and the server is warm."""
+    """What one answer takes, after the server has answered the questions of a start."""
     server.connect(tokenizer)
-    server.ask([question])
     server.traffic = Traffic()
     begun = time.perf_counter()
     server.ask([question])
@@ -88,7 +90,7 @@ def run_wire(model: str, python: str) -> dict[str, Any]:
         python: of an environment with vLLM.
     """
     tokenizer, lm_head = AutoTokenizer.from_pretrained(model), read_lm_head(model)
-    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"][:TOKENS]
     question = Question(ids[:PROMPT], ids[PROMPT:], range(len(ids) - PROMPT))
 
     def states(url: str) -> TeacherClient:
@@ -117,6 +119,22 @@ def run_wire(model: str, python: str) -> dict[str, Any]:
         "model": {"name": NAME, "width": lm_head.width, "vocabulary": lm_head.rows},
         "answers": answers,
     }
+
+
+NAMES = {
+    "top_20": "its 20 likeliest tokens, as JSON",
+    "whole_vocabulary": "its whole vocabulary, as JSON",
+    "hidden_states_float32": "hidden states of a server in float32",
+    "hidden_states_bfloat16": "hidden states of a server in bfloat16",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The Markdown table of docs/vllm.md."""
+    lines = ["| what the teacher sends | bytes per token |", "|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| {name} | {result['answers'][form]['bytes_per_token']:,.0f} |" for form, name in NAMES.items())]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -186,7 +186,7 @@ OURS = {
 # test_train_served.py sees them arrive, where there is a server
 OF_A_SERVED_TEACHER = {
     *("teacher_url", "teacher_served_name", "teacher_top_k", "teacher_api_key_env", "teacher_timeout"),
-    *("teacher_time_limit", "teacher_concurrency"),
+    *("teacher_time_limit", "teacher_concurrency", "teacher_lm_head"),
 }
 # about how a run is started and what it prints: tests/recipes/test_trust.py and test_noise.py see them act
 OF_THE_COMMAND_LINE = {"trust_recipe", "verbose"}

@@ -31,10 +31,8 @@ TEXT = (
     "Distillation trains a small model on what it writes itself. A large one says, for every token, how likely it "
     "would have been. The small one moves towards that. Most tokens are settled, and only a few teach something."
 )
-TOKENS, PROMPT = (
-    16,
-    4,
-)  # of the text that are sent, and that are the prompt: a whole vocabulary takes megabytes for each
+# tokens of the text that are sent, and of these the prompt's: a whole vocabulary takes megabytes for each
+TOKENS, PROMPT = 16, 4
 LONGEST_START = 600  # seconds
 STATES = ("--runner", "pooling", "--pooler-config", '{"task": "token_embed"}')
 

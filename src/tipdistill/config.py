@@ -270,6 +270,11 @@ class TIPConfig(DistillationConfig):
         shown = sorted(self.to_dict().items())
         return "\n".join([f"{type(self).__name__}(", *(f"{name}={value!r}," for name, value in shown), ")"])
 
+    @property
+    def teacher_tells_everything(self) -> bool:
+        """Whether the teacher's whole distribution is at hand: a local one, or hidden states with their lm_head."""
+        return self.teacher_url is None or self.teacher_lm_head is not None
+
     def task_names(self) -> list[str]:
         """The names in `eval_tasks`."""
         return [name.strip() for name in (self.eval_tasks or "").split(",") if name.strip()]

@@ -133,7 +133,7 @@ class TIPTrainer(ResumableTrainer):
         if not isinstance(args, TIPConfig):
             raise TypeError(f"args must be a TIPConfig, got {type(args).__name__}.")
         check_arguments(model, teacher_model, args, train_dataset, eval_dataset)
-        tasks = load_tasks(args.task_names(), args.teacher_url is None)
+        tasks = load_tasks(args.task_names(), args.teacher_tells_everything)
         train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)

@@ -293,11 +293,15 @@ PLAIN = {
 }
 
 
+def of_task(entry):
+    return {name: value for name, value in entry.items() if name.startswith("eval_reverse_kl_heldout/")}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"selection_rule": "soft_or", "retention": 0.3, "record_rollouts": 4, "score_logging_steps": 1},
-        {"selection_rule": "all", "beta": 0.5},
+        {"selection_rule": "all", "beta": 0.5, "eval_tasks": "reverse_kl", "eval_steps": 2},
         {"selection_rule": "entropy", "retention": 0.3, "score_logging_steps": 0, "gradient_accumulation_steps": 2},
         {"selection_rule": "signal_to_curvature", "retention": 0.3, "temperature": 0.8},
         {"selection_rule": "teachability", "beta": 0.0, "temperature": 1.3},
@@ -305,7 +309,11 @@ PLAIN = {
     ids=lambda settings: settings["selection_rule"],
 )
 def test_a_run_is_that_of_the_local_teacher(served, tiny_model_dir, teacher_dir, word_problems, tmp_path, settings):
-    found = []
+    (tmp_path / "heldout.jsonl").write_text("".join(word_problems.read_text().splitlines(keepends=True)[:4]))
+    if "eval_tasks" in settings:
+        settings = {**settings, "eval_tasks": f"reverse_kl={tmp_path / 'heldout.jsonl'}"}
+    figures = ("loss", "grad_norm", "selection/kept_fraction", "entropy")
+    runs = []
     for place in ("wire", "local"):
         extra = {"teacher_url": served.url, "teacher_lm_head": teacher_dir} if place == "wire" else {}
         config = TIPConfig(str(tmp_path / place), **{**PLAIN, "record_rollouts": 0, **extra, **settings})
@@ -317,12 +325,13 @@ def test_a_run_is_that_of_the_local_teacher(served, tiny_model_dir, teacher_dir,
         )
         trainer.train()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        figures = ("loss", "grad_norm", "selection/kept_fraction", "entropy")
-        found.append([[entry[name] for name in figures] for entry in history])
+        runs.append([[entry[name] for name in figures] for entry in history])
+        runs[-1] += [list(of_task(entry).values()) for entry in trainer.state.log_history if of_task(entry)]
         if place == "wire":
             assert min(entry["teacher/bytes_received"] for entry in history) > 0
             assert trainer.vocabulary == 400
-    for wire, local in zip(*found, strict=True):
+    assert len(runs[0]) == (4 if "eval_tasks" in settings else 2)
+    for wire, local in zip(*runs, strict=True):
         assert wire == pytest.approx(local, rel=2e-4)
     if settings.get("record_rollouts"):
         wire, local = (open_records(tmp_path / place / "records" / "step-1") for place in ("wire", "local"))

@@ -142,7 +142,7 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     if script.dry_run:  # a run's trainer does the same
         limits = position_limits(model.model_name_or_path, config.teacher_model_name_or_path, config)
         check_prompts_fit(limits, eval_dataset, tokenizer, config, "the evaluation set")
-        check_problems_fit(limits, load_tasks(config.task_names(), config.teacher_url is None), tokenizer, config)
+        check_problems_fit(limits, load_tasks(config.task_names(), config.teacher_tells_everything), tokenizer, config)
     if code:
         described["code"] = f"named and not imported; {FLAG} runs it: {'; '.join(code)}"
     lines = [f"# {label:<10}{_line(text)}" for label, text in described.items()]

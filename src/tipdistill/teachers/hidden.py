@@ -73,6 +73,7 @@ class HiddenServer(TeacherClient):
         return HiddenTeacher(self, accelerator)
 
     def _find_out(self, tokenizer: Any) -> None:
+        self.dtype = torch.float32  # whatever the server computes in
         tokens = tokenizer(_TEXT, add_special_tokens=False)["input_ids"][:_MOST_TOKENS]
         readable = len(set(tokens)) > len(tokens) // 4
         if not readable:  # a tokenizer of digits alone, say: any of its tokens

@@ -62,9 +62,9 @@ class LmHead:
         return head(self.model, self.layer, hidden)
 
     def to(self, device: Any, dtype: torch.dtype) -> LmHead:
-        """The same on a device; in half precision where the hidden states are, as it is in their server."""
-        lowered = dtype if dtype in (torch.float16, torch.bfloat16) else None
-        return LmHead(self.name, self.model, copy.deepcopy(self.layer).to(device, lowered), self.norm)
+        """This one moved to a device; in half precision where the hidden states are, as it is in their server."""
+        self.layer.to(device, dtype if dtype in (torch.float16, torch.bfloat16) else None)
+        return self
 
     def mean_square(self, hidden: Tensor) -> Tensor | None:
         """mean_h ((hidden − bias) / weight)² of the final norm, [N]: 1 where it was applied, whatever went in.

@@ -62,12 +62,12 @@ def _is_of_task(metric: str) -> bool:
     return metric.startswith("eval_") and metric.endswith("/standard_error")
 
 
-def load_tasks(names: Sequence[str], has_local_teacher: bool = True) -> list[Task]:
+def load_tasks(names: Sequence[str], tells_everything: bool = True) -> list[Task]:
     """The tasks by their names, whose samples go into files of their own.
 
     Args:
         names: as `load_task` takes them.
-        has_local_teacher: whether a divergence can be measured exactly.
+        tells_everything: whether the teacher's whole distribution is at hand.
 
     Raises:
         ValueError: an unknown task, two with one file, or a divergence from a teacher that a server holds.
@@ -76,10 +76,10 @@ def load_tasks(names: Sequence[str], has_local_teacher: bool = True) -> list[Tas
     if tasks:
         check_names([task.name for task in tasks])
     for task in tasks:
-        if task.divergence is not None and not has_local_teacher:
+        if task.divergence is not None and not tells_everything:
             raise ValueError(
                 f"eval_tasks: {task.name} needs the teacher's whole distribution, and the server of teacher_url gives "
-                "a part of it: leave the task out, or give the teacher as teacher_model_name_or_path."
+                "a part of it: leave the task out, or give the model that it serves as teacher_lm_head."
             )
     return tasks
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from causal_models import CLASSES, tiny
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+from transformers.utils import cached_file
 
 from tipdistill.score.forward import last_hidden_states
 from tipdistill.score.reference import logits
@@ -84,6 +86,29 @@ def test_of_shards_the_one_that_holds_it_is_read_and_no_other(tmp_path):
     assert torch.equal(lm_head.layer.weight, model.lm_head.weight)
     # of the final norm nothing is known where it lies in another file
     assert (lm_head.norm is None) == (index["model.norm.weight"] not in kept)
+
+
+def test_of_a_hub_id_the_one_file_that_holds_it_is_fetched(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    tiny("llama", tie_word_embeddings=False).save_pretrained(snapshot, max_shard_size="20KB")
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
+    asked = []
+
+    def fetched(name, file, **options):
+        asked.append((file, bool(options.get("local_files_only"))))
+        return cached_file(name, file, **{**options, "cache_dir": tmp_path})
+
+    monkeypatch.setattr("tipdistill.teachers.lm_head.cached_file", fetched)
+    monkeypatch.setattr(
+        "tipdistill.teachers.lm_head.AutoConfig.from_pretrained", lambda *_, **__: LlamaConfig.from_pretrained(snapshot)
+    )
+    lm_head = read_lm_head("some/model")
+    index = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+    assert torch.equal(lm_head.layer.weight, load_file(snapshot / index["lm_head.weight"])["lm_head.weight"])
+    downloaded = [file for file, only_if_here in asked if not only_if_here]
+    assert downloaded == ["model.safetensors", "model.safetensors.index.json", index["lm_head.weight"]]
+    assert [file for file, only_if_here in asked if only_if_here] == [index["model.norm.weight"]]
 
 
 def test_a_tied_lm_head_is_the_embedding_and_one_that_was_saved_comes_first(tmp_path):

@@ -1,4 +1,7 @@
-"""A stand-in for a vLLM server that holds a teacher, on 127.0.0.1; its log-probabilities are a real model's."""
+"""A stand-in for a vLLM server that holds a teacher, on 127.0.0.1; what it answers is a real model's.
+
+It gives log-probabilities (/v1/completions) and hidden states (/pooling), which one vLLM does one of at a time.
+"""
 
 import json
 import math
@@ -13,8 +16,9 @@ import torch
 class Served:
     """How the server behaves, and what it was asked.
 
-    `faults` are taken one per completions request, before it is answered: "refuse" (HTTP 500), "hang", "garbage" (no
-    JSON), "empty" (JSON without prompt_logprobs), "cut" (the connection breaks in the middle), "nan"; None answers.
+    `faults` are taken one per question, before it is answered: "refuse" (HTTP 500), "hang", "garbage" (a web page),
+    "empty" (JSON without prompt_logprobs), "cut" (the connection breaks in the middle), "short" (it ends before its
+    bytes do), "nan"; None answers.
     """
 
     def __init__(self, model, tokenizer, max_logprobs=20):
@@ -22,9 +26,10 @@ class Served:
         self.lock = threading.Lock()
         self.faults, self.bodies, self.headers = [], [], []
         self.dead = False
-        self.dies_after = None  # completions
+        self.dies_after = None  # questions
         self.name, self.key, self.hang = "teacher", None, 0.3
-        self.change = lambda body, reply: reply  # what a completions request is answered with instead
+        self.change = lambda body, reply: reply  # what a question is answered with instead
+        self.states = lambda hidden: hidden  # what becomes of hidden states [L, H]
 
     def completions(self, body):
         k = body["prompt_logprobs"]
@@ -44,16 +49,31 @@ class Served:
             rows.append({str(t): {"logprob": v, "rank": ranks[t], "decoded_token": "x"} for t, v in row.items()})
         return 200, {"choices": [{"text": "", "prompt_logprobs": rows}]}
 
+    def pooling(self, body):
+        """(metadata, bytes) of the last hidden states, as vLLM 0.32 answers."""
+        assert (body["task"], body["encoding_format"], body["endianness"]) == ("token_embed", "bytes", "little")
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[body["embed_dtype"]]
+        with torch.no_grad():
+            hidden = self.model.get_decoder()(torch.tensor([body["input"]])).last_hidden_state[0]
+        if body["use_activation"]:
+            hidden = torch.nn.functional.normalize(hidden, dim=-1)
+        hidden = self.states(hidden.float())
+        raw = bytes(hidden.to(dtype).contiguous().view(torch.uint8).flatten().tolist())
+        entry = {"index": 0, "embed_dtype": body["embed_dtype"], "endianness": "little", "start": 0, "end": len(raw)}
+        return {"data": [entry | {"shape": list(hidden.shape)}]}, raw
+
 
 @contextmanager
 def serving(model, tokenizer, **settings):
     served = Served(model, tokenizer, **settings)
 
     class Handler(BaseHTTPRequestHandler):
-        def _send(self, status, reply, raw=None):
+        def _send(self, status, reply, raw=None, metadata=None):
             payload = json.dumps(reply).encode() if raw is None else raw
             self.send_response(status)
             self.send_header("Content-Length", str(len(payload)))
+            if metadata is not None:
+                self.send_header("metadata", metadata if isinstance(metadata, str) else json.dumps(metadata))
             self.end_headers()
             self.wfile.write(payload)
 
@@ -86,9 +106,14 @@ def serving(model, tokenizer, **settings):
                 self._send(200, {"choices": [{"text": ""}]})
             elif fault == "cut":
                 self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 500\r\n\r\n{")
+            elif fault == "short" and self.path != "/pooling":
+                self._send(200, None, b'{"choices": [{"te')
             else:
                 if fault == "hang":
                     time.sleep(served.hang)
+                if self.path == "/pooling":
+                    self._pool(body, fault)
+                    return
                 with served.lock:
                     status, reply = served.completions(body)
                     reply = served.change(body, reply)
@@ -101,6 +126,15 @@ def serving(model, tokenizer, **settings):
                             value["logprob"] += 5.0
                 with suppress(BrokenPipeError, ConnectionResetError):  # nobody waited for it
                     self._send(status, reply)
+
+        def _pool(self, body, fault):
+            if served.pooling is None:  # a server of log-probabilities alone
+                self._send(404, {"detail": "Not Found"})
+                return
+            with served.lock:
+                metadata, raw = served.change(body, served.pooling(body))
+            with suppress(BrokenPipeError, ConnectionResetError):  # nobody waited for it
+                self._send(200, None, raw[:-7] if fault == "short" else raw, metadata)
 
         def log_message(self, *_):
             pass

@@ -79,6 +79,7 @@ SERVED = {
         "retention": 0.02,
         "selection_scope": "batch",
     },
+    "hidden_states": {"selection_rule": "signal_to_curvature", "temperature": 0.8},
 }
 # Which of them in two processes. What is sharded is where they differ; ZeRO-2 shards no weight, and is DDP to our code.
 KINDS_OF = {
@@ -144,6 +145,8 @@ class Jobs:
         settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, **SERVED[kind]}
         settings |= {"teacher_time_limit": 1.0, "gradient_accumulation_steps": 2}
         settings |= {"per_device_train_batch_size": 4 // processes}
+        if kind == "hidden_states":
+            settings |= {"teacher_lm_head": str(self.models("llama", "teacher"))}
         return self.job("ddp", processes, f"served-{name}", "qwen3", settings, teacher=None, urls=urls, **told)
 
     def all(self, url, dying):

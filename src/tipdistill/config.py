@@ -65,6 +65,8 @@ class TIPConfig(DistillationConfig):
             the model under the student's adapter.
         teacher_url: a vLLM server that holds the teacher, up to and with the version, in the place of a local teacher:
             http://host:8000/v1 (docs/vllm.md).
+        teacher_lm_head: the model that the server serves, a directory or a hub id, of which the lm_head alone is loaded
+            here: the server gives hidden states, and everything is exact; None: it gives log-probabilities.
         teacher_served_name: the name that the server knows the teacher by; None: the only one it serves.
         teacher_top_k: how many of the teacher's likeliest tokens to ask for; 0: the whole vocabulary; None: that where
             the server allows it, else 20.
@@ -154,6 +156,10 @@ class TIPConfig(DistillationConfig):
     )
     teacher_url: str | None = field(
         default=None, metadata={"help": "vLLM server that holds the teacher, such as http://host:8000/v1."}
+    )
+    teacher_lm_head: str | None = field(
+        default=None,
+        metadata={"help": "Model that the server serves: it gives hidden states, its lm_head alone is loaded here."},
     )
     teacher_served_name: str | None = field(
         default=None, metadata={"help": "Name that the server knows the teacher by; null: the only one it serves."}
@@ -262,6 +268,7 @@ class TIPConfig(DistillationConfig):
         k = self.teacher_top_k
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
             raise ValueError(f"teacher_top_k must be an integer ≥ 0 (0: the whole vocabulary) or null, got {k!r}.")
+        self._check_teacher_lm_head()
         if self.teacher_url is None:
             return
         if self.teacher_model_name_or_path:
@@ -279,6 +286,24 @@ class TIPConfig(DistillationConfig):
                 f"temperature = {self.temperature:g} needs the teacher's whole vocabulary (teacher_top_k = 0): a "
                 "server gives log-probabilities at temperature 1, and of its likeliest tokens alone the rest cannot "
                 "be brought to another."
+            )
+
+    def _check_teacher_lm_head(self) -> None:
+        if self.teacher_lm_head is None:
+            return
+        if not isinstance(self.teacher_lm_head, str) or not self.teacher_lm_head:
+            raise ValueError(
+                f"teacher_lm_head must be a directory or a hub id, or null, got {self.teacher_lm_head!r:.80}."
+            )
+        if self.teacher_url is None:
+            raise ValueError(
+                f"teacher_lm_head = {self.teacher_lm_head} is the lm_head for hidden states of a server, and there is "
+                "none: set teacher_url, or give the model as teacher_model_name_or_path, which loads all of it."
+            )
+        if self.teacher_top_k is not None:
+            raise ValueError(
+                f"teacher_top_k = {self.teacher_top_k} asks the server for log-probabilities and teacher_lm_head for "
+                "hidden states: leave one of them out."
             )
 
     # Keys stay in this process, as does a function that is the rule. Trainer pickles its arguments into each checkpoint
@@ -311,6 +336,11 @@ class TIPConfig(DistillationConfig):
     def __str__(self) -> str:
         shown = sorted(self.to_dict().items())
         return "\n".join([f"{type(self).__name__}(", *(f"{name}={value!r}," for name, value in shown), ")"])
+
+    @property
+    def teacher_tells_everything(self) -> bool:
+        """Whether the teacher's whole distribution is at hand: a local one, or hidden states with their lm_head."""
+        return self.teacher_url is None or self.teacher_lm_head is not None
 
     def task_names(self) -> list[str]:
         """The names in `eval_tasks`."""

@@ -1,4 +1,4 @@
-"""JSON over HTTP: what is sent where, how long and how large an answer may be, and what is asked again.
+"""JSON over HTTP, and bytes for answers: what is sent where, how long and large they may be, and what is asked again.
 
 What passes by itself is asked again: no connection, a time-out, an answer that is cut off, an error of the server's own
 (5xx), and 408, 425 and 429, by which a server says that it is busy. Any other 4xx, a redirect, an answer that is too
@@ -58,6 +58,18 @@ class WrongAnswerError(ValueError):
     """Said by `read` of an answer that cannot be right: a part is missing, or a token is in no vocabulary."""
 
 
+class Bytes(NamedTuple):
+    """An answer that is no JSON.
+
+    Attributes:
+        body: as it came.
+        headers: name in lower case → value.
+    """
+
+    body: bytes
+    headers: dict[str, str]
+
+
 class Answer(NamedTuple):
     """What came of a request.
 
@@ -80,6 +92,7 @@ def ask(
     api_key: str | None = None,
     timeout: float = 600.0,
     largest: int = LARGEST,
+    as_bytes: bool = False,
 ) -> Answer:
     """Send a request until it is answered.
 
@@ -88,11 +101,12 @@ def ask(
         body: sent as JSON (POST); None: a GET.
         again: called with how many attempts have failed and what went wrong last; waits, and says whether to ask again.
             `doubling` makes one.
-        read: JSON answer → value. A WrongAnswerError says that the answer cannot be right, another ValueError that it
-            is none and another may come.
+        read: JSON answer (`Bytes` where `as_bytes`) → value. A WrongAnswerError says that the answer cannot be right,
+            another ValueError that it is none and another may come.
         api_key: sent as a bearer token.
         timeout: of one attempt from its first byte to its last, in seconds.
         largest: bytes of an answer, unpacked.
+        as_bytes: the answer is no JSON.
 
     Raises:
         RefusedError: a 4xx that is final (with what the server said), a redirect, an answer that is larger, no JSON,
@@ -105,7 +119,8 @@ def ask(
         tipdistill.http.NoAnswerError: http://127.0.0.1:9 gave no answer: ConnectionRefusedError: ...
     """
     payload = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-    headers = {"Accept": "application/json", "Accept-Encoding": "gzip"}
+    accept = "application/octet-stream" if as_bytes else "application/json"
+    headers = {"Accept": accept, "Accept-Encoding": "gzip"}
     if payload is not None:
         headers["Content-Type"] = "application/json"
     if api_key:
@@ -114,13 +129,16 @@ def ask(
     while True:
         try:
             told = _SAID + len(api_key or "")  # a key that begins in what is told ends in it
-            status, location, raw, received = _wait_for(_exchange(url, payload, headers, timeout, largest, told))
+            status, answered, raw, received = _wait_for(_exchange(url, payload, headers, timeout, largest, told))
             if 300 <= status < 400:
+                to = _origin_text(answered.get("location", ""))
                 raise RefusedError(
-                    f"{url} sends requests on to {_origin_text(location)} (HTTP {status}), and redirects are not "
+                    f"{url} sends requests on to {to} (HTTP {status}), and redirects are not "
                     "followed, so that no key and no prompt goes where it was not sent: give that address, if it is "
                     "the right one."
                 )
+            if as_bytes and 200 <= status < 300:
+                return Answer(read(Bytes(raw, answered)), len(payload or b""), received)
             # a server may repeat the key; as many stars, since what is told ends at a byte
             raw = raw.replace(api_key.encode(), b"*" * len(api_key)) if api_key else raw
             if 200 <= status < 300:
@@ -291,17 +309,16 @@ def _warn_of_plain_http(field: str, variable: str, origin: str) -> None:
 
 async def _exchange(
     url: str, payload: bytes | None, headers: dict[str, str], timeout: float, largest: int, told: int
-) -> tuple[int, str, bytes, int]:
-    """One attempt: status, where a redirect leads, the body (of an error its beginning), bytes of it as transferred."""
+) -> tuple[int, dict[str, str], bytes, int]:
+    """One attempt: status, headers, the body (of an error its beginning), bytes of it as transferred."""
     try:
         async with asyncio.timeout(timeout):  # of everything together: a server that drips cannot outlive it
             async with (
                 _client(url) as client,
                 client.stream("GET" if payload is None else "POST", url, content=payload, headers=headers) as response,
             ):
-                location = response.headers.get("Location", "")
                 raw, received = await _body(url, response, largest if response.is_success else told)
-                return response.status_code, location, raw, received
+                return response.status_code, dict(response.headers), raw, received
     except TimeoutError:
         raise TimeoutError(f"no whole answer within {timeout:g} seconds") from None
 

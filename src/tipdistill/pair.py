@@ -48,7 +48,7 @@ _POSITIONS = "--max_new_tokens", " or set --max_prompt_length"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # how a teacher on a server is asked
 SERVED = (
-    *("teacher_url", "teacher_served_name", "teacher_top_k", "teacher_api_key_env"),
+    *("teacher_url", "teacher_lm_head", "teacher_served_name", "teacher_top_k", "teacher_api_key_env"),
     *("teacher_timeout", "teacher_time_limit", "teacher_concurrency"),
 )
 
@@ -83,6 +83,7 @@ class PairConfig:
         teacher_column: column of the dataset that names the teacher of a row.
         teacher_prompt_column: column of the dataset with the teacher's own prompts, where there is one.
         teacher_url: a vLLM server that holds the teacher, up to and with the version.
+        teacher_lm_head: the model that the server serves, where it gives hidden states; its lm_head is loaded here.
         teacher_served_name, teacher_top_k, teacher_api_key_env, teacher_timeout, teacher_time_limit,
             teacher_concurrency: how it is asked, as in `TIPConfig`.
 
@@ -118,6 +119,7 @@ class PairConfig:
     teacher_column: str = "teacher"
     teacher_prompt_column: str = "teacher_prompt"
     teacher_url: str | None = None
+    teacher_lm_head: str | None = None
     teacher_served_name: str | None = None
     teacher_top_k: int | None = None
     teacher_api_key_env: str | None = None
@@ -146,7 +148,8 @@ class PairConfig:
             shared = ("teacher_top_k", "teacher_timeout", "teacher_time_limit", "teacher_concurrency")
             misplaced = tuple(name for name in ("teacher_revision", *SERVED) if name not in shared)
         else:
-            misplaced = ("teacher_revision",) if self.teacher_url else SERVED
+            own_revision = () if self.teacher_lm_head else ("teacher_revision",)  # which is the lm_head's too
+            misplaced = own_revision if self.teacher_url else SERVED
         given = [name for name in misplaced if getattr(self, name) != getattr(PairConfig, name)]
         if given:
             if self.teachers is not None:
@@ -158,7 +161,11 @@ class PairConfig:
         """The teachers, in the order in which they are named; one, with no name, where there is one."""
         settings = {name: getattr(self, name) for name in ("temperature", "teachers", *SERVED)}
         own = {"teacher_model_name_or_path": None, "teacher_model_revision": self.teacher_revision}
-        extra = {"teacher_model_init_kwargs": None, "teacher_offload": False}
+        extra = {
+            "teacher_model_init_kwargs": None,
+            "teacher_offload": False,
+            "trust_remote_code": self.trust_remote_code,
+        }
         return named_teachers(self.teacher, SimpleNamespace(**settings, **own, **extra))
 
 
@@ -355,7 +362,8 @@ def _longest(prompts: Sequence[Sequence[int]]) -> tuple[int]:
 
 def _of_server(args: Any) -> dict[str, Any]:
     """What asking a server takes, by the names of `TIPConfig`."""
-    return {name: getattr(args, name) for name in ("temperature", *SERVED)}
+    names = ("temperature", "teacher_model_revision", "trust_remote_code", *SERVED)
+    return {name: getattr(args, name) for name in names}
 
 
 def device_of(name: str) -> torch.device:

@@ -6,12 +6,13 @@ answered in the same way.
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .http import WrongAnswerError
+from .http import Bytes, WrongAnswerError
 
 _LONGEST_ID = 20  # digits of a token id, before it is read as a number
 _MOST_TOKENS = 2**31
@@ -109,6 +110,53 @@ def _logprobs(entry: Any, place: int, size: int) -> dict[int, float]:
         except OverflowError:
             raise WrongAnswerError(f"{where}: the log-probability of {name} is no number that a float holds.") from None
     return values
+
+
+def pooled(reply: Bytes, shape: tuple[int, int], dtype: str, size: int, where: str) -> bytes:
+    """The numbers in an answer of /pooling that came as bytes; their shape stands in its header `metadata`.
+
+    Args:
+        reply: as it came.
+        shape: (tokens, width) that it has to have.
+        dtype: that was asked for.
+        size: bytes of so many numbers.
+        where: which question it answers, for errors.
+
+    Raises:
+        ValueError: it is cut off, so that another may be whole; all else is a WrongAnswerError.
+
+    Example:
+        >>> data = '{"data": [{"shape": [1, 2], "embed_dtype": "float32", "endianness": "little"}]}'
+        >>> pooled(Bytes(bytes(8), {"metadata": data}), (1, 2), "float32", 8, "rollout 0")
+        b'\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00'
+    """
+    text = reply.headers.get("metadata")
+    if text is None:
+        begins = reply.body[:80].decode("utf-8", "replace")
+        raise WrongAnswerError(f"{where}: no hidden states as bytes but {begins!r}.")
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):
+        raise WrongAnswerError(f"{where}: the header metadata is no JSON: {_shown(text, 80)}.") from None
+    entries = _list("data", _part(metadata, "data"), metadata)
+    if len(entries) != 1 or not isinstance(entries[0], dict):
+        raise WrongAnswerError(f"{where}: one answer was asked for, and metadata has {_shown(entries, 80)}.")
+    given = entries[0]
+    if given.get("shape") != list(shape) or any(isinstance(number, bool) for number in given["shape"]):
+        raise WrongAnswerError(
+            f"{where}: numbers of the shape {_shown(given.get('shape'), 40)}, and the lm_head needs {list(shape)} "
+            "(tokens, width)."
+        )
+    if given.get("embed_dtype") != dtype or given.get("endianness") != "little":
+        raise WrongAnswerError(
+            f"{where}: {_shown(given.get('embed_dtype'), 40)}, {_shown(given.get('endianness'), 40)}, and {dtype}, "
+            "little were asked for."
+        )
+    if len(reply.body) < size:
+        raise ValueError(f"the answer is cut off: {len(reply.body):,} of {size:,} bytes")
+    if len(reply.body) > size:
+        raise WrongAnswerError(f"{where}: {len(reply.body):,} bytes of numbers, and {size:,} were asked for.")
+    return reply.body
 
 
 def written(reply: Any, as_chat: bool, most: int = _MOST_TOKENS) -> Written:

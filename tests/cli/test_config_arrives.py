@@ -193,7 +193,7 @@ OURS = {
 # test_train_served.py sees them arrive, where there is a server
 OF_A_SERVED_TEACHER = {
     *("teacher_url", "teacher_served_name", "teacher_top_k", "teacher_api_key_env", "teacher_timeout"),
-    *("teacher_time_limit", "teacher_concurrency"),
+    *("teacher_time_limit", "teacher_concurrency", "teacher_lm_head"),
 }
 # test_train_teachers.py sees them arrive
 OF_OTHER_TEACHERS = {"teachers", "teacher_column", "teacher_prompt_column", "teacher_update"}

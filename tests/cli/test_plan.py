@@ -71,6 +71,7 @@ def test_a_gpu_that_is_too_small_is_told_apart(capsys, shallow):
         (["--model_name_or_path", "Qwen/Qwen3-9B"], "Qwen/Qwen3-8B"),
         (["--teacher_place", "offload", "--sharding", "zero3", "--gpus", "8"], "leave one of the two off"),
         (["--max_completion_length", "0"], "max_completion_length must be at least 1"),
+        (["--teacher_model_name_or_path", "", "--teacher_url", "http://h/v1"], "give the model that it serves as"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(capsys, flags, said, monkeypatch):

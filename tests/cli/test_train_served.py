@@ -1,6 +1,7 @@
 """`tipdistill train --teacher_url`: the command against a stand-in for a vLLM server that holds a real tiny teacher."""
 
 import json
+import re
 from pathlib import Path
 
 import forks
@@ -98,6 +99,24 @@ def test_dry_run_asks_the_server_and_loads_nothing(arguments, served, tmp_path, 
     assert main(["train", *arguments, "--dry_run"]) == 0
     assert "which gives its whole vocabulary\n" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_hidden_states_arrive_in_a_dry_run_and_train(arguments, tiny_model_dir, served, tmp_path, capsys, monkeypatch):
+    teacher = str(tiny_model_dir("qwen3", "teacher"))
+    flags = ["--teacher_lm_head", teacher, "--temperature", "0.7", "--selection_rule", "signal_to_curvature"]
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedModel.from_pretrained", None)  # no weights but the lm_head's
+        assert main(["train", *arguments, *flags, "--dry_run"]) == 0
+    line = f"# teacher   teacher at {served.url}, which gives hidden states of width 48 in float32, for the lm_head of "
+    assert f"{line}{teacher}\n" in capsys.readouterr().out
+    student = ["--teacher_lm_head", str(tiny_model_dir("qwen3", "student"))]
+    assert main(["train", *arguments, *student, "--dry_run"]) == 2
+    assert re.search(r"shape \[\d+, 48\], and the lm_head needs \[\d+, 32\]", capsys.readouterr().err.splitlines()[-1])
+    assert main(["train", *arguments, *flags, "--max_steps", "1", "--score_logging_steps", "1"]) == 0
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "config.yaml").read_text())["teacher_lm_head"] == teacher
+    assert [path.name for path in (run / "records").glob("*/tokens.parquet")] == ["tokens.parquet"]
+    assert {body["embed_dtype"] for body in served.bodies} == {"float32"}
 
 
 def test_what_the_server_cannot_serve_is_refused_in_one_line(arguments, served, tmp_path, capsys, monkeypatch):

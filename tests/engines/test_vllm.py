@@ -21,6 +21,8 @@ from tipdistill.evaluate.engines import Local, Sampling
 from tipdistill.integrations.weight_sync import TOLERANCE, WeightSyncCheck, WeightSyncError, engine_completion
 from tipdistill.rollout import generate
 from tipdistill.tasks.arithmetic import build_tokenizer
+from tipdistill.teachers.hidden import HiddenServer
+from tipdistill.teachers.lm_head import read_lm_head
 from tipdistill.teachers.served import Question, TeacherServer
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm builds an environment with it")
@@ -28,7 +30,7 @@ PROMPTS = ["12+34=", "5+6=", "77+1="]
 STARTUP = 600  # seconds; a server imports torch twice, which takes minutes on a busy machine
 
 
-def save_model(path, seed):
+def save_model(path, seed, norm=1.0):
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -46,7 +48,9 @@ def save_model(path, seed):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.model.norm.weight.data *= torch.linspace(1, norm, 64)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -167,14 +171,14 @@ def test_the_check_catches_the_stale_tied_lm_head_of_a_real_engine(engine, stude
 
 
 @contextmanager
-def serving(path, log, max_logprobs):
+def serving(path, log, *options, dtype="float32"):
     """vLLM's own server over a model; its address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--dtype", "float32"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--dtype", dtype]
     command += ["--served-model-name", "teacher", "--max-model-len", "128", "--enforce-eager", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--max-logprobs", str(max_logprobs)]
+    command += ["--port", str(port), *options]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
@@ -200,7 +204,7 @@ def serving(path, log, max_logprobs):
 def test_a_teacher_on_a_real_server(tmp_path, max_logprobs, top_k):
     path = save_model(tmp_path / "teacher", 1)
     teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    with serving(path, tmp_path / "log", max_logprobs) as url:
+    with serving(path, tmp_path / "log", "--max-logprobs", str(max_logprobs)) as url:
         server = TeacherServer(url, time_limit=30)
         server.connect(build_tokenizer())  # finds out by itself what the server allows
         assert server.top_k == top_k
@@ -215,3 +219,34 @@ def test_a_teacher_on_a_real_server(tmp_path, max_logprobs, top_k):
             torch.testing.assert_close(found.token_ids[:, :top_k], wanted.topk(top_k).indices)
             wanted = wanted.topk(top_k).values
         torch.testing.assert_close(found.logprob[:, : wanted.shape[1]], wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.timeout(2 * STARTUP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_teacher_whose_hidden_states_come_from_a_real_server(tmp_path, dtype):
+    """The states after the final norm, of every token, though the server cuts prompts up and keeps what it has seen."""
+    path, named = save_model(tmp_path / "teacher", 1, norm=3.0), str(dtype).removeprefix("torch.")
+    teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    options = ["--runner", "pooling", "--pooler-config", '{"task": "token_embed"}']
+    options += ["--enable-prefix-caching", "--enable-chunked-prefill", "--max-num-batched-tokens", "32"]
+    with serving(path, tmp_path / "log", *options, dtype=named) as url:
+        server = HiddenServer(url, read_lm_head(str(path)), time_limit=30)
+        server.connect(build_tokenizer())
+        assert server.dtype == dtype
+        rows = [[(place * (7 + row)) % 30 + 1 for place in range(60 + row)] for row in range(24)]
+        questions = [Question(ids[:20], ids[20:], range(40)) for ids in rows]
+        server.traffic.received = server.traffic.answered = 0
+        twice = [server.ask(questions), server.ask(questions)]
+        per_token = server.traffic.received / server.traffic.answered
+    assert per_token == 64 * dtype.itemsize
+    for ids, *answers in zip(rows, *twice, strict=True):
+        with torch.no_grad():
+            wanted = teacher.model(torch.tensor([ids])).last_hidden_state[0, 19:59]
+            own = torch.log_softmax(teacher(torch.tensor([ids])).logits[0, 19:59], -1)
+        for answer in answers:
+            assert answer.hidden.dtype == dtype
+            head = server.lm_head.of(answer.hidden.float())
+            log_p = torch.log_softmax(head.hidden @ head.weight.T, -1)
+            # of bfloat16 states a step is 2⁻⁸ of a number, and every layer takes several
+            torch.testing.assert_close(answer.hidden.float(), wanted, rtol=0, atol=2e-5 if named == "float32" else 1.0)
+            torch.testing.assert_close(log_p, own, rtol=0, atol=1e-4 if named == "float32" else 1.0)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.plan import CASES, TOLERANCE, Case, expected, measure
 from tipdistill.plan import MACHINES, memory, peak, plan, read_config, replay, setup_of, step_time
-from tipdistill.plan.memory import fused_workspace
+from tipdistill.plan.memory import TEACHERS, fused_workspace
 from tipdistill.plan.models import PUBLISHED, sizes
 from tipdistill.plan.report import changes, fits
 
@@ -116,12 +116,13 @@ def test_what_is_shared_shrinks_with_the_gpus(small):
 
 
 def test_the_teacher_takes_its_place(small):
-    weights = {place: memory(replace(small, teacher_place=place)) for place in ("resident", "offload", "server")}
+    weights = {place: memory(replace(small, teacher_place=place)) for place in TEACHERS if place != "sharded"}
     teacher = small.teacher_sizes
     assert weights["resident"]["loss"]["teacher weights"] == teacher.parameters * 2
     assert weights["offload"]["loss"]["teacher weights"] == teacher.lm_head * 2
     assert weights["offload"]["score"]["teacher weights"] == teacher.parameters * 2
     assert weights["server"]["score"]["teacher weights"] == 0
+    assert weights["lm_head"]["score"]["teacher weights"] == teacher.lm_head * 2
 
 
 def test_cached_hidden_states_are_those_of_the_kept_rows(small):

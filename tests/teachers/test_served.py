@@ -1,4 +1,7 @@
-"""A teacher on a server: the client against faults, and training against a local teacher."""
+"""A teacher on a server: the client against faults, whatever it asks for; log-probabilities against a local teacher.
+
+tests/teachers/test_hidden.py has what is peculiar to hidden states.
+"""
 
 import logging
 import math
@@ -16,6 +19,9 @@ from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.http import WrongAnswerError
 from tipdistill.records import open_records
 from tipdistill.replies import model_names, token_ids
+from tipdistill.score.reference import logits
+from tipdistill.teachers.hidden import HiddenServer
+from tipdistill.teachers.lm_head import read_lm_head
 from tipdistill.teachers.served import Question, TeacherServer, TeacherUnavailableError
 from tipdistill.training.checkpoints import last_complete_checkpoint
 
@@ -33,11 +39,41 @@ def served(teacher, tiny_tokenizer):
         yield server
 
 
+PATIENCE = {"time_limit": 5.0, "pause": 0.01, "timeout": 5.0}
+
+
 def client(served, tokenizer=None, **settings):
-    found = TeacherServer(served.url, **{"time_limit": 5.0, "pause": 0.01, "timeout": 5.0, **settings})
+    found = TeacherServer(served.url, **{**PATIENCE, **settings})
     if tokenizer is not None:
         found.connect(tokenizer)
     return found
+
+
+@pytest.fixture(scope="module")
+def lm_head(tiny_model_dir):
+    return read_lm_head(str(tiny_model_dir("qwen3", "teacher")))
+
+
+@pytest.fixture(params=["log-probabilities", "hidden states"])
+def connect(request, served, lm_head):
+    """A client of either kind, connected."""
+
+    def build(tokenizer, **settings):
+        if request.param == "log-probabilities":
+            return client(served, tokenizer, top_k=4, **settings)
+        server = HiddenServer(served.url, lm_head, **{**PATIENCE, **settings})
+        server.connect(tokenizer)
+        return server
+
+    build.hidden = request.param == "hidden states"
+    return build
+
+
+def likeliest(answer, lm_head):
+    """log P of the 4 likeliest tokens, from an answer of either kind."""
+    if hasattr(answer, "logprob"):
+        return answer.logprob[:, :4]
+    return logits(lm_head.of(answer.hidden), lm_head.rows).log_softmax(-1).topk(4).values
 
 
 def log_probabilities(teacher, ids):
@@ -93,9 +129,10 @@ def test_only_what_is_needed_is_sent(served, tiny_tokenizer):
     assert traffic.saved == round(11 * traffic.received / 5)
 
 
-@pytest.mark.parametrize("fault", ["refuse", "cut", "hang"])
-def test_a_fault_is_asked_again_and_leaves_the_runs_random_numbers(served, tiny_tokenizer, fault, caplog):
-    server = client(served, tiny_tokenizer, top_k=4, timeout=0.15)
+@pytest.mark.parametrize("fault", ["refuse", "cut", "short", "hang"])
+def test_a_fault_is_asked_again_and_leaves_the_runs_random_numbers(served, connect, tiny_tokenizer, fault, caplog):
+    server = connect(tiny_tokenizer)
+    server.timeout = 0.15
     served.faults = [fault, fault]
     random.seed(3)
     torch.manual_seed(3)
@@ -108,18 +145,18 @@ def test_a_fault_is_asked_again_and_leaves_the_runs_random_numbers(served, tiny_
     assert "answers again" in caplog.text
 
 
-def test_many_questions_survive_many_faults(served, teacher, tiny_tokenizer):
-    server = client(served, tiny_tokenizer, top_k=4, concurrency=4)
+def test_many_questions_survive_many_faults(served, connect, lm_head, teacher, tiny_tokenizer):
+    server = connect(tiny_tokenizer, concurrency=4)
     served.faults = ["refuse", None, "cut", "cut", None, "refuse"] * 2
     sequences = [[*IDS[:3], *range(20 + n, 26 + n)] for n in range(12)]
     found = server.ask([Question(ids[:3], ids[3:], range(6)) for ids in sequences])
     for ids, rows in zip(sequences, found, strict=True):
         wanted = log_probabilities(teacher, ids)[2:8]
-        torch.testing.assert_close(rows.logprob[:, :4], wanted.topk(4).values, **ROUNDING)
+        torch.testing.assert_close(likeliest(rows, lm_head), wanted.topk(4).values, **ROUNDING)
 
 
-def test_a_server_that_stays_away_ends_it_at_the_time_limit(served, tiny_tokenizer):
-    server = client(served, tiny_tokenizer, top_k=4, time_limit=0.3)
+def test_a_server_that_stays_away_ends_it_at_the_time_limit(served, connect, tiny_tokenizer):
+    server = connect(tiny_tokenizer, time_limit=0.3)
     served.dead = True
     with pytest.raises(TeacherUnavailableError, match=r"no answer for .*teacher_time_limit is 0\.3.*HTTP 503"):
         server.ask([Question(IDS[:3], IDS[3:], [0])] * 5)
@@ -137,24 +174,27 @@ def test_what_is_no_log_probability_is_refused_by_rollout_and_token(served, tiny
         server.ask([Question(IDS[:3], IDS[3:], [4])])
 
 
-def test_what_cannot_be_right_is_refused_at_the_start(served, tiny_tokenizer):
+def test_what_cannot_be_right_is_refused_at_the_start(served, connect, tiny_tokenizer):
     from tipdistill.tasks.arithmetic import build_tokenizer
 
     with pytest.raises(ValueError, match="reads text as other tokens"):
-        client(served, build_tokenizer())
+        connect(build_tokenizer())
     with pytest.raises(ValueError, match=r"does not serve 'other'; it serves teacher"):
-        client(served, tiny_tokenizer, model="other")
+        connect(tiny_tokenizer, model="other")
     served.name = "a,b"
     with pytest.raises(ValueError, match="say which with teacher_served_name"):
-        client(served, tiny_tokenizer)
+        connect(tiny_tokenizer)
     served.name = "teacher"
-    with pytest.raises(ValueError, match="start it with --max-logprobs -1"):
-        client(served, tiny_tokenizer, top_k=0)
     served.key = "secret"
     with pytest.raises(ValueError, match="HTTP 401"):
-        client(served, tiny_tokenizer, top_k=4)
-    client(served, tiny_tokenizer, top_k=4, api_key="secret")
+        connect(tiny_tokenizer)
+    connect(tiny_tokenizer, api_key="secret")
     assert served.headers[-1]["Authorization"] == "Bearer secret"
+
+
+def test_a_whole_vocabulary_that_the_server_does_not_give_is_refused_at_the_start(served, tiny_tokenizer):
+    with pytest.raises(ValueError, match="start it with --max-logprobs -1"):
+        client(served, tiny_tokenizer, top_k=0)
 
 
 def of_last(change):
@@ -232,11 +272,14 @@ def test_an_answer_that_lacks_a_part_is_refused_at_once(served, tiny_tokenizer, 
     assert len(served.bodies) == asked + 1
 
 
-def test_a_web_page_for_an_answer_is_refused_at_once(served, tiny_tokenizer):
-    server = client(served, tiny_tokenizer, top_k=4)
+def test_a_web_page_for_an_answer_is_refused_at_once(served, connect, tiny_tokenizer):
+    server = connect(tiny_tokenizer)
+    asked = len(served.bodies)
     served.faults = ["garbage"]
-    with pytest.raises(ValueError, match=r"no JSON but '<html>502 Bad Gateway</html>'\.$"):
+    with pytest.raises(ValueError, match=r"(JSON|bytes) but '<html>502 Bad Gateway</html>'\.$") as raised:
         server.ask([Question(IDS[:3], IDS[3:], [1])])
+    assert served.url.removesuffix("/v1") in str(raised.value)
+    assert len(served.bodies) == asked + 1
 
 
 @pytest.mark.parametrize("reply", [{}, [], [{"id": "m"}], {"data": None}, None], ids=repr)
@@ -266,9 +309,12 @@ def test_a_model_without_a_name_and_a_token_that_is_none_are_refused(served, tin
             client(served, tiny_tokenizer)
 
 
-def test_an_answer_may_be_as_large_as_what_was_asked_and_no_larger(served, tiny_tokenizer):
-    server = client(served, tiny_tokenizer, top_k=4)
-    served.change = lambda body, reply: {**reply, "padding": "x" * 2**21}
+def test_an_answer_may_be_as_large_as_what_was_asked_and_no_larger(served, connect, tiny_tokenizer):
+    server = connect(tiny_tokenizer)
+    if connect.hidden:
+        served.change = lambda body, reply: (reply[0], bytes(2**21))
+    else:
+        served.change = lambda body, reply: {**reply, "padding": "x" * 2**21}
     with pytest.raises(ValueError, match=r"answers with more than 1,0\d\d,\d\d\d bytes"):
         server.ask([Question(IDS[:3], IDS[3:], [1])])
 
@@ -295,6 +341,8 @@ PLAIN = {
 def make(tiny_model_dir, word_problems, tmp_path, served):
     def build(url=True, **settings):
         extra = {"teacher_url": served.url} if url else {}
+        if settings.pop("hidden", False):
+            extra["teacher_lm_head"] = str(tiny_model_dir("qwen3", "teacher"))
         config = TIPConfig(
             str(settings.pop("output_dir", tmp_path / "run")), **{**PLAIN, "max_steps": 2, **extra, **settings}
         )
@@ -418,11 +466,12 @@ def test_records_of_likeliest_tokens_say_that_divergences_are_bounds(make, tmp_p
 
 
 @pytest.mark.slow
-def test_a_teacher_that_dies_and_comes_back_changes_nothing(make, served):
+@pytest.mark.parametrize("hidden", [False, True], ids=["log-probabilities", "hidden states"])
+def test_a_teacher_that_dies_and_comes_back_changes_nothing(make, served, hidden):
     served.max_logprobs = -1
-    calm = make(selection_rule="soft_or", retention=0.3, max_steps=3)
+    calm = make(selection_rule="soft_or", retention=0.3, max_steps=3, hidden=hidden)
     calm.train()
-    trainer = make(selection_rule="soft_or", retention=0.3, max_steps=3)
+    trainer = make(selection_rule="soft_or", retention=0.3, max_steps=3, hidden=hidden)
     served.dies_after = len(served.bodies) + 6  # in the middle of the second step
 
     def come_back():
@@ -436,10 +485,12 @@ def test_a_teacher_that_dies_and_comes_back_changes_nothing(make, served):
 
 
 @pytest.mark.slow
-def test_a_teacher_that_stays_away_costs_nothing_that_was_done(make, served, tmp_path):
+@pytest.mark.parametrize("hidden", [False, True], ids=["log-probabilities", "hidden states"])
+def test_a_teacher_that_stays_away_costs_nothing_that_was_done(make, served, tmp_path, hidden):
     """The run stops with a checkpoint, and resumed from it ends at the very weights of one that was never disturbed."""
     served.max_logprobs = -1
-    settings = {"selection_rule": "soft_or", "retention": 0.3, "max_steps": 11}  # 8 steps are an epoch
+    # 8 steps are an epoch
+    settings = {"selection_rule": "soft_or", "retention": 0.3, "max_steps": 11, "hidden": hidden}
     calm = make(output_dir=tmp_path / "calm", **settings)
     calm.train()
     for step in (3, 8):
@@ -456,8 +507,9 @@ def test_a_teacher_that_stays_away_costs_nothing_that_was_done(make, served, tmp
             assert torch.equal(resumed.model.state_dict()[name], weight), (step, name)
 
 
-def test_a_teacher_that_never_answers_leaves_nothing_behind(make, served, tmp_path):
-    trainer = make(teacher_time_limit=0.3, teacher_top_k=4)
+@pytest.mark.parametrize("asks", [{"teacher_top_k": 4}, {"hidden": True}], ids=["log-probabilities", "hidden states"])
+def test_a_teacher_that_never_answers_leaves_nothing_behind(make, served, tmp_path, asks):
+    trainer = make(teacher_time_limit=0.3, **asks)
     served.dead = True
     with pytest.raises(TeacherUnavailableError, match="No step was taken since the start"):
         trainer.train()
@@ -474,6 +526,10 @@ def test_a_teacher_that_never_answers_leaves_nothing_behind(make, served, tmp_pa
         ({"teacher_top_k": -2}, "teacher_top_k must be"),
         ({"teacher_time_limit": 0}, "teacher_time_limit must be"),
         ({"teacher_concurrency": 0}, "teacher_concurrency must be"),
+        ({"teacher_lm_head": "t", "teacher_top_k": 5}, "asks the server for log-probabilities"),
+        ({"teacher_lm_head": "t", "teacher_url": None}, "set teacher_url"),
+        ({"teacher_lm_head": ""}, "must be a directory or a hub id"),
+        ({"teacher_lm_head": "t", "normalization": "running"}, 'needs normalization="batch"'),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, message, tmp_path):

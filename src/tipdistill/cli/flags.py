@@ -93,6 +93,11 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
         help="vLLM server that holds the teacher, such as http://host:8000/v1; its tokenizer is compared with the "
         "student's before weights are loaded",
     )
+    add(
+        "--teacher_lm_head",
+        help="the model that the server serves, where it gives hidden states (docs/vllm.md): its lm_head alone is "
+        "loaded here, and all is exact",
+    )
     add("--teacher_served_name", help="name that the server knows the teacher by; default: the only one it serves")
     add(
         "--teacher_top_k",

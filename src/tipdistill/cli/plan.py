@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     setup = setup_of_recipe(values, machine, own.gpus, own.sharding, own.teacher_place, own.prompt_tokens)
     planned = plan(setup, machine)
     where = own.machine.upper() if own.machine in MACHINES else own.machine
-    teachers = ", ".join(values.teachers or [values.teacher_model_name_or_path])
+    teachers = ", ".join(values.teachers or [values.teacher_model_name_or_path or values.teacher_lm_head])
     say(f"{values.model_name_or_path} from {teachers} on {own.gpus:,} × {where}\n")
     say(as_text(planned))
     if own.json:
@@ -68,7 +68,7 @@ def parser() -> Parser:
     add("--machine", default="h100", help=f"a GPU's rates: {', '.join(MACHINES)}, or FILE.yaml (default h100)")
     add("--memory", type=float, help="GiB of one GPU (default: the machine's own)")
     add("--sharding", help=f"{', '.join(SHARDING)} (default: as accelerate_config has it)")
-    add("--teacher_place", help=f"{', '.join(TEACHERS)} (default: as teacher_offload and the sharding have it)")
+    add("--teacher_place", help=f"{', '.join(TEACHERS)} (default: as the recipe has it)")
     add("--prompt_tokens", type=int, help="tokens of a prompt (default: max_prompt_length, else 1024)")
     add("--json", type=Path, help="write the plan to this file as well")
     return parser

@@ -17,7 +17,7 @@ from .models import Sizes
 from .replay import Compute
 
 SHARDING = ("none", "zero2", "zero3", "fsdp2")
-TEACHERS = ("resident", "offload", "sharded", "server", "student")
+TEACHERS = ("resident", "offload", "sharded", "server", "lm_head", "student")
 ENGINES = ("transformers", "colocate", "server")
 PHASES = ("rollout", "score", "loss", "optimizer")
 COMPONENTS = (
@@ -60,8 +60,9 @@ class Setup:
         memory: bytes of one GPU.
         device: "cuda" or "cpu".
         sharding: "none" (one GPU, or DDP), "zero2", "zero3" or "fsdp2".
-        teacher_place: "resident", "offload" (on the CPU between scoring passes), "sharded", "server", or "student" (the
-            model under the student's adapter, which takes no memory of its own).
+        teacher_place: "resident", "offload" (on the CPU between scoring passes), "sharded", "server", "lm_head" (a
+            server gives hidden states, and the lm_head is here) or "student" (the model under the student's adapter,
+            which takes no memory of its own).
         other_teachers: bytes of further teachers, on one GPU if they were alone: their weights, or where teachers are
             on the CPU between scoring passes their lm_heads.
         micro_batch: rollouts of a forward and backward (`per_device_train_batch_size`).
@@ -114,11 +115,16 @@ class Setup:
         return self.micro_batch * self.accumulation
 
     @property
+    def asks_a_server(self) -> bool:
+        """Whether the teacher's backbone is elsewhere."""
+        return self.teacher_place in ("server", "lm_head")
+
+    @property
     def scores_ahead(self) -> bool:
         """Whether there is a scoring pass before the loss; one micro-batch that is the whole batch needs none."""
         if self.teacher_place == "offload":
             return True
-        is_whole = self.gpus == self.accumulation == 1 and self.teacher_place != "server"
+        is_whole = self.gpus == self.accumulation == 1 and not self.asks_a_server
         return self.batch_normalization and self.rule != "all" and not is_whole
 
     @property
@@ -258,6 +264,7 @@ def _resident(setup: Setup) -> tuple[dict[str, int], int]:
         "sharded": teacher_bytes // n,
         "server": 0,
         "student": 0,
+        "lm_head": head,
     }[setup.teacher_place]
     return resident, gradients
 
@@ -282,7 +289,7 @@ def _teacher_width(setup: Setup) -> int:
 
 
 def _caches(setup: Setup) -> bool:
-    if not setup.scores_ahead or setup.teacher_place == "server":
+    if not setup.scores_ahead or setup.asks_a_server:
         return False
     return needs_teacher(setup.rule) or setup.logs_divergence or setup.teacher_place == "offload"
 

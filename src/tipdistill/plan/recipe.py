@@ -35,7 +35,7 @@ def setup_of_recipe(
         machine: its memory is the setup's.
         gpus: of the run.
         sharding: one of `SHARDING`; None: as accelerate_config has it.
-        teacher_place: one of `TEACHERS`; None: as teacher_offload and the sharding have it.
+        teacher_place: one of `TEACHERS`; None: as teacher_url, teacher_offload and the sharding have it.
         prompt_tokens: tokens of a prompt; None: max_prompt_length, else 1024.
 
     Raises:
@@ -47,11 +47,7 @@ def setup_of_recipe(
     if sharding != "none" and gpus == 1:
         sharding = "none"  # nothing to share with
     named, names = _teachers(values)
-    place = teacher_place or (
-        "offload" if values.teacher_offload else "sharded" if sharding in ("zero3", "fsdp2") else "resident"
-    )
-    if values.use_peft and [one.model for one in named] == [SELF]:
-        place = "student"
+    place = teacher_place or _teacher_place(values, named, sharding)
     if place == "sharded" and gpus == 1:
         place = "resident"
     if place == "offload" and sharding != "none":
@@ -68,7 +64,7 @@ def setup_of_recipe(
         for name, revision in ((values.model_name_or_path, values.model_revision), *names)
     )
     teacher, *others = sorted(teachers, key=lambda config: -sizes(config).parameters)
-    of_teacher = (_as_dict(values.teacher_model_init_kwargs)).get("dtype", values.dtype)
+    dtype_of_teacher = (_as_dict(values.teacher_model_init_kwargs)).get("dtype", values.dtype)
     of_student = (_as_dict(values.model_init_kwargs)).get("dtype", values.dtype)
     engine = ("colocate" if values.vllm_mode == "colocate" else "server") if values.use_vllm else "transformers"
     assert engine in ENGINES
@@ -76,7 +72,7 @@ def setup_of_recipe(
         student,
         teacher,
         student_dtype=_dtype(of_student, student),
-        teacher_dtype=_dtype(of_teacher, teacher),
+        teacher_dtype=_dtype(dtype_of_teacher, teacher),
         bf16=not values.fp16 if values.bf16 is None else bool(values.bf16),
         lora=lora,
         gpus=gpus,
@@ -85,7 +81,7 @@ def setup_of_recipe(
         teacher_place=place,
         other_teachers=sum(
             (sizes(other).lm_head if place == "offload" else sizes(other).parameters)
-            * _dtype(of_teacher, other).itemsize
+            * _dtype(dtype_of_teacher, other).itemsize
             for other in others
         ),
         micro_batch=values.per_device_train_batch_size,
@@ -109,21 +105,35 @@ def setup_of_recipe(
 
 
 def _teachers(values: Namespace) -> tuple[list[NamedTeacher], list[tuple[str, str | None]]]:
-    """The teachers that a recipe names, and name and revision of each whose weights are here, once each."""
+    """The teachers that a recipe names, and name and revision of each whose sizes are known, once each."""
     named = named_teachers(values.teacher_model_name_or_path, values)
-    local = [
-        (values.model_name_or_path, values.model_revision)
-        if one.model == SELF
-        else (one.model, one.args.teacher_model_revision)
-        for one in named
-        if one.args.teacher_url is None
-    ]
-    if not local:
+    if len(named) == 1 and values.teacher_url is not None:
+        served = values.teacher_model_name_or_path or values.teacher_lm_head
+        known = [(served, None)] if served else []
+    else:
+        known = [
+            (values.model_name_or_path, values.model_revision)
+            if one.model == SELF
+            else (one.model or one.args.teacher_lm_head, one.args.teacher_model_revision)
+            for one in named
+            if one.args.teacher_url is None or one.args.teacher_lm_head is not None
+        ]
+    if not known:
         raise ValueError(
-            "no teacher that is planned has its weights here: a plan reads the teacher's configuration, so give its "
-            "name as --teacher, with --teacher_place server and without teacher_url."
+            "the sizes of a teacher on a server are not asked for here: give the model that it serves as "
+            "--teacher_lm_head (hidden states) or --teacher_model_name_or_path (log-probabilities)."
         )
-    return named, list(dict.fromkeys(local))
+    return named, list(dict.fromkeys(known))
+
+
+def _teacher_place(values: Namespace, named: list[NamedTeacher], sharding: str) -> str:
+    if values.teacher_url:
+        return "lm_head" if values.teacher_lm_head else "server"
+    if values.use_peft and [one.model for one in named] == [SELF]:
+        return "student"
+    if values.teacher_offload:
+        return "offload"
+    return "sharded" if sharding in ("zero3", "fsdp2") else "resident"
 
 
 def _check_values(values: Namespace, gpus: int) -> None:

@@ -104,7 +104,7 @@ def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
         yield [("teacher_offload: true", lambda setup: replace(setup, teacher_place="offload"))]
     if setup.gpus > 1 and setup.sharding in ("none", "zero2"):
         yield [("accelerate_config: zero3, which shards the teacher too", _sharded_over(setup.gpus))]
-    if setup.teacher_place not in ("server", "student"):
+    if not setup.asks_a_server and setup.teacher_place != "student":
         yield [("the teacher on a server of its own", lambda setup: replace(setup, teacher_place="server"))]
     if setup.student.lora is None:
         yield [("use_peft: true (LoRA)", lambda setup: replace(setup, student=replace(setup.student, lora=(16, None))))]
@@ -125,7 +125,7 @@ def _in_micro_batches(size: int) -> Callable[[Setup], Setup]:
 
 def _sharded_over(gpus: int) -> Callable[[Setup], Setup]:
     def change(setup: Setup) -> Setup:
-        place = "server" if setup.teacher_place == "server" else "sharded"
+        place = setup.teacher_place if setup.asks_a_server else "sharded"
         return replace(setup, gpus=gpus, sharding="zero3", teacher_place=place)
 
     return change
@@ -191,7 +191,7 @@ def assumptions(setup: Setup, machine: Machine) -> list[str]:
         )
     if setup.teacher_place == "student":
         lines.append("the teacher is the model under the student's adapter, and takes no memory of its own")
-    if setup.teacher_place == "server":
+    if setup.asks_a_server:
         lines.append("the teacher's server is on other GPUs; its memory, time and traffic are not counted")
     return lines
 

@@ -49,7 +49,7 @@ def step_time(setup: Setup, machine: Machine) -> dict[str, float]:
     return {
         "rollout": _rollout(setup, machine),
         "student scoring": own if setup.scores_ahead else 0.0,
-        "teacher": 0.0 if setup.teacher_place == "server" else rollouts * _sequence_flops(teacher, length) / rate,
+        "teacher": 0.0 if setup.asks_a_server else rollouts * _sequence_flops(teacher, length) / rate,
         "lm_heads": head_flops(setup) / of_heads,
         "student forward and backward": passes * own,
         "optimizer": _optimizer(setup, machine),

@@ -19,8 +19,8 @@ SECTIONS = {
         *("model_name_or_path", "teacher_model_name_or_path", "dtype", "attn_implementation", "load_in_4bit"),
         *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "trust_remote_code"),
         *("teachers", "teacher_column", "teacher_prompt_column", "teacher_update"),
-        *("teacher_offload", "teacher_url", "teacher_served_name", "teacher_top_k", "teacher_api_key_env"),
-        *("teacher_timeout", "teacher_time_limit", "teacher_concurrency"),
+        *("teacher_offload", "teacher_url", "teacher_lm_head", "teacher_served_name", "teacher_top_k"),
+        *("teacher_api_key_env", "teacher_timeout", "teacher_time_limit", "teacher_concurrency"),
     ),
     "prompts": (
         *("dataset_name", "dataset_config", "dataset_train_split", "prompt_column", "prompt_template", "apply_chat"),

@@ -27,8 +27,9 @@ from ..model_files import check_chat_template, check_models, compare_models, of_
 from ..positions import check_positions
 from ..signals import end_with_parent
 from ..supervise import supervise
+from ..teachers import TeacherUnavailableError, open_server
 from ..teachers.named import SELF, named_teachers
-from ..teachers.served import TeacherUnavailableError, check_ends, open_teacher
+from ..teachers.served import check_ends
 from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from ..training.evaluation import load_tasks
@@ -290,9 +291,8 @@ def _check_models(request: Request) -> tuple[Any, Any, dict[str, str], _Compared
             check_ends(one.args, None)
             described[one.called] = one.args.teacher_url
             if request.script.dry_run:  # which asks once; a run waits for a server that is still loading
-                server = open_teacher(one.args, tokenizer, time_limit=_DRY_RUN_PATIENCE)
-                given = "its whole vocabulary" if server.gives_all else f"its {server.top_k} likeliest tokens"
-                described[one.called] = f"{server.model} at {server.url}, which gives {given}"
+                server = open_server(one.args, tokenizer, _DRY_RUN_PATIENCE)
+                described[one.called] = f"{server.model} at {server.url}, which gives {server.gives}"
                 differing |= server.differing
                 said = {"warning": described_differences(server.differing)} if server.differing else {}
                 described |= of_one(one.name, said)

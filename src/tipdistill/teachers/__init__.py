@@ -12,10 +12,11 @@ An Answer is small and portable (hidden states, or log-probabilities): it is kep
 it, and is cut with the batch into micro-batches. A Comparison lives for one forward; it holds whatever must be at hand
 meanwhile, such as a sharded lm_head that was gathered.
 
-`local.py` is a model in this process, `served.py` one behind a vLLM server, `itself.py` the student as its own. Around
-any of them, `prompted.py` lets it read another prompt than the student did, and `routed.py` makes one of several, each
-for the rollouts whose row names it. A teacher of another kind is one more class with the members of `Teacher`, and one
-more line in `choose_teacher`.
+`local.py` is a model in this process, `itself.py` the student as its own, `served.py` one behind a vLLM server that
+gives log-probabilities, `hidden.py` one that gives hidden states, whose lm_head is here (both ask through `client.py`).
+Around any of them, `prompted.py` lets it read another prompt than the student did, `ends.py` lets it end with the
+student's end token, and `routed.py` makes one of several, each for the rollouts whose row names it. A teacher of
+another kind is one more class with the members of `Teacher`, and one more line in `choose_teacher`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ __all__ = [
     "TeacherCallback",
     "TeacherUnavailableError",
     "choose_teacher",
+    "open_server",
 ]
 
 
@@ -250,11 +252,11 @@ def _choose(
     tokenizer: Any = None
     differing: dict[int, Names] = {}
     if args.teacher_url is not None:
-        from . import served
+        from .served import check_ends
 
-        served.check_ends(args, teacher_processing_class)
-        server = served.open_teacher(args, processing_class)
-        make = lambda trainer: served.ServedTeacher(server, trainer.accelerator)  # noqa: E731
+        check_ends(args, teacher_processing_class)
+        server = open_server(args, processing_class)
+        make = lambda trainer: server.teacher(trainer.accelerator)  # noqa: E731
         tokenizer, differing = teacher_processing_class, server.differing
     elif is_student:
         from . import itself
@@ -275,3 +277,23 @@ def _choose(
             alone(trainer), prompt_column, tokenizer or processing_class, trainer
         )
     return ChosenTeacher(make, tokenizer, differing, is_student=is_student)
+
+
+def open_server(args: Any, tokenizer: Any, time_limit: float | None = None) -> Any:
+    """The server of `teacher_url`, connected, as what asks it for log-probabilities or for hidden states.
+
+    Args:
+        args: the `TIPConfig`.
+        tokenizer: the student's.
+        time_limit: seconds to wait for it; None: the configuration's.
+
+    Returns:
+        A `client.TeacherClient`, whose `teacher(accelerator)` is the `Teacher`.
+
+    Raises:
+        ValueError, TeacherUnavailableError: as `choose_teacher`.
+    """
+    from . import hidden, served
+
+    opened = served.open_teacher if args.teacher_lm_head is None else hidden.open_server
+    return opened(args, tokenizer, time_limit)

@@ -25,8 +25,9 @@ ENTRY = {
     "served_name": "teacher_served_name",
     "top_k": "teacher_top_k",
     "api_key_env": "teacher_api_key_env",
+    "lm_head": "teacher_lm_head",
 }
-_OF_SERVERS = ("served_name", "top_k", "api_key_env")
+_OF_SERVERS = ("served_name", "top_k", "api_key_env", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ def _read_entry(entry: Any, where: str) -> dict[str, Any]:
     given = {key: value for key, value in entry.items() if value is not None}
     if ("model" in given) == ("url" in given):
         raise ValueError(f"{where} must name a model or a url, and not both.")
-    for key in ("model", "revision", "url", "served_name", "api_key_env"):
+    for key in ("model", "revision", "url", "served_name", "api_key_env", "lm_head"):
         named = given.get(key, "-")
         if not (isinstance(named, str) and named.strip()) and (key != "model" or isinstance(named, str | int | float)):
             raise ValueError(f"{where}: {key} must be a text, got {named!r:.60}.")
-    for key in _OF_SERVERS if "model" in given else ("revision",):
+    for key in _OF_SERVERS if "model" in given else () if "lm_head" in given else ("revision",):
         if key in given:
             raise ValueError(f"{where}: {key} is for a {'server' if 'model' in given else 'model'}: leave it out.")
     if "url" in given:

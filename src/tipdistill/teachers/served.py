@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-import random
-import re
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,84 +21,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import http, replies
+from .. import replies
 from ..score.top import top_of_served
 from ..score.top_k_teacher import DEFAULT_FIELDS, served_divergence_loss, served_scores, unavailable
 from ..select import rule_fields
-from ..text import printable
 from ..types import Head, TeacherLogprobs, TokenScores, TopTokens
-from ..vocabulary import Names, check_served_tokenizer
 from . import TeacherCallback, TeacherUnavailableError
+from .client import Question, TeacherClient, TeacherRefusedError, ask_together, connected, key_of, traffic_metrics
 
-__all__ = ["ServedTeacher", "TeacherServer", "TeacherUnavailableError", "open_teacher"]
+__all__ = ["Question", "ServedTeacher", "TeacherServer", "TeacherUnavailableError", "open_teacher"]
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TOP_K = 20  # what a vLLM server allows that was not told otherwise
-LONGEST_PAUSE = 60.0  # seconds
 # P sums to 1; a server that rounds to a few decimals, or runs in half precision, is this far off at most
 SUM_TOLERANCE = 0.02
 _LARGE_ANSWER = 2**20  # bytes for one token
 # what an answer may take: itself, and each log-probability in it (some 60 bytes, more where the token's text is long)
 _ANSWER, _BYTES_OF_ENTRY = 2**20, 512
-# a teacher's lm_head may have more rows than the tokenizer has tokens; no id is beyond twice as many and these
-_PADDING, _MOST_IDS = 4096, 2**31
-_MOST_NAMES, _LONGEST_NAME = 5, 60  # that an error shows
-# what a step logs → where `Traffic` has it
-TRAFFIC = {
-    "teacher/bytes_sent": "sent",
-    "teacher/bytes_received": "received",
-    "teacher/bytes_saved": "saved",
-    "teacher/tokens_asked": "asked",
-}
 
 
-class TeacherRefusedError(ValueError):
-    """The teacher's server answered, and asking again would not change the answer."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One rollout, and the completion tokens that are asked about.
-
-    Attributes:
-        prompt_ids, completion_ids: tokens.
-        positions: places in the completion, ascending.
-    """
-
-    prompt_ids: Sequence[int]
-    completion_ids: Sequence[int]
-    positions: Sequence[int]
-
-    def tokens(self) -> list[int]:
-        """What is sent: nothing after the last token that is asked about."""
-        return [*self.prompt_ids, *self.completion_ids[: self.positions[-1] + 1]]
-
-
-@dataclass
-class Traffic:
-    """What went over the wire since it was last reset, in bytes and tokens.
-
-    Attributes:
-        sent, received: bytes of the bodies, as transferred.
-        answered: tokens that the answers hold log-probabilities of, prompts included: there is no asking for some.
-        asked: tokens that were asked about.
-        left_out: tokens of which nothing was asked and so nothing came.
-    """
-
-    sent: int = 0
-    received: int = 0
-    answered: int = 0
-    asked: int = 0
-    left_out: int = 0
-
-    @property
-    def saved(self) -> int:
-        """Bytes that did not come, at the mean size of what did."""
-        return round(self.left_out * self.received / self.answered) if self.answered else 0
-
-
-class TeacherServer:
+class TeacherServer(TeacherClient):
     """Asks a server for the teacher's log-probabilities; retries until it answers or the time limit is over.
 
     Args:
@@ -113,7 +52,7 @@ class TeacherServer:
         timeout: of one request, in seconds.
         time_limit: how long the server may be out before `TeacherUnavailableError`, in seconds.
         concurrency: requests in flight.
-        pause: before the second attempt, in seconds; twice as long before each later one, a minute at most, jittered.
+        pause: as `TeacherClient` has it.
 
     Raises:
         ValueError: the URL is none, or a number out of range.
@@ -136,72 +75,32 @@ class TeacherServer:
         concurrency: int = 16,
         pause: float = 1.0,
     ) -> None:
-        self.url, self.model, self.top_k = http.server_url("teacher_url", url), model, top_k
-        self.timeout, self.time_limit, self.concurrency, self.pause = timeout, time_limit, concurrency, pause
-        self.vocabulary: int | None = None
-        self.tokens, self.largest_id = 0, _MOST_IDS
-        self.differing: dict[int, Names] = {}  # reserved tokens that it reads as others
-        self.traffic = Traffic()
-        self._api_key = api_key
-        self._jitter = random.Random()  # its own: the run's random numbers stay where they are
-        self._lock = threading.Lock()
-        self._answered_at = -math.inf
-        self._out = False
+        super().__init__(url, model, api_key, timeout, time_limit, concurrency, pause)
+        self.top_k = top_k
 
     @property
     def gives_all(self) -> bool:
         """Whether answers hold the whole vocabulary (known after `connect`)."""
         return self.top_k == 0
 
-    def connect(self, tokenizer: Any) -> None:
-        """Find out what the server serves, and refuse what cannot be right.
+    @property
+    def gives(self) -> str:
+        """What its answers hold, in words (known after `connect`)."""
+        return "its whole vocabulary" if self.gives_all else f"its {self.top_k} likeliest tokens"
 
-        Args:
-            tokenizer: the student's.
+    def teacher(self, accelerator: Any) -> ServedTeacher:
+        return ServedTeacher(self, accelerator)
 
-        Raises:
-            TeacherUnavailableError: nobody answers within the time limit.
-            ValueError: the server does not serve the model, its tokenizer is another, or it gives no log-probabilities.
-        """
-        served = self._read(f"{self.url}/models", None, replies.model_names)
-        more = [f"{len(served) - _MOST_NAMES} more"] * (len(served) > _MOST_NAMES)
-        names = printable(", ".join([*(name[:_LONGEST_NAME] for name in served[:_MOST_NAMES]), *more]))
-        if self.model is None and len(served) != 1:
-            raise ValueError(f"{self.url} serves {names}: say which with teacher_served_name.")
-        if self.model is not None and self.model not in served:
-            raise ValueError(f"{self.url} does not serve {self.model!r}; it serves {names}.")
-        self.model = self.model or served[0]
-        self.tokens = len(getattr(tokenizer, "tokenizer", tokenizer))
-        self.largest_id = 2 * self.tokens + _PADDING
-        self._check_tokenizer(tokenizer)
-        self._find_top_k(tokenizer)
-
-    def _check_tokenizer(self, tokenizer: Any) -> None:
-        def tokenize(text: str) -> list[int]:
-            body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-            root = re.sub(r"/v\d+$", "", self.url)
-            return self._read(f"{root}/tokenize", body, lambda reply: replies.token_ids(reply, self.largest_id))
-
-        try:
-            self.differing = check_served_tokenizer(tokenizer, tokenize)
-        except TeacherRefusedError as error:
-            raise ValueError(
-                f"the teacher's tokenizer cannot be compared with the student's, since {self.url} has no /tokenize as "
-                f"vLLM has ({error}). Distillation compares next-token distributions token by token: serve the teacher "
-                "with vLLM."
-            ) from error
-
-    def _find_top_k(self, tokenizer: Any) -> None:
+    def _find_out(self, tokenizer: Any) -> None:
         tokens = tokenizer("1 + 1 =", add_special_tokens=False)["input_ids"]
         tokens = (tokens * 2)[:8]
         question = Question(tokens[:1], tokens[1:], range(len(tokens) - 1))
-        asked, refusal = self.top_k, ""
+        asked = self.top_k
         if asked in (None, 0):
+            self.top_k = 0
             try:
                 before = self.traffic.received
-                row = self._ask(question, -1)
-                assert row is not None
-                self.top_k, self.vocabulary = 0, row.logprob.shape[1]
+                self.vocabulary = self._ask(question).logprob.shape[1]
                 per_token = (self.traffic.received - before) // len(tokens)
                 logger.warning(
                     f"The teacher at {self.url} gives its whole vocabulary of {self.vocabulary:,} tokens: scores and "
@@ -210,14 +109,13 @@ class TeacherServer:
                 )
                 return
             except TeacherRefusedError as error:
-                refusal = str(error)
                 if asked == 0:
                     raise ValueError(
-                        f"teacher_top_k = 0 asks for the whole vocabulary, which the server does not give ({refusal}): "
+                        f"teacher_top_k = 0 asks for the whole vocabulary, which the server does not give ({error}): "
                         "start it with --max-logprobs -1, or set teacher_top_k to what it allows."
                     ) from error
         self.top_k = asked or DEFAULT_TOP_K
-        self._ask(question, self.top_k)  # refused now, and not in the first step
+        self._ask(question)  # refused now, and not in the first step
         logger.warning(
             f"The teacher at {self.url} gives its {self.top_k} likeliest tokens: reverse KL, forward KL, "
             "Jensen-Shannon divergence, Hellinger distance and teacher entropy are lower bounds (all other tokens "
@@ -225,40 +123,9 @@ class TeacherServer:
             "makes of it."
         )
 
-    def ask(self, questions: Sequence[Question]) -> list[TeacherLogprobs | None]:
-        """The teacher's log-probabilities of the tokens asked about.
-
-        Args:
-            questions: one per rollout; one without positions is not sent.
-
-        Returns:
-            TeacherLogprobs of the positions of each rollout, on the CPU; None where nothing was asked.
-
-        Raises:
-            TeacherUnavailableError: the server was out for longer than the time limit.
-            ValueError: it refused, or what it answers are no log-probabilities; which rollout and token.
-        """
+    def _answer(self, question: Question, tokens: list[int], row: int, gone: threading.Event) -> TeacherLogprobs:
         assert self.top_k is not None, "connect comes first"
         k = self.top_k or -1
-        gone = threading.Event()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._ask, question, k, gone, row) for row, question in enumerate(questions)]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                gone.set()  # those that wait for their next attempt give up at once
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _ask(
-        self, question: Question, k: int, gone: threading.Event | None = None, row: int = 0
-    ) -> TeacherLogprobs | None:
-        everything = len(question.prompt_ids) + len(question.completion_ids)
-        if not len(question.positions):
-            with self._lock:
-                self.traffic.left_out += everything
-            return None
-        tokens = question.tokens()
         body = {
             "model": self.model,
             "prompt": tokens,
@@ -267,7 +134,6 @@ class TeacherServer:
             "prompt_logprobs": k,
             "add_special_tokens": False,
         }
-
         wanted = [len(question.prompt_ids) + position for position in question.positions]
         entries = self._read(
             f"{self.url}/completions",
@@ -276,63 +142,11 @@ class TeacherServer:
             gone,
             largest=_ANSWER + len(tokens) * _BYTES_OF_ENTRY * (self.largest_id if k < 0 else k + 2),
         )
-        with self._lock:
-            self.traffic.answered += len(tokens)
-            self.traffic.asked += len(question.positions)
-            self.traffic.left_out += everything - len(tokens)
         sampled = [question.completion_ids[position] for position in question.positions]
         where = [f"{self.url}, rollout {row}, token {position}" for position in question.positions]
         if k < 0:
             return _whole(entries, sampled, where, self.vocabulary)
         return _likeliest(entries, sampled, k, where, min(k, self.tokens))
-
-    def _read(
-        self,
-        url: str,
-        body: dict[str, Any] | None,
-        take: Callable[[Any], Any],
-        gone: threading.Event | None = None,
-        largest: int = http.LARGEST,
-    ) -> Any:
-        """What `take` makes of the JSON answer; asks again while there is none, until the time limit is over."""
-        gone = gone or threading.Event()
-        started = time.monotonic()
-
-        def again(failed: int, said: str) -> bool:
-            now = time.monotonic()
-            with self._lock:
-                out_for = now - max(started, self._answered_at)
-                if not self._out:
-                    self._out = True
-                    logger.warning(
-                        f"The teacher at {self.url} gives no answer ({said:.200}). The run waits and asks again, for "
-                        f"{self.time_limit:g} seconds at most."
-                    )
-            pause = min(LONGEST_PAUSE, self.pause * 2 ** (failed - 1)) * self._jitter.uniform(0.5, 1.0)
-            if out_for + pause > self.time_limit or gone.wait(pause):
-                raise TeacherUnavailableError(
-                    f"the teacher at {url} gave no answer for {out_for:.0f} seconds (teacher_time_limit is "
-                    f"{self.time_limit:g}): {said:.300}"
-                )
-            return True
-
-        try:
-            answer = http.ask(
-                url, body, again=again, read=take, api_key=self._api_key, timeout=self.timeout, largest=largest
-            )
-        except http.RefusedError as error:
-            raise TeacherRefusedError(str(error)) from error
-        self._note(answer.sent, answer.received)
-        return answer.value
-
-    def _note(self, sent: int, received: int) -> None:
-        with self._lock:
-            self._answered_at = time.monotonic()
-            self.traffic.sent += sent
-            self.traffic.received += received
-            if self._out:
-                self._out = False
-                logger.warning(f"The teacher at {self.url} answers again.")
 
 
 @dataclass(frozen=True)
@@ -399,39 +213,14 @@ class ServedTeacher:
     def answer(
         self, batch: dict[str, Any], asked: Tensor, pieces: Sequence[Tensor] | None = None
     ) -> list[TeacherLogprobs | None]:
-        columns = (batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], asked)
-        questions = [
-            Question(
-                prompt[prompt_mask.bool()].tolist(), completion[mask.bool()].tolist(), row.nonzero()[:, 0].tolist()
-            )
-            for prompt, prompt_mask, completion, mask, row in zip(*(value.cpu() for value in columns), strict=True)
-        ]
-        answers: list[TeacherLogprobs | None] = []
-        error: TeacherUnavailableError | ValueError | None = None
-        try:
-            answers = self.server.ask(questions)
-        except (TeacherUnavailableError, ValueError) as caught:
-            error = caught
-        # together: a process that stopped alone would leave the others waiting, and saving a checkpoint takes all
-        flags = torch.tensor([[error is not None, isinstance(error, ValueError)]], device=asked.device).long()
-        failed, refused = self.accelerator.gather(flags).any(0).tolist()
-        if refused:
-            raise error if isinstance(error, ValueError) else ValueError("another process was refused by the teacher.")
-        if failed:
-            raise error or TeacherUnavailableError("another process had no answer from the teacher")
-        return answers
+        return ask_together(self.server, self.accelerator, batch, asked)
 
     @contextmanager
     def compare(self, answers: Sequence[TeacherLogprobs | None]) -> Iterator[LogprobComparison]:
         yield LogprobComparison(_joined(answers).map(lambda value: value.to(self.accelerator.device)))
 
     def metrics(self) -> dict[str, float]:
-        """What asking took: tokens, and bytes as transferred."""
-        traffic, self.server.traffic = self.server.traffic, Traffic()
-        counts = torch.tensor(
-            [[float(getattr(traffic, name)) for name in TRAFFIC.values()]], device=self.accelerator.device
-        )
-        return dict(zip(TRAFFIC, self.accelerator.gather(counts).sum(0).tolist(), strict=True))
+        return traffic_metrics(self.server, self.accelerator)
 
 
 def _joined(answers: Sequence[TeacherLogprobs | None]) -> TeacherLogprobs:
@@ -478,16 +267,12 @@ def open_teacher(config: Any, tokenizer: Any, time_limit: float | None = None) -
         config.teacher_url,
         config.teacher_served_name,
         config.teacher_top_k,
-        http.key_of(
-            "teacher_api_key_env", config.teacher_api_key_env, http.server_url("teacher_url", config.teacher_url)
-        ),
+        key_of(config),
         config.teacher_timeout,
-        config.teacher_time_limit if time_limit is None else time_limit,
+        config.teacher_time_limit,
         config.teacher_concurrency,
     )
-    server.connect(tokenizer)
-    server.time_limit = config.teacher_time_limit
-    server.traffic = Traffic()
+    connected(server, config, tokenizer, time_limit)
     if server.gives_all:
         return server
     assert server.top_k is not None

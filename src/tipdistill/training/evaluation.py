@@ -82,10 +82,10 @@ def load_tasks(names: Sequence[str], args: Any) -> list[Task]:
                 f"eval_tasks: {task.name} is a divergence from one teacher, and its problems name none of `teachers`: "
                 "leave the task out; eval_dataset may have the column that names them."
             )
-        if task.divergence is not None and args.teacher_url is not None:
+        if task.divergence is not None and not args.teacher_tells_everything:
             raise ValueError(
                 f"eval_tasks: {task.name} needs the teacher's whole distribution, and the server of teacher_url gives "
-                "a part of it: leave the task out, or give the teacher as teacher_model_name_or_path."
+                "a part of it: leave the task out, or give the model that it serves as teacher_lm_head."
             )
     return tasks
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from plain_loss import PLAIN, compare
+from serving import serving
 from transformers import AutoModelForCausalLM
 
 from tipdistill import TIPConfig, TIPTrainer
@@ -56,6 +57,25 @@ def test_loss_gradients_and_kept_tokens_are_those_of_each_rows_teacher(make, mod
     trainer._prepare_inputs = lambda _: trainer_rows
     compare(trainer, rows, student, teacher_of)
     assert set(asked.values()) == set(NAMES)
+
+
+@pytest.mark.parametrize("kind", ["hidden states", "log-probabilities"])
+def test_a_local_teacher_and_one_on_a_server_in_one_run(make, models, tiny_model_dir, tiny_tokenizer, kind):
+    teachers = {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in models.items()}
+    with serving(teachers["code"], tiny_tokenizer, max_logprobs=-1) as server:
+        served = {"url": server.url, "lm_head": models["code"]} if kind == "hidden states" else server.url
+        trainer = make({"maths": models["maths"], "code": served})
+        student = AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen3", "student"))
+        trainer.model.train()
+        inputs = trainer._prepare_inputs([trainer.train_dataset[row] for row in range(8)])
+        trainer._prepare_inputs = lambda _: inputs
+        names = [row["teacher"] for row in inputs["examples"]]
+        assert set(names) == set(NAMES)
+        compare(trainer, [], student, lambda row, prompt: (teachers[names[row]], prompt))
+        trainer = make({"maths": models["maths"], "code": served})
+        trainer.train()
+        (*_, last) = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert last["teacher/code/tokens_asked"] == last["teacher/code/tokens"] > 0
 
 
 def test_each_teachers_tokens_and_divergence_are_logged(make, models, tiny_model_dir):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from serving import serving
+from transformers import AutoModelForCausalLM
 
 from tipdistill.cli import main
 
@@ -125,8 +127,10 @@ def test_the_notebook_runs_from_top_to_bottom(tiny_model_dir, word_problems, tmp
     assert (tmp_path / "half" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("name", ["itself", "several"])
-def test_the_recipes_with_other_teachers_train(name, tiny_model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["itself", "several", "served"])
+def test_the_recipes_with_other_teachers_train(
+    name, tiny_model_dir, tiny_tokenizer, word_problems, tmp_path, monkeypatch
+):
     """As they stand, on tiny models in the place of those that their head comment makes."""
     monkeypatch.chdir(EXAMPLES.parent)
     models = {"student": str(tiny_model_dir("qwen3", "student")), "teacher": str(tiny_model_dir("llama", "teacher"))}
@@ -134,8 +138,10 @@ def test_the_recipes_with_other_teachers_train(name, tiny_model_dir, tmp_path, m
     text = json.dumps(recipe | {"output_dir": str(tmp_path / "run"), "max_steps": 2})
     for role, path in models.items():
         text = text.replace(f"runs/smollm2/models/{role}", path)
-    (tmp_path / "recipe.yaml").write_text(text)
-    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    text = text.replace("runs/smollm2/prompts.jsonl", str(word_problems))
+    with serving(AutoModelForCausalLM.from_pretrained(models["teacher"]), tiny_tokenizer) as server:
+        (tmp_path / "recipe.yaml").write_text(text.replace("http://localhost:8001/v1", server.url))
+        assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if "loss" in step]
     assert len(steps) == 2

@@ -59,7 +59,10 @@ KINDS = {
     "running": ({**SGD, "normalization": "running", "retention": 0.1, "selection_scope": "batch"}, {"empty": 4}),
     "adam": ({"max_steps": 4, "save_strategy": "steps", "save_steps": 2}, {}),
     # two teachers, one of them for none of the first process's rollouts, and prompts of the teachers' own
-    "several": ({**SGD, "retention": 0.1, "selection_scope": "batch", "record_rollouts": 0}, {"columns": True}),
+    "several": (
+        {**SGD, "retention": 0.1, "selection_scope": "batch", "save_strategy": "steps", "save_steps": 2},
+        {"columns": True},
+    ),
     "several_micro_batch": (
         {**SGD, "normalization": "micro_batch", "selection_rule": "divergence", "record_rollouts": 0},
         {"columns": True},
@@ -163,6 +166,8 @@ class Jobs:
                 jobs[engine, "tiles"] = self.sharded(engine, 2, "whole", "-tiles", tiles=True)
                 jobs[engine, "killed"] = self.sharded(engine, 2, "adam", dies=3)
                 jobs[engine, "adam"] = self.sharded(engine, 2, "adam", resume=True)
+        jobs["several", "killed"] = self.sharded("ddp", 2, "several", "-killed", dies=3)
+        jobs["several", "resumed"] = self.sharded("ddp", 2, "several", "-killed", resume=True)
         jobs["itself", "killed"] = self.sharded("fsdp2", 2, "itself", dies=3)
         jobs["fsdp2", "itself"] = self.sharded("fsdp2", 2, "itself", resume=True)
         jobs["hosts"] = self.sharded("fsdp2", 4, "whole", "-hosts", hosts=2)
@@ -247,6 +252,11 @@ def test_a_run_killed_on_one_rank_resumes_to_the_figures_of_one_process(engine, 
     assert (directory / "checkpoint-2").is_dir()
     # Adam divides by the root of tiny second moments, so weights may differ where gradients are nearly zero
     assert_same(ran[engine, "adam"], ran["one", "adam"], weights=False)
+
+
+def test_a_run_of_several_teachers_killed_on_one_rank_goes_on(ran):
+    assert (ran["several", "resumed"][1] / "checkpoint-2").is_dir()
+    assert_same(ran["several", "resumed"], ran["one", "several"])
 
 
 def test_a_teacher_that_follows_a_sharded_student_goes_on_where_it_was(ran):

@@ -184,7 +184,9 @@ class TIPTrainer(ResumableTrainer):
         self._selection = StepSelection(self)
         self._micro_batches = 0  # of the step so far
         self._engine_check = EngineCheck(args.vllm_sync_tolerance)
-        self._limits = limits if teacher_prompts is None else {"student": limits["student"]}
+        # of several teachers, or where they read prompts of their own, each looks at what it reads
+        alone = teacher_prompts is None and not self.teacher.names
+        self._limits = limits if alone else {"student": limits["student"]}
         self._student_check = StudentCheck()
         self._last_whole_step = last_whole_step
         self.add_callback(StepEnd(self._clock, self._log_step))

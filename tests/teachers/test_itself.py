@@ -1,9 +1,11 @@
 """The student as its own teacher: how its weights follow, with and without an adapter, and through a kill."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_loss import PLAIN, compare
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.records import open_records
+from tipdistill.teachers.itself import teacher_of
 
 HINT = "The answer is 42. "
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -216,3 +219,29 @@ def test_records_are_written_of_a_student_that_teaches_itself(make, path, tmp_pa
     records = open_records(tmp_path / "run" / "records" / "step-0")
     assert records.sidecar["teacher"] == "self (frozen)"
     assert float(records.scores().reverse_kl.mean()) > 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "said"),
+    [
+        ("FSDP", {"teacher_update": "ema:0.9"}, "changes the adapter's tensors.*holds in parts: take base"),
+        ("DEEPSPEED", {"teacher_update": "base", "normalization": "running"}, 'needs normalization="batch"'),
+    ],
+    ids=["ema", "running"],
+)
+def test_what_a_sharded_adapter_cannot_be_taught_is_refused(path, engine, settings, said):
+    student = adapted(path)
+    accelerator = SimpleNamespace(distributed_type=DistributedType[engine])
+    trainer = SimpleNamespace(accelerator=accelerator, plain_student=lambda: student)
+    args = {"normalization": "batch", "teacher_offload": False, **settings}
+    with pytest.raises(ValueError, match=said):
+        teacher_of(trainer, SimpleNamespace(**args))
+
+
+def test_a_whole_student_in_partitions_is_refused(path):
+    engine = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=engine)
+    student = AutoModelForCausalLM.from_pretrained(path)
+    trainer = SimpleNamespace(accelerator=accelerator, plain_student=lambda: student)
+    with pytest.raises(ValueError, match="give the student's directory as the teacher"):
+        teacher_of(trainer, SimpleNamespace(normalization="batch", teacher_offload=False, teacher_update="frozen"))

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from plain_loss import PLAIN, compare
 from serving import serving
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tipdistill import TIPConfig, TIPTrainer
 
@@ -196,3 +196,18 @@ def test_a_comparison_keeps_the_places_of_its_tokens(make):
         assert [place.tolist() for place in taken.places] == [[2], [0, 1, 3, 4]]
         for part, whole, rows in zip(taken.parts, comparison.parts, ([2], [0, 2, 4, 5]), strict=True):
             assert torch.equal(part.head.hidden, whole.head.hidden[rows])
+
+
+def test_each_teacher_has_room_for_the_prompts_that_it_reads_and_no_others(make, models, tiny_model_dir, tmp_path):
+    """A teacher of few positions reads the short prompts, which is no business of the long ones."""
+    short = AutoModelForCausalLM.from_pretrained(models["code"])
+    short.config.max_position_embeddings = 40
+    lengths = [len(row["prompt"]) for row in make().train_dataset]
+    middle = sorted(lengths)[len(lengths) // 4]
+    names = ["code" if length < middle else "maths" for length in lengths]
+    short.save_pretrained(tmp_path / "short")
+    AutoTokenizer.from_pretrained(models["code"]).save_pretrained(tmp_path / "short")
+    teachers = {"maths": models["maths"], "code": str(tmp_path / "short")}
+    make(teachers, names=names, max_steps=1).train()
+    with pytest.raises(ValueError, match="more than the 40 positions of the teacher code"):
+        make(teachers, names=["code"] * len(names), max_completion_length=30)

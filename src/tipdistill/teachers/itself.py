@@ -60,6 +60,11 @@ def teacher_of(trainer: Surroundings, args: Any) -> Any:
         raise ValueError(
             "teacher_offload moves a second model, and under an adapter student and teacher are one: leave it off."
         )
+    if adapted and args.normalization != "batch" and engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f'a student that teaches itself under an adapter, sharded by {engine.value}, needs normalization="batch": '
+            "with the others the teacher is asked in the middle of the student's own forward."
+        )
     if adapted and update.kind != "base" and engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"teacher_update = {args.teacher_update} changes the adapter's tensors while the teacher answers, which "

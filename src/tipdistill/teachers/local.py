@@ -16,6 +16,7 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from ..integrations import _accelerate, _trl
 from ..loss import fused_divergence_loss
+from ..positions import check_positions, position_limit
 from ..score import token_scores
 from ..score.agreement import check_model
 from ..score.models import head, lm_head_dtype
@@ -96,6 +97,7 @@ class LocalTeacher:
         # before it is sharded; ZeRO-3 holds partitions from the start, and the configuration still knows
         rows = model.get_output_embeddings().weight.shape[0]
         self.vocabulary: int | None = rows or model.config.get_text_config().vocab_size
+        self._limit = position_limit(model.config)
         self.model = _accelerate.prepare_teacher(model, trainer.accelerator)
         self.offload, self.answers_in_loss = offload, not offload
         self._trainer = trainer
@@ -118,6 +120,14 @@ class LocalTeacher:
     def answer(
         self, batch: dict[str, Any], asked: Tensor, pieces: Sequence[Tensor] | None = None
     ) -> list[HiddenStates]:
+        any_asked = asked.any(1)
+        if bool(any_asked.any()):
+            prompt, completion = (
+                int(batch[f"{part}_mask"][any_asked].sum(1).max()) for part in ("prompt", "completion")
+            )
+            check_positions(
+                {"teacher": self._limit}, prompt, completion, "max_completion_length", " or shorten prompts"
+            )
         if self.offload:
             self.model.to(self._trainer.accelerator.device)
         plain, answers = self._plain, [HiddenStates(torch.empty(0))] * len(asked)

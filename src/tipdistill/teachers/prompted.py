@@ -18,7 +18,6 @@ from torch import Tensor
 from ..chat import encode_prompts
 from ..data import check_prompt
 from ..integrations._trl import MULTIMODAL_KEYS
-from ..positions import check_positions, position_limit
 from . import Surroundings, Teacher
 
 
@@ -38,8 +37,6 @@ class PromptedTeacher:
         self.name, self.vocabulary, self.model = teacher.name, teacher.vocabulary, teacher.model
         self.answers_in_loss, self.top_k = teacher.answers_in_loss, teacher.top_k
         self.callbacks, self.names = teacher.callbacks, teacher.names
-        config = getattr(self.model, "config", None)
-        self._limit = None if config is None else position_limit(config)
 
     def answer(self, batch: dict[str, Any], asked: Tensor, pieces: Sequence[Tensor] | None = None) -> list[Any]:
         batch = self._with_own_prompts(batch)
@@ -73,10 +70,7 @@ class PromptedTeacher:
             torch.tensor(encoded[row], device=own.device) if row in encoded else own[mask.bool()]
             for row, (own, mask) in enumerate(zip(batch["prompt_ids"], batch["prompt_mask"], strict=True))
         ]
-        longest, completion = max(map(len, ids)), int(batch["completion_mask"].sum(1).max())
-        check_positions(
-            {"teacher": self._limit}, longest, completion, "max_completion_length", f" or shorten {self._column}"
-        )
+        longest = max(map(len, ids))
         multiple = self._trainer.pad_to_multiple_of or 1
         longest = -(-longest // multiple) * multiple
         pad = self._tokenizer.pad_token_id or 0

@@ -13,7 +13,7 @@ from ..data import prompt_lengths
 from ..evaluate.engines import as_fed
 from ..evaluate.task import Task
 from ..positions import check_positions, position_limit
-from ..teachers.named import SELF, named_teachers
+from ..teachers.named import SELF, named_teachers, number_of
 
 _ENCODED = 2000  # of the longest prompts, before weights are loaded; each batch is looked at again
 REMEDY = " or drop longer prompts (--max_prompt_length of `tipdistill train`)"
@@ -32,7 +32,9 @@ def position_limits(model: Any, teacher_model: Any, args: TIPConfig) -> dict[str
     for one in named_teachers(teacher_model, args):
         own = (one.model, one.args.teacher_model_init_kwargs, one.args.teacher_model_revision)
         given[one.called] = given["student"] if one.model == SELF else own
-    return {
+    # one that a server holds has a limit of its own, which it says itself
+    several: dict[str, int | None] = dict.fromkeys(given) if len(given) > 2 else {}
+    return several | {
         who: _limit(named, {"revision": revision, **(dict(kwargs or {}))}, args.trust_remote_code)
         for who, (named, kwargs, revision) in given.items()
         if named is not None
@@ -81,15 +83,26 @@ def check_prompts_fit(
     if not isinstance(dataset, Dataset) or not isinstance(processing_class, PreTrainedTokenizerBase):
         return
     prompts, column = dataset["prompt"][:], args.teacher_prompt_column
-    if column not in dataset.column_names:
+    teachers = {who: limit for who, limit in limits.items() if who != "student"}
+    names = [who.removeprefix("teacher").strip() for who in teachers]
+    if column not in dataset.column_names and names in ([], [""]):
         _check_longest(limits, prompts, processing_class, args, name)
         return
-    # each model by the prompt that it reads: the longer of the two is no business of the other
-    of_teacher = [prompt if own is None else own for prompt, own in zip(prompts, dataset[column][:], strict=True)]
-    student = {"student": limits["student"]}
-    _check_longest(student, prompts, processing_class, args, name)
-    teachers = {who: limit for who, limit in limits.items() if who not in student}
-    _check_longest(teachers, of_teacher, processing_class, args, name, f" or shorten the longest {column}")
+    # each model by the prompts that it reads: those of another are no business of its own
+    _check_longest({"student": limits["student"]}, prompts, processing_class, args, name)
+    read, remedy = prompts, REMEDY
+    if column in dataset.column_names:
+        remedy = f" or shorten the longest {column}"
+        read = [prompt if own is None else own for prompt, own in zip(prompts, dataset[column][:], strict=True)]
+    numbers = [0] * len(read)
+    if len(names) > 1:
+        given = args.teacher_column
+        of_rows = dataset[given][:] if given in dataset.column_names else [None] * len(read)
+        numbers = [number_of({given: value}, names, given, f"row {row}") for row, value in enumerate(of_rows)]
+    for number, (who, limit) in enumerate(teachers.items()):
+        own_prompts = [prompt for prompt, teacher in zip(read, numbers, strict=True) if teacher == number]
+        if own_prompts:
+            _check_longest({who: limit}, own_prompts, processing_class, args, name, remedy)
 
 
 def check_problems_fit(

@@ -22,7 +22,7 @@ from .head import shown
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
-    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/smollm2.md"),
+    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/smollm2.md", "docs/vllm.md"),
     *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
 )
 WHOLE = ".whole"  # behind a result's name: every column of it
@@ -330,6 +330,19 @@ def _stage(name: str, render: Callable[[dict[str, Any]], str], result: dict[str,
     return render(inside) + stopped
 
 
+_SENT = {
+    "top_20": "its 20 likeliest tokens, as JSON",
+    "whole_vocabulary": "its whole vocabulary, as JSON",
+    "hidden_states_float32": "hidden states of a server in float32",
+    "hidden_states_bfloat16": "hidden states of a server in bfloat16",
+}
+
+
+def _wire(result: dict[str, Any]) -> str:
+    rows = [[name, f"{result['answers'][form]['bytes_per_token']:,.0f}"] for form, name in _SENT.items()]
+    return markdown_table(["what the teacher sends", "bytes per token"], rows)
+
+
 def _positions(result: dict[str, Any]) -> str:
     rows = [
         [
@@ -478,6 +491,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "select-cuda": _select,
     "targets-cpu": _cpu_targets,
     "positions-smollm2": _positions,
+    "wire-smollm2": _wire,
     "students-smollm2": _students,
     "step-tiny": _step,
     "step-smollm2": _step,

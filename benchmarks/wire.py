@@ -119,22 +119,6 @@ def run_wire(model: str, python: str) -> dict[str, Any]:
     }
 
 
-NAMES = {
-    "top_20": "its 20 likeliest tokens, as JSON",
-    "whole_vocabulary": "its whole vocabulary, as JSON",
-    "hidden_states_float32": "hidden states of a server in float32",
-    "hidden_states_bfloat16": "hidden states of a server in bfloat16",
-}
-
-
-def table(result: dict[str, Any]) -> str:
-    """The Markdown table of docs/vllm.md."""
-    lines = ["| what the teacher sends | bytes per token |", "|---|---|"]
-    return "\n".join(
-        [*lines, *(f"| {name} | {result['answers'][form]['bytes_per_token']:,.0f} |" for form, name in NAMES.items())]
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure what travels, and write the JSON."""
     parser = measure.parser("wire", __doc__)

@@ -373,7 +373,7 @@ def test_entropy_rules_project_the_teacher_for_the_kept_rows_only(make, monkeypa
     monkeypatch.setattr(tipdistill.trainer, "token_scores", scoring)
     monkeypatch.setattr(local, "token_scores", scoring)
     monkeypatch.setattr(local, "fused_divergence_loss", losing)
-    trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=2, max_steps=4)
+    trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=2, max_steps=4, record_rollouts=0)
     trainer.train()
     per_step = len(projected["score"]) // 4
     teacher_rows = [sum(projected["score"][i * per_step : (i + 1) * per_step]) for i in range(4)]

@@ -136,7 +136,7 @@ def as_conversations(dataset: Any, column: str) -> Any:
     Example:
         >>> rows = Dataset.from_dict({"teacher_prompt": ["1 + 1 = 2", None]})
         >>> as_conversations(rows, "teacher_prompt")["teacher_prompt"][:]
-        [[{'content': '1 + 1 = 2', 'role': 'user'}], None]
+        [[{'role': 'user', 'content': '1 + 1 = 2'}], None]
     """
 
     def dress(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.wire import table
+from benchmarks.table import TABLES
 
 ROOT = Path(__file__).parents[2]
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "wire-smollm2.json").read_text(encoding="utf-8"))
@@ -11,9 +11,10 @@ PAGE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
 
 
 def test_the_page_has_the_measured_bytes():
-    assert table(RESULT) in PAGE
+    assert TABLES["wire-smollm2"](RESULT) in PAGE
     assert f"({RESULT['model']['vocabulary']:,} tokens, width {RESULT['model']['width']})" in PAGE
     assert f"commit {RESULT['commit']}" in PAGE
+    assert f"vLLM {RESULT['vllm'].removesuffix('.0')}" in PAGE
 
 
 def test_hidden_states_take_what_their_numbers_take():

@@ -180,7 +180,7 @@ def loads_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--teacher", "t"], "--teacher t and --teacher_url {url} name two teachers: give one of them"),
+        (["--teacher", "t"], "--teacher t and --teacher_url {url} each name the teacher: give one of them"),
         (["--teacher_url", "http://me:secret@host/v1"], "teacher_url holds a user name or a password"),
         (["--teacher_url", "host:8000"], "teacher_url must begin with http:// or https://"),
         (["--teacher_revision", "main"], "--teacher_revision is of a teacher loaded here, and this one is on a server"),
@@ -219,7 +219,7 @@ def test_a_teacher_is_needed_and_settings_of_a_server_need_one(
     student = str(tiny_model_dir("qwen3", "student"))
     rest = "--model", student, "--dataset", str(word_problems), "--output_dir", str(tmp_path / "out")
     assert main([name, *rest]) == 2
-    assert "a teacher is needed: --teacher, a directory or a hub id, or --teacher_url" in capsys.readouterr().err
+    assert "a teacher is needed: --teacher, a directory or a hub id, --teacher_url" in capsys.readouterr().err
     assert main([name, *rest, "--teacher", student, "--teacher_top_k", "5"]) == 2
     error = capsys.readouterr().err
     assert "--teacher_top_k is of a teacher on a server, and this one is loaded here: leave it out" in error

@@ -89,9 +89,6 @@ def train(tiny_model_dir, word_problems, tmp_path, monkeypatch):
 
 SETTINGS = [
     {},
-    {"normalization": "micro_batch", "selection_rule": "divergence"},
-    {"selection_rule": "entropy"},
-    {"selection_rule": "all", "retention": 1.0, "beta": 0.5},
     {"selection_rule": "gradient_norm_sampling", "selection_scope": "batch", "retention": 0.1},
 ]
 

@@ -173,4 +173,8 @@ def test_accelerates_logger_is_used_where_there_is_a_trainer_and_nowhere_else():
         for path in SOURCE.rglob("*.py")
         if re.search(r"accelerate\.logging|accelerate import .*logging", path.read_text(encoding="utf-8"))
     }
-    assert users == {"trainer.py", "training/rollouts.py"}  # both are called by a trainer alone
+    assert users == {
+        "trainer.py",
+        "training/rollouts.py",
+        "training/shared_tokens.py",
+    }  # all are called by a trainer alone

@@ -77,7 +77,7 @@ def check_flags(argv: list[str]) -> None:
     Example:
         >>> check_flags(["--retension", "0.5"])
         Traceback (most recent call last):
-        ValueError: there is no flag --retension. Did you mean --retention?
+        ValueError: there is no flag --retension. Did you mean --retention or --drift_retention?
     """
     names = [*read_fields(), *SHORT, "config"]
     for argument in argv:

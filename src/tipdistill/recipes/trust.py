@@ -18,7 +18,6 @@ from ..documents import parse_mapping
 from ..http import server_url, variable_name
 from ..select.registry import is_code as is_code_of_rule
 from ..tasks import is_code as is_code_of_task
-from ..teachers.named import read_teachers
 from ..text import printable
 
 FLAG = "--trust_recipe"
@@ -125,7 +124,11 @@ def code_named(settings: Mapping[str, Any], where: str = "") -> list[str]:
     ):
         named.append(f"accelerate_config: {launcher}")
     keys = [("teacher_", settings)]
-    keys += [(f"teachers.{name}.", entry) for name, entry in (read_teachers(settings.get("teachers")) or {}).items()]
+    if settings.get("teachers") is not None:
+        from ..teachers.named import read_teachers  # not for `tipdistill demo --help`
+
+        several = read_teachers(settings["teachers"], f"{where}teachers") or {}
+        keys += [(f"teachers.{name}.", entry) for name, entry in several.items()]
     for prefix, given in keys:
         one = prefix == "teacher_"
         variable, url = (given.get(f"teacher_{key}" if one else key) for key in ("api_key_env", "url"))

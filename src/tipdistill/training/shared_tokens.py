@@ -128,5 +128,6 @@ def _each(chosen: ChosenTeacher, teacher: Any) -> Iterator[tuple[str, ChosenTeac
     """Each teacher with its name, which is "" where there is one."""
     if not chosen.parts:
         yield "", chosen, teacher
-    for (name, part), one in zip(chosen.parts.items(), list(getattr(teacher, "teachers", ())), strict=True):
+        return
+    for (name, part), one in zip(chosen.parts.items(), list(teacher.teachers), strict=True):
         yield name, part, one

@@ -68,8 +68,9 @@ KINDS = {
         {"columns": True},
     ),
     # the student as its own teacher, a model beside it that follows it
+    # (by Adam: torch does not load the state of an SGD under FSDP2, since there is none)
     "itself": (
-        {**SGD, "max_steps": 4, "teacher_update": "ema:0.5", "save_strategy": "steps", "save_steps": 2},
+        {"max_steps": 4, "teacher_update": "ema:0.5", "save_strategy": "steps", "save_steps": 2},
         {"columns": True, "teacher": "self"},
     ),
 }
@@ -242,7 +243,8 @@ def test_two_processes_equal_one_in_losses_gradients_and_weights(engine, ran):
     ("engine", "kind"), [(engine, kind) for engine in NAMES for kind in KINDS_OF[engine] if kind != "whole"]
 )
 def test_ranks_without_a_token_neither_hang_nor_change_the_result(engine, kind, ran):
-    assert_same(ran[engine, kind], ran["one", kind], normalized_together=kind != "empty_micro_batch")
+    together = not kind.endswith("micro_batch")
+    assert_same(ran[engine, kind], ran["one", kind], weights=kind != "itself", normalized_together=together)
 
 
 @pytest.mark.parametrize("engine", SHARDED)
@@ -265,7 +267,7 @@ def test_a_teacher_that_follows_a_sharded_student_goes_on_where_it_was(ran):
         "teacher-00000.safetensors",
         "teacher-00001.safetensors",
     }
-    assert_same(ran["fsdp2", "itself"], ran["one", "itself"])
+    assert_same(ran["fsdp2", "itself"], ran["one", "itself"], weights=False)  # as in "adam"
 
 
 @pytest.mark.parametrize("engine", SHARDED)
@@ -292,7 +294,7 @@ def test_a_served_teacher_in_two_processes_equals_one(kind, ran):
     asked = [ran["served", kind, processes][0]["teacher/tokens_asked"] for processes in (1, 2)]
     assert asked[0] == asked[1]
     written = [sorted((ran["served", kind, processes][1] / "records").glob("step-*")) for processes in (1, 2)]
-    assert [[path.name for path in paths] for paths in written] == [["step-0", "step-2"] * (kind == "reads")] * 2
+    assert [[path.name for path in paths] for paths in written] == [["step-0", "step-2"] * (kind != "asks_afterwards")] * 2
     for paths in zip(*written, strict=True):
         # the main process writes, and the first rollout is its own in either case
         tables = [open_records(path).read().to_pandas() for path in paths]

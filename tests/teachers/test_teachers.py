@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from datasets import Dataset
+from plain_loss import PLAIN
 from recorded import same_records
 from transformers import AutoModelForCausalLM
 
@@ -15,22 +16,8 @@ from tipdistill.teachers import ChosenTeacher, choose_teacher
 from tipdistill.teachers.local import HeadComparison, HiddenStates, LocalTeacher
 from tipdistill.teachers.routed import RoutedTeacher
 
-PLAIN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "max_completion_length": 12,
-    "learning_rate": 1e-3,
-    "disable_tqdm": True,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "retention": 0.3,
-    "generation_kwargs": {"do_sample": False},
-}
+SETUP = {**PLAIN, "selection_rule": "soft_or", "score_logging_steps": 10, "record_rollouts": 8}
+SETUP |= {"generation_kwargs": {"do_sample": False}}
 
 
 class OverTheWire:
@@ -75,7 +62,7 @@ def train(tiny_model_dir, word_problems, tmp_path, monkeypatch):
             return ChosenTeacher(lambda trainer: make(AutoModelForCausalLM.from_pretrained(teacher), trainer))
 
         monkeypatch.setattr(tipdistill.trainer, "choose_teacher", choose)
-        args = TIPConfig(str(tmp_path / "run"), **{**PLAIN, **settings})
+        args = TIPConfig(str(tmp_path / "run"), **{**SETUP, **settings})
         prompts = Dataset.from_json(str(word_problems))
         prompts = prompts.add_column("teacher", ["first", "second"] * (len(prompts) // 2))
         trainer = TIPTrainer(student, teacher, args, prompts)

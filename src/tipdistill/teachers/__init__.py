@@ -247,7 +247,6 @@ def _choose(
 ) -> ChosenTeacher:
     """What makes one teacher."""
     args = named.args
-    make: Callable[[Surroundings], Teacher]
     is_student = isinstance(named.model, str) and named.model == SELF
     tokenizer: Any = None
     differing: dict[int, Names] = {}
@@ -256,27 +255,33 @@ def _choose(
 
         check_ends(args, teacher_processing_class)
         server = open_server(args, processing_class)
-        make = lambda trainer: server.teacher(trainer.accelerator)  # noqa: E731
         tokenizer, differing = teacher_processing_class, server.differing
-    elif is_student:
-        from . import itself
 
-        make = lambda trainer: itself.teacher_of(trainer, args)  # noqa: E731
+        def make(trainer: Surroundings) -> Teacher:
+            return server.teacher(trainer.accelerator)
+
+    elif is_student:
+        from .itself import teacher_of
+
+        def make(trainer: Surroundings) -> Teacher:
+            return teacher_of(trainer, args)
+
     else:
         from . import local
 
         tokenizer, differing = local.check(named.model, args, processing_class, teacher_processing_class)
-        make = lambda trainer: local.LocalTeacher(  # noqa: E731
-            local.load(named.model, args), trainer, args.teacher_offload
-        )
-    if prompt_column is not None:
-        from .prompted import PromptedTeacher
 
-        alone = make
-        make = lambda trainer: PromptedTeacher(  # noqa: E731
-            alone(trainer), prompt_column, tokenizer or processing_class, trainer
-        )
-    return ChosenTeacher(make, tokenizer, differing, is_student=is_student)
+        def make(trainer: Surroundings) -> Teacher:
+            return local.LocalTeacher(local.load(named.model, args), trainer, args.teacher_offload)
+
+    if prompt_column is None:
+        return ChosenTeacher(make, tokenizer, differing, is_student=is_student)
+    from .prompted import PromptedTeacher
+
+    def make_prompted(trainer: Surroundings) -> Teacher:
+        return PromptedTeacher(make(trainer), prompt_column, tokenizer or processing_class, trainer)
+
+    return ChosenTeacher(make_prompted, tokenizer, differing, is_student=is_student)
 
 
 def open_server(args: Any, tokenizer: Any, time_limit: float | None = None) -> Any:

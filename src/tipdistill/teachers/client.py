@@ -12,6 +12,7 @@ import random
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Traffic:
         return round(self.left_out * self.received / self.answered) if self.answered else 0
 
 
-class TeacherClient:
+class TeacherClient(ABC):
     """Asks a server about rollouts; retries until it answers or the time limit is over.
 
     A class of it says what it asks (`_answer`), what it finds out at the start (`_find_out`), and what a run makes of
@@ -124,9 +125,9 @@ class TeacherClient:
         self._out = False
 
     @property
+    @abstractmethod
     def gives(self) -> str:
         """What its answers hold, in words (known after `connect`)."""
-        raise NotImplementedError
 
     @property
     def root(self) -> str:
@@ -170,21 +171,21 @@ class TeacherClient:
                 "with vLLM."
             ) from error
 
+    @abstractmethod
     def teacher(self, accelerator: Any) -> Any:
         """The `tipdistill.teachers.Teacher` of a run that asks this server."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _find_out(self, tokenizer: Any) -> None:
         """Ask once, so that what the server will not give is refused now, and not in the first step."""
-        raise NotImplementedError
 
     def _tokens(self, question: Question) -> list[int]:
         """What is sent of a rollout: nothing after the last token that is asked about."""
         return [*question.prompt_ids, *question.completion_ids[: question.positions[-1] + 1]]
 
+    @abstractmethod
     def _answer(self, question: Question, tokens: list[int], row: int, gone: threading.Event) -> Any:
         """The Answer to a question with positions, of which `tokens` are sent; errors call its rollout `row`."""
-        raise NotImplementedError
 
     def ask(self, questions: Sequence[Question]) -> list[Any]:
         """What the teacher says of the tokens asked about.

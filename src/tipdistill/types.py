@@ -11,17 +11,78 @@ Shape legend, used in every docstring of the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 
+# What came of a call of a tool; everything but "ok" is a failure, and in each case the student reads a message.
+OUTCOMES = ("ok", "unknown tool", "malformed", "bad arguments", "raised", "timed out", "too many calls")
+# How an episode ended: with a turn that calls nothing, at the token limit (in a turn of the student's, or before a
+# result that had no room), or with a call after the last one that was allowed.
+ENDINGS = ("answered", "cut", "no room", "too many calls")
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """One call of a tool and what the student read of its result.
+
+    Attributes:
+        name: of the tool, as the student wrote it; "" where a call could not be read.
+        arguments: as the student wrote them, JSON; "" where they could not be read.
+        outcome: one of `OUTCOMES`.
+        text: the result, or the message about the failure, cut where it was too long.
+    """
+
+    name: str
+    arguments: str
+    outcome: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A stretch of a completion that was written at a time, by the student or by its tools.
+
+    Attributes:
+        role: "student" or "tool".
+        first: place of its first token in the completion.
+        tokens: how many it has, those of the chat template around a result included.
+        text: what they are, decoded.
+        results: of a turn of the tools: one for each call of the student's turn before it.
+    """
+
+    role: str
+    first: int
+    tokens: int
+    text: str
+    results: tuple[ToolResult, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an environment says of an episode once it is over.
+
+    Attributes:
+        correct: whether the student did what it was asked to.
+        parts: constraint → whether it holds; what a page shows beside the answer.
+        figures: name → a number that an evaluation takes the mean of, such as the share of the constraints that hold.
+    """
+
+    correct: bool
+    parts: Mapping[str, bool] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A completion that the student wrote, as tokens.
+
+    One in which tools answered is an episode: its completion has turns, and what the tools wrote stands in it too. Only
+    the student's own tokens are scored, selected and trained on.
 
     Attributes:
         prompt_id: row of the prompt in its dataset.
@@ -29,6 +90,14 @@ class Rollout:
         prompt_ids: its tokens.
         completion_ids: the tokens written, the end-of-sequence token included where there is one.
         finished: whether it ended by itself, and not at the length limit.
+        turns: of an episode, in order; they cover the completion. Empty: the student wrote all of it.
+        ending: of an episode, one of `ENDINGS`; "" for others.
+        verdict: what the environment says of an episode, if it says anything.
+
+    Example:
+        >>> turns = Turn("student", 0, 1, "a"), Turn("tool", 1, 2, "bc"), Turn("student", 3, 1, "d")
+        >>> Rollout(0, "", (9,), (4, 5, 6, 7), True, turns).written
+        (True, False, False, True)
     """
 
     prompt_id: int
@@ -36,6 +105,16 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     finished: bool
+    turns: tuple[Turn, ...] = ()
+    ending: str = ""
+    verdict: Verdict | None = None
+
+    @property
+    def written(self) -> tuple[bool, ...]:
+        """Of each token of the completion, whether the student wrote it (TRL's `tool_mask`)."""
+        if not self.turns:
+            return (True,) * len(self.completion_ids)
+        return tuple(turn.role == "student" for turn in self.turns for _ in range(turn.tokens))
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,39 @@ writes them; everything else that samples comes here: `tipdistill score`, the pr
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from .chat import encode_prompts
+from .environments import Limits, Worlds, play
+from .environments.play import Dialect, check_conversational, read_dialect
+from .environments.world import observed
 from .policy import end_tokens, sampled_with
 from .types import Rollout
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Tools for rollouts, and what begins each.
+
+    Args:
+        worlds: tools, or an environment.
+        rows: of the dataset, one for each prompt, which an environment begins from.
+        rounds, result_tokens, seconds: see `tipdistill.environments.Limits`.
+    """
+
+    worlds: Worlds
+    rows: Sequence[Mapping[str, Any]]
+    rounds: int = Limits.rounds
+    result_tokens: int = Limits.result_tokens
+    seconds: float = Limits.seconds
 
 
 def generate(
@@ -32,6 +55,7 @@ def generate(
     first_batch: int = 0,
     forbidden: Sequence[int] = (),
     chat_template_kwargs: dict[str, Any] | None = None,
+    acting: Acting | None = None,
 ) -> Iterator[list[Rollout]]:
     """Sample completions, batch by batch: y ~ P_S(· | x) at the given temperature.
 
@@ -53,6 +77,7 @@ def generate(
         first_batch: leave out the batches before this one.
         forbidden: token ids never to sample, for instance rows of the lm_head that the teacher lacks.
         chat_template_kwargs: passed to the chat template.
+        acting: the student's tools, which it then calls turn by turn; `max_new_tokens` holds for the whole episode.
 
     Yields:
         The rollouts of one batch, prompt by prompt; `prompt_id` counts the prompts given.
@@ -78,11 +103,22 @@ def generate(
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"temperature must be ≥ 0 and top_p in (0, 1], got {temperature} and {top_p}.")
     sample = _sample_with_vllm if hasattr(model, "llm_engine") else _sample
+    sampled = partial(
+        sample, model, tokenizer, temperature=temperature, top_p=top_p, forbidden=forbidden
+    )  # contexts, tokens of each at most, seed
+    if acting is not None:
+        check_conversational(prompts)
+    dialect = None if acting is None else read_dialect(tokenizer, chat_template_kwargs)
     prompt_ids = [prompt_id for prompt_id in range(len(prompts)) for _ in range(samples)]
     for number, start in enumerate(range(0, len(prompt_ids), batch_size)):
         if number < first_batch:
             continue
         batch = prompt_ids[start : start + batch_size]
+        batch_seed = (seed * 1_000_003 + number) % 2**63
+        if acting is not None and dialect is not None:
+            limits = Limits(max_new_tokens, acting.rounds, acting.result_tokens, acting.seconds)
+            yield _played(sampled, batch_seed, dialect, prompts, batch, acting, limits)
+            continue
         distinct = list(dict.fromkeys(batch))  # each prompt of the batch is encoded once, however many its samples
         encoded = dict(
             zip(
@@ -94,18 +130,48 @@ def generate(
             )
         )
         texts = {prompt_id: _text(tokenizer, ids) for prompt_id, ids in encoded.items()}
-        completions = sample(
-            model,
-            tokenizer,
-            [encoded[prompt_id] for prompt_id in batch],
-            {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p},
-            (seed * 1_000_003 + number) % 2**63,
-            forbidden,
-        )
+        completions = sampled([encoded[prompt_id] for prompt_id in batch], [max_new_tokens] * len(batch), batch_seed)
         yield [
             Rollout(prompt_id, texts[prompt_id], tuple(encoded[prompt_id]), tuple(completion), finished)
             for prompt_id, (completion, finished) in zip(batch, completions, strict=True)
         ]
+
+
+def _played(
+    sampled: Callable[..., list[tuple[list[int], bool]]],
+    seed: int,
+    dialect: Dialect,
+    prompts: Sequence[Any],
+    batch: Sequence[int],
+    acting: Acting,
+    limits: Limits,
+) -> list[Rollout]:
+    """The episodes of a batch; each turn of it has a seed of its own."""
+    worlds, said = acting.worlds.begin([acting.rows[prompt_id] for prompt_id in batch])
+    seen = [observed(prompts[prompt_id], text) for prompt_id, text in zip(batch, said, strict=True)]
+    tools = acting.worlds.schemas()
+    encoded = encode_prompts(
+        seen, dialect.tokenizer, dialect.settings, tools=tools, chat_template=dialect.chat_template, numbers=batch
+    )
+    seeds = (((seed + 1) * 10_007 + turn) % 2**63 for turn in itertools.count())
+
+    def write(contexts: list[list[int]], most: list[int]) -> list[tuple[list[int], bool]]:
+        return sampled(contexts, most, next(seeds))
+
+    episodes = play(write, dialect, encoded, worlds, limits, tools)
+    return [
+        Rollout(
+            prompt_id,
+            _text(dialect.tokenizer, ids),
+            tuple(ids),
+            tuple(episode.completion_ids),
+            episode.ending == "answered",
+            tuple(episode.turns),
+            episode.ending,
+            episode.verdict,
+        )
+        for prompt_id, ids, episode in zip(batch, encoded, episodes, strict=True)
+    ]
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -120,23 +186,22 @@ def _sample(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    options: dict[str, Any],
+    most: Sequence[int],
     seed: int,
+    *,
+    temperature: float,
+    top_p: float,
     forbidden: Sequence[int],
 ) -> list[tuple[list[int], bool]]:
     ends = end_tokens(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     config = GenerationConfig(
-        max_new_tokens=options["max_tokens"],
-        do_sample=options["temperature"] > 0,
+        max_new_tokens=max(most),
+        do_sample=temperature > 0,
         eos_token_id=ends or None,
         pad_token_id=pad,
         suppress_tokens=list(forbidden) or None,
-        **(
-            {"temperature": options["temperature"], "top_p": options["top_p"], "top_k": 0}
-            if options["temperature"]
-            else {}
-        ),
+        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}),
     )
     longest = max(map(len, prompts))
     device = model.get_input_embeddings().weight.device
@@ -162,15 +227,20 @@ def _sample_with_vllm(
     engine: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    options: dict[str, Any],
+    most: Sequence[int],
     seed: int,
+    *,
+    temperature: float,
+    top_p: float,
     forbidden: Sequence[int],
 ) -> list[tuple[list[int], bool]]:
     from vllm import SamplingParams
 
     parameters = [
         SamplingParams(
-            **options,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=most[row],
             seed=(seed + row) % 2**31,
             logit_bias=dict.fromkeys(forbidden, -100.0) or None,
             detokenize=False,

@@ -23,7 +23,7 @@ ORDER = [
         "extras",
     }
     | {"documents", "dotted", "redact", "replies", "signals", "supervise", "terminal"},
-    {"conventions", "policy"},
+    {"conventions", "environments", "policy"},
     {"rollout"},
     {"score", "divergence"},
     {"select"},

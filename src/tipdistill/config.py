@@ -11,6 +11,7 @@ from typing import Any
 from trl import DistillationConfig
 
 from .documents import parse_mapping
+from .environments import Limits, read_environment
 from .http import server_url, variable_name
 from .redact import without_secrets
 from .select import SCOPES, resolve_rule, rule_name
@@ -49,6 +50,11 @@ class TIPConfig(DistillationConfig):
         end_as_teacher: train the student to end where the teacher does though their end tokens differ: the teacher's
             counts as the student's own, which it goes on to end with.
         mask_truncated_completions: train on no token of a completion that was cut at max_completion_length.
+        environment: dotted path of the environment that the student acts on, package.module.Class (docs/agents.md);
+            None: there is none.
+        max_tool_calling_iterations: turns of the student's that may call tools; the next one is told to answer.
+        max_tool_result_tokens: of a tool's result; what is longer is cut, with a mark.
+        tool_timeout: that a tool may take, in seconds.
         eval_tasks: comma-separated tasks that are measured before the first step, every `eval_steps` steps and after
             the last, see `tipdistill.tasks`; None: none.
         eval_num_samples: completions per problem of these tasks.
@@ -132,6 +138,16 @@ class TIPConfig(DistillationConfig):
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Train on no token of a completion that was cut at max_completion_length."}
     )
+    environment: str | None = field(
+        default=None, metadata={"help": "Dotted path of the environment that the student acts on, one object per rollout."}
+    )
+    max_tool_calling_iterations: int | None = field(
+        default=Limits.rounds, metadata={"help": "Turns of the student's that may call tools; then it is told to answer."}
+    )
+    max_tool_result_tokens: int = field(
+        default=Limits.result_tokens, metadata={"help": "Tokens of a tool's result; what is longer is cut, with a mark."}
+    )
+    tool_timeout: float = field(default=Limits.seconds, metadata={"help": "Seconds that a tool may take."})
     eval_tasks: str | None = field(
         default=None,
         metadata={"help": "Comma-separated tasks to measure every eval_steps steps, such as math500,aime24."},
@@ -192,7 +208,9 @@ class TIPConfig(DistillationConfig):
         self.teachers = parse_mapping(self.teachers, "teachers") if isinstance(self.teachers, str) else self.teachers
         read_teachers(self.teachers)
         read_update(self.teacher_update)
-        self._check_teacher_patience()
+        self._check_patience()
+        if self.environment is not None:
+            read_environment(self.environment)
         if self.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint is not needed: SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint in any case. "
@@ -232,8 +250,8 @@ class TIPConfig(DistillationConfig):
                 f"accumulation steps × {self.world_size} processes = {generation_batch}."
             )
 
-    def _check_teacher_patience(self) -> None:
-        for name in ("teacher_timeout", "teacher_time_limit"):
+    def _check_patience(self) -> None:
+        for name in ("teacher_timeout", "teacher_time_limit", "tool_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}.")
 
@@ -375,8 +393,12 @@ def check_values(values: Any) -> None:
         ("scoring_tokens", 0),
         ("eval_num_samples", 1),
         ("teacher_concurrency", 1),
+        ("max_tool_calling_iterations", 1),
+        ("max_tool_result_tokens", 1),
     ):
         value = getattr(values, name)
+        if value is None and name == "max_tool_calling_iterations":  # TRL's default
+            values.max_tool_calling_iterations = value = Limits.rounds
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
     if not (math.isfinite(values.drift_factor) and (values.drift_factor == 0 or values.drift_factor > 1)):

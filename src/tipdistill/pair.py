@@ -16,13 +16,15 @@ from datasets import Dataset
 
 from .chat import check_chat_template_kwargs, encode_prompts, is_conversational
 from .data import as_conversations, check_prompt, drop_long_prompts, load_prompts
+from .environments import Limits, Worlds, read_environment
+from .environments.play import check_conversational, read_dialect
 from .extras import EXTRAS, require
 from .http import server_url, variable_name
 from .integrations import _trl
 from .model_files import check_chat_template, check_models, compare_models, of_one, read_models
 from .positions import check_positions, position_limit
 from .records import About, RecordsWriter
-from .rollout import generate
+from .rollout import Acting, generate
 from .teachers.named import SELF, NamedTeacher, check_teacher_names, named_teachers, number_of, read_teachers
 from .teachers.rollouts import (
     AskedTeacher,
@@ -79,6 +81,8 @@ class PairConfig:
         tokens_per_forward: tokens of a scoring forward, padding included.
         use_vllm: sample with vLLM.
         vllm_gpu_memory_utilization: share of the GPU's memory that vLLM takes.
+        environment: dotted path of an environment, whose tools the student calls; None: there is none.
+        max_tool_calling_iterations, max_tool_result_tokens, tool_timeout: how far an episode may go, as in `TIPConfig`.
         teachers: several teachers by name, in the place of `teacher`, as in `TIPConfig`.
         teacher_column: column of the dataset that names the teacher of a row.
         teacher_prompt_column: column of the dataset with the teacher's own prompts, where there is one.
@@ -115,6 +119,10 @@ class PairConfig:
     tokens_per_forward: int = 16384
     use_vllm: bool = False
     vllm_gpu_memory_utilization: float = 0.3
+    environment: str | None = None
+    max_tool_calling_iterations: int = Limits.rounds
+    max_tool_result_tokens: int = Limits.result_tokens
+    tool_timeout: float = Limits.seconds
     teachers: dict[str, Any] | None = None
     teacher_column: str = "teacher"
     teacher_prompt_column: str = "teacher_prompt"
@@ -184,6 +192,9 @@ _RECORDED = (
     "max_new_tokens",
     "batch_size",
     "use_vllm",
+    "environment",
+    "max_tool_calling_iterations",
+    "max_tool_result_tokens",
     "dtype",
     "model_revision",
     "teacher_revision",
@@ -205,6 +216,7 @@ class Pair:
         numbers: of each prompt, which of them reads it; empty where there is one.
         teacher_prompts: of each teacher, prompt number → token ids of the prompt that it reads, where that is its own.
         top_k: how many of its likeliest tokens some teacher tells; None: all of them tell all.
+        acting: the student's tools; None: there are none.
     """
 
     tokenizer: Any
@@ -217,6 +229,7 @@ class Pair:
     numbers: list[int] = field(default_factory=list)
     teacher_prompts: list[dict[int, list[int]]] = field(default_factory=list)
     top_k: int | None = None
+    acting: Acting | None = None
 
 
 def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
@@ -251,14 +264,21 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
         local[one.name] = configurations[1], processors[1]
         comparisons.append((one.name, partial(compare_models, *pair, configurations, processors)))
     dataset = _read_prompts(config, tokenizer)
+    acting = _acting(config, dataset, tokenizer)
     settings, conversational = config.chat_template_kwargs, is_conversational(dataset)
     for name, compare in comparisons:
         described |= of_one(name, compare(conversational, settings))
     prompts = dataset["prompt"][:]
-    prompt_ids = encode_prompts(prompts, tokenizer, settings)
+    dressed: dict[str, Any] = {}  # with descriptions of the tools
+    if acting is not None:
+        dressed["tools"] = acting.worlds.schemas()
+        dressed["chat_template"] = read_dialect(tokenizer, settings).chat_template
+        described["tools"] = f"{', '.join(tool.__name__ for tool in dressed['tools'])}, of {config.environment}"
+    prompt_ids = encode_prompts(prompts, tokenizer, settings, **dressed)
     check_ids_shared(prompt_ids, differing, config.dataset)
     numbers = _numbers(config, named, dataset)
-    teacher_prompts = _teacher_prompts(config, dataset, [local.get(one.name, (None, tokenizer))[1] for one in named])
+    of_teachers = [local.get(one.name, (None, tokenizer))[1] for one in named]
+    teacher_prompts = _teacher_prompts(config, dataset, of_teachers, dressed)
     check_positions({"student": position_limit(of_student)}, *_longest(prompt_ids), config.max_new_tokens, *_POSITIONS)
     for number, one in enumerate(named):
         # how far the positions of a server's model reach it says when it is asked
@@ -286,9 +306,9 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
             described[one.called] = "the student itself"
     # one that is known by its likeliest tokens does not tell how many rows of padding it has
     rows, tokens = of_student.get_text_config().vocab_size, known_tokens(tokenizer, differing)
-    of_teachers = [configuration.get_text_config().vocab_size for configuration, _ in local.values()]
-    of_teachers += [teacher.vocabulary or max(tokens, len(tokenizer)) for teacher in asked.values()]
-    of_teachers += [rows for one in named if one.model == SELF]
+    widths = [configuration.get_text_config().vocab_size for configuration, _ in local.values()]
+    widths += [teacher.vocabulary or max(tokens, len(tokenizer)) for teacher in asked.values()]
+    widths += [rows for one in named if one.model == SELF]
     known = [configuration.get_text_config().vocab_size for configuration, _ in local.values()]
     known += [teacher.vocabulary or rows for teacher in asked.values()]
     shared = shared_vocabulary(rows, min(known, default=rows), num_tokens=tokens)
@@ -299,7 +319,7 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
     return Pair(
         tokenizer,
         shared,
-        forbidden_ids(rows, min(of_teachers), differing),
+        forbidden_ids(rows, min(widths), differing),
         prompts,
         described,
         asked,
@@ -307,7 +327,19 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
         numbers,
         teacher_prompts,
         min((teacher.top_k for teacher in asked.values() if teacher.top_k is not None), default=None),
+        acting,
     )
+
+
+def _acting(config: PairConfig, dataset: Dataset, tokenizer: Any) -> Acting | None:
+    if config.environment is None:
+        return None
+    limits = config.max_tool_calling_iterations, config.max_tool_result_tokens, config.tool_timeout
+    Limits(config.max_new_tokens, *limits)
+    factory = read_environment(config.environment)
+    check_conversational(dataset["prompt"][:1])
+    read_dialect(tokenizer, config.chat_template_kwargs)
+    return Acting(Worlds(factory=factory, seconds=config.tool_timeout), dataset, *limits)
 
 
 def _read_prompts(config: PairConfig, tokenizer: Any) -> Dataset:
@@ -340,7 +372,9 @@ def _numbers(config: PairConfig, named: Sequence[NamedTeacher], dataset: Dataset
     return [number_of({column: value}, names, column, f"row {row}") for row, value in enumerate(values)]
 
 
-def _teacher_prompts(config: PairConfig, dataset: Dataset, tokenizers: Sequence[Any]) -> list[dict[int, list[int]]]:
+def _teacher_prompts(
+    config: PairConfig, dataset: Dataset, tokenizers: Sequence[Any], dressed: dict[str, Any]
+) -> list[dict[int, list[int]]]:
     """Of each teacher, by row the tokens of the prompt that it reads instead of the student's."""
     column = config.teacher_prompt_column
     if column not in dataset.column_names:
@@ -350,7 +384,7 @@ def _teacher_prompts(config: PairConfig, dataset: Dataset, tokenizers: Sequence[
         check_prompt(prompt, row, f"column {column!r} of {config.dataset}")
     prompts, settings = list(own.values()), config.chat_template_kwargs
     encoded = [
-        encode_prompts(prompts, getattr(tokenizer, "tokenizer", tokenizer), settings, numbers=list(own))
+        encode_prompts(prompts, getattr(tokenizer, "tokenizer", tokenizer), settings, numbers=list(own), **dressed)
         for tokenizer in tokenizers
     ]
     return [dict(zip(own, ids, strict=True)) for ids in encoded]
@@ -511,6 +545,7 @@ def sampled(config: PairConfig, pair: Pair, student: Any, first_batch: int = 0) 
         first_batch=first_batch,
         forbidden=pair.forbidden,
         chat_template_kwargs=config.chat_template_kwargs,
+        acting=pair.acting,
     )
 
 

@@ -134,7 +134,7 @@ def probe(
     settings = settings or Settings()
     halves = _halves(rollouts)
     teacher = RememberedTeacher(of_rollouts(teacher), rollouts)
-    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    lengths = torch.tensor([len(rollout.student_ids) for rollout in rollouts])
     owner = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)
     scores = scores.map(Tensor.cpu)
     batches, chosen, cosines, slopes = [], [], [], []
@@ -196,7 +196,7 @@ def _halves(rollouts: Sequence[Rollout]) -> tuple[list[list[int]], list[list[int
     """Places of the rollouts, prompt by prompt: every other prompt is of the second half."""
     by_prompt: dict[int, list[int]] = {}
     for place, rollout in enumerate(rollouts):
-        if rollout.completion_ids:
+        if rollout.student_ids:
             by_prompt.setdefault(rollout.prompt_id, []).append(place)
     prompts = list(by_prompt.values())
     if len(prompts) < 4:
@@ -298,7 +298,7 @@ def _compare(
 ) -> tuple[Tensor, Tensor]:
     """Cosine of each choice's gradient with that of all tokens, [K]; slopes of the held-out prompts along each, and
     along that of all tokens in the last column but one, and the norms of their own gradients, [prompts, K + 2]."""
-    everything = torch.ones(1, sum(len(rollout.completion_ids) for rollout in training))
+    everything = torch.ones(1, sum(len(rollout.student_ids) for rollout in training))
     whole = _gradients(*pair, training, everything, parameters, settings)
     cosine, slopes = [], []
     for group in _turns(kept, whole.nbytes, settings.gradient_bytes):
@@ -324,7 +324,7 @@ def _gradients(
         weights: float [K, N], over the tokens of the rollouts; 0 where a token is dropped.
     """
     total: Tensor | None = None
-    spans = torch.arange(weights.shape[1]).split([len(rollout.completion_ids) for rollout in rollouts])
+    spans = torch.arange(weights.shape[1]).split([len(rollout.student_ids) for rollout in rollouts])
     for places in micro_batches(rollouts, settings.tokens_per_forward):
         rows = torch.cat([spans[place] for place in places])
         with _compared(model, teacher, [rollouts[place] for place in places]) as (of_student, of_teacher):

@@ -11,6 +11,7 @@ Shape legend, used in every docstring of the project:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
@@ -115,6 +116,13 @@ class Rollout:
         if not self.turns:
             return (True,) * len(self.completion_ids)
         return tuple(turn.role == "student" for turn in self.turns for _ in range(turn.tokens))
+
+    @property
+    def student_ids(self) -> tuple[int, ...]:
+        """The tokens of the completion that the student wrote: those that are scored and trained on."""
+        if not self.turns:
+            return self.completion_ids
+        return tuple(itertools.compress(self.completion_ids, self.written))
 
 
 @dataclass(frozen=True)

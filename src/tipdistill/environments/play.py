@@ -276,16 +276,27 @@ def _take_turn(
     if not ended:
         episode.ending = "cut"
         return []
-    try:
-        parsed = parse_response(tokenizer, ids, prefix=before, tools=list(tools) or None)
-    except Exception:  # a parser meets what a model may write, such as a thousand brackets
-        parsed = {}
+    parsed = parsed_turn(tokenizer, ids, prefix=before, tools=list(tools) or None)
     calls = [_call_of(call) for call in parsed.get("tool_calls") or []]
     if not calls and _opens_call(tokenizer, text):
         calls = [_Call("", unreadable=True)]
     if not calls:
         episode.ending = "answered"
     return calls
+
+
+def parsed_turn(tokenizer: Any, ids: list[int], **options: Any) -> dict[str, Any]:
+    """What a turn says, as TRL parses it; plain text where the parser fails at what a model may write.
+
+    Args:
+        tokenizer: with a `response_template` or a `response_schema`.
+        ids: tokens of the turn.
+        options: see `trl.chat_template_utils.parse_response`.
+    """
+    try:
+        return parse_response(tokenizer, ids, **options)
+    except Exception:  # such as a thousand brackets, which no JSON parser gets through
+        return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
 
 
 def _call_of(call: dict[str, Any]) -> _Call:

@@ -18,6 +18,7 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
+from ..environments.play import parsed_turn
 from ..text import printable
 
 __all__ = [
@@ -41,6 +42,10 @@ OVERRIDDEN = {
     "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"),
     "_get_train_sampler": ("self", "dataset"),
     "_prepare_inputs": ("self", "generation_batch"),
+    "_tool_call_loop": (
+        *("self", "prompts", "prompt_ids", "completion_ids", "completions", "images"),
+        "multimodal_fields",
+    ),
     "_tokenize_prompts": ("self", "prompts"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
@@ -53,6 +58,7 @@ ATTRIBUTES = (
     "_metrics",
     "_step",
     "_tokenizer",
+    "_tool_dict",
     "beta",
     "chat_template",
     "chat_template_kwargs",
@@ -131,3 +137,4 @@ def print_completions(prompts: list[Any], completions: list[Any], *rest: Any, **
 if distillation_trainer.print_prompt_completions_sample.__name__ != print_completions.__name__:
     _print_completions_of_trl = distillation_trainer.print_prompt_completions_sample
     distillation_trainer.print_prompt_completions_sample = print_completions
+distillation_trainer.parse_response = parsed_turn  # which a model's words do not make fail

@@ -27,20 +27,22 @@ TOP_TOKENS = 5  # how many of the likeliest tokens of each model are kept beside
 
 
 def hidden_states(model: Any, rollouts: Sequence[Rollout]) -> Tensor:
-    """Last hidden states at the positions that predict the completion tokens, in one forward of the backbone.
+    """Last hidden states at the positions that predict the student's tokens, in one forward of the backbone.
 
     Args:
         model: a transformers model; its lm_head is not applied. Gradients flow where they are enabled.
-        rollouts: R of them, N completion tokens together.
+        rollouts: R of them; the student wrote N tokens of their completions, tools the others.
 
     Returns:
         [N, H], in the order of the rollouts' tokens.
     """
     hidden = last_hidden_states(model, *padded(rollouts, model.get_input_embeddings().weight.device))
-    firsts = [len(rollout.prompt_ids) - 1 for rollout in rollouts]
-    return torch.cat(
-        [hidden[row, firsts[row] : firsts[row] + _length(rollout)] for row, rollout in enumerate(rollouts)]
-    )
+    rows = []
+    for row, rollout in enumerate(rollouts):
+        first = len(rollout.prompt_ids) - 1
+        states = hidden[row, first : first + len(rollout.completion_ids)]
+        rows.append(states[torch.tensor(rollout.written, device=states.device)] if rollout.turns else states)
+    return torch.cat(rows)
 
 
 def padded(rollouts: Sequence[Rollout], device: Any = None) -> tuple[Tensor, Tensor]:
@@ -267,7 +269,7 @@ def _score_forward(
 ) -> Scored:
     """One micro-batch; `numbers` is how an error calls its rollouts."""
     of_student = head_of(student, hidden_states(student, rollouts))
-    sampled = torch.tensor([index for rollout in rollouts for index in rollout.completion_ids])
+    sampled = torch.tensor([index for rollout in rollouts for index in rollout.student_ids])
     try:
         return score(numbers, of_student, sampled)
     except NonFiniteLogitsError as error:
@@ -342,4 +344,4 @@ def joined(pieces: Sequence[Scored]) -> Scored:
 
 
 def _length(rollout: Rollout) -> int:
-    return len(rollout.completion_ids)
+    return len(rollout.student_ids)

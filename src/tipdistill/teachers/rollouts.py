@@ -123,7 +123,7 @@ class RoutedRollouts:
             if rows:
                 answers |= dict(zip(rows, teacher.answer([rollouts[row] for row in rows]), strict=True))
         return [
-            (number, len(rollout.completion_ids), answers[row])
+            (number, len(rollout.student_ids), answers[row])
             for row, (number, rollout) in enumerate(zip(numbers, rollouts, strict=True))
         ]
 
@@ -235,8 +235,8 @@ def batch_of(rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], Tensor]:
     """Rollouts as a training step has them: prompts padded on the left, completions on the right.
 
     Returns:
-        prompt_ids, prompt_mask, completion_ids and completion_mask, int64 [B, ...] each; the completions' tokens, bool
-        [B, T].
+        prompt_ids, prompt_mask, completion_ids and completion_mask, int64 [B, ...] each; the tokens that the student
+        wrote, bool [B, T].
 
     Example:
         >>> batch, tokens = batch_of([Rollout(0, "", (3,), (4, 5), True), Rollout(1, "", (6, 7), (8,), True)])
@@ -248,7 +248,8 @@ def batch_of(rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], Tensor]:
         rows = [torch.tensor(getattr(rollout, f"{part}_ids"), dtype=torch.int64) for rollout in rollouts]
         for name, values in (("ids", rows), ("mask", list(map(torch.ones_like, rows)))):
             batch[f"{part}_{name}"] = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_side=side)
-    return batch, batch["completion_mask"].bool()
+    written = [torch.tensor(rollout.written, dtype=torch.bool) for rollout in rollouts]
+    return batch, nn.utils.rnn.pad_sequence(written, batch_first=True)
 
 
 @torch.no_grad()

@@ -4,11 +4,12 @@
                    ▲              │ yes
                    └── results ◄──┘
 
-Training, `score`, `probe`, `eval` and `eval_tasks` all play episodes here, whatever engine writes the turns. Tokens are only
-ever appended: what the student wrote is never decoded and encoded again, so a completion holds exactly what was sampled.
+Training, `score`, `probe`, `eval` and `eval_tasks` all play episodes here, whatever engine writes the turns. Tokens are
+only ever appended: what the student wrote is never decoded and encoded again, so a completion holds exactly what was
+sampled.
 
-What the tools say is not to be trusted. It is encoded apart from the chat template, with the template's own tokens broken
-up where they stand in it as text, so that no result can end a turn, open one, or pass for the student's words.
+What the tools say is not to be trusted. The tokens of the chat template are broken up where they stand in it as text, so
+that no result can end a turn, open one, or pass for the student's words.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def read_dialect(tokenizer: Any, settings: dict[str, Any] | None = None) -> Dial
         settings: passed to the chat template.
 
     Raises:
-        ValueError: it has no chat template, or one that renders no calls, that cannot be parsed, or that renders earlier
-            turns anew when others follow and for which TRL has no other.
+        ValueError: it has no chat template, or one that renders no calls, whose calls cannot be parsed, or that renders
+            earlier turns anew when others follow and for which TRL has no other.
     """
     if tokenizer.chat_template is None:
         raise ValueError("tools need a chat template, and the tokenizer has none: take an instruction-tuned student.")
@@ -215,9 +216,7 @@ def play(
             # a process whose episodes are over writes a token for nothing, since the others wait for it
             idle = rows - len(active)
             turns = write([*contexts, *[list(prompt_ids[0])] * idle], [*most, *[1] * idle])[: len(active)]
-            written = [
-                (ids[:room], ended and len(ids) <= room) for (ids, ended), room in zip(turns, most, strict=True)
-            ]
+            written = [(ids[:room], ended and len(ids) <= room) for (ids, ended), room in zip(turns, most, strict=True)]
         called = []
         for row, (ids, ended) in zip(active, written, strict=True):
             episode = episodes[row]
@@ -343,9 +342,7 @@ def _begin(world: World, calls: Sequence[_Call], allowed: bool, limits: Limits) 
     return begun
 
 
-def _collected(
-    world: World, begun: Sequence[tuple[_Call, Any]], started: float, limits: Limits
-) -> list[ToolResult]:
+def _collected(world: World, begun: Sequence[tuple[_Call, Any]], started: float, limits: Limits) -> list[ToolResult]:
     results = []
     last = started + limits.seconds
     for call, coming in begun:
@@ -434,7 +431,7 @@ def result_ids(dialect: Dialect, results: Sequence[ToolResult]) -> list[int]:
 
 
 def _suffix(dialect: Dialect, messages: list[dict[str, Any]]) -> list[int]:
-    """What a conversation has more than one that ends with the calls, from the end of their turn on (as TRL does it)."""
+    """What a conversation has more than one that ends with the calls, from the end of their turn on; as TRL does it."""
     tokenizer = dialect.tokenizer
     call = {"type": "function", "function": {"name": messages[0]["name"], "arguments": {}}}
     begun = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]

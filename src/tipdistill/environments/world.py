@@ -1,8 +1,8 @@
 """The tools of one rollout: plain functions, or the public methods of an object that is the rollout's own.
 
-Tools are someone else's code, and may raise, hang or return anything. Each rollout's calls run in a thread of its own, so
-that a tool that hangs costs its rollout and not the run, and so that what belongs to a thread (a database connection)
-stays in one. A thread that does not come back is left behind with its object; the rollout after it gets a fresh one.
+Tools are someone else's code, and may raise, hang or return anything. Each rollout's calls run in a thread of its own:
+a tool that hangs costs its rollout and not the run, and what belongs to a thread (a database connection) stays in one.
+A thread that does not come back is left behind with its object; the rollout after it gets a fresh one.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def read_environment(source: Any) -> Callable[[], Any]:
         ) from error
     if not callable(getattr(made, "reset", None)):
         raise ValueError(
-            f"the environment {name} has no method `reset(**row)`, which begins a rollout: define one, which may return "
-            "None or a text for the student to read."
+            f"the environment {name} has no method `reset(**row)`, which begins a rollout: define one. It may return None "
+            "or a text for the student to read."
         )
     if not tools_of(made):
         raise ValueError(
-            f"the environment {name} has no tool: every public method but reset and get_reward is one, and there is none."
+            f"the environment {name} has no tool: give it a public method; each but reset and get_reward is one."
         )
     check_tools(tools_of(made), f"the environment {name}")
     return factory
@@ -108,8 +108,8 @@ def check_tools(tools: Sequence[Callable[..., Any]], owner: str) -> None:
             get_json_schema(tool)
         except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
             raise ValueError(
-                f"{owner}: the tool {name} gives no schema: {str(error).strip()} Give it a docstring with an Args: section "
-                "and type hints for all that it takes."
+                f"{owner}: the tool {name} gives no schema: {str(error).strip()} Give it a docstring with an Args: "
+                "section, and type hints for all that it takes."
             ) from error
 
 

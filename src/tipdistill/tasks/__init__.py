@@ -105,16 +105,18 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
             raise ValueError(f"{name} takes none of the {len(task.problems)} problems of {sliced[1]!r}.")
         return _changed(replace(task, name=name, problems=kept), limit, changes)
     key, equals, path = name.partition("=")
+    acts = {"environment": changes["environment"]} if changes.get("environment") else {}
     if equals and not path:
         raise ValueError(f"{name} names no file: {key}=FILE.jsonl is the task {key!r} with the problems of a file.")
     if equals:
-        task = _from_mapping(key, {**_mapping(key, TASKS.get(key, {})), "dataset": path, "split": "train"}, local=True)
+        source = {**_mapping(key, TASKS.get(key, {})), "dataset": path, "split": "train", **acts}
+        task = _from_mapping(key, source, local=True)
         if task.divergence is not None:  # held-out prompts and those for validation are measured side by side
             task = replace(task, name=f"{key}_{Path(path).stem}")
     elif key in TASKS:
         task = _from_object(key, TASKS[key])
     elif Path(key).suffix in _SUFFIXES:
-        task = _from_mapping(Path(key).stem, {"dataset": key, "split": "train"}, local=True)
+        task = _from_mapping(Path(key).stem, {"dataset": key, "split": "train", **acts}, local=True)
     else:
         task = _from_object(key, _imported(key))
     return _changed(task, limit, changes)
@@ -183,6 +185,10 @@ def _of_rows(source: str, rows: Any, mapping: Mapping[str, Any]) -> tuple[Proble
     rows = as_written(rows, problem)
     if mapping.get("divergence"):
         return tuple(_problem(source, index, row[problem], "-") for index, row in enumerate(rows))
+    if mapping.get("environment"):
+        return tuple(
+            replace(_problem(source, index, row[problem], "-"), row=dict(row)) for index, row in enumerate(rows)
+        )
     answer = _column(source, columns, (mapping.get("answer"), "answer"))
     reference = mapping.get("reference")
     problems = []

@@ -8,8 +8,8 @@ Training, `score`, `probe`, `eval` and `eval_tasks` all play episodes here, what
 only ever appended: what the student wrote is never decoded and encoded again, so a completion holds exactly what was
 sampled.
 
-What the tools say is not to be trusted. The tokens of the chat template are broken up where they stand in it as text, so
-that no result can end a turn, open one, or pass for the student's words.
+What the tools say is not to be trusted. The tokens of the chat template are broken up where they stand in it as text,
+so that no result can end a turn, open one, or pass for the student's words.
 """
 
 from __future__ import annotations
@@ -387,7 +387,7 @@ def _append(episode: Episode, dialect: Dialect, results: list[ToolResult], limit
 
 
 def capped(tokenizer: Any, text: str, tokens: int) -> str:
-    """A text of at most so many tokens, and a mark where it was longer.
+    """A result as it is shown: without the template's tokens, of at most so many tokens, and a mark where longer.
 
     Args:
         tokenizer: which counts.
@@ -400,11 +400,12 @@ def capped(tokenizer: Any, text: str, tokens: int) -> str:
         '12+3 [cut: 6 characters in all]'
     """
     begun = text[: tokens * _CHARACTERS_OF_TOKEN]
-    encoded = tokenizer(begun, add_special_tokens=False, return_offsets_mapping=True)
+    broken = broken_up(tokenizer, begun)
+    encoded = tokenizer(broken, add_special_tokens=False, return_offsets_mapping=True)
     if len(encoded["input_ids"]) <= tokens and len(begun) == len(text):
-        return text
+        return broken
     offsets = encoded["offset_mapping"][:tokens]
-    kept = begun[: offsets[-1][1]] if offsets else ""
+    kept = broken[: offsets[-1][1]] if offsets else ""
     return f"{kept} [cut: {len(text):,} characters in all]"
 
 

@@ -67,8 +67,8 @@ def read_environment(source: Any) -> Callable[[], Any]:
         ) from error
     if not callable(getattr(made, "reset", None)):
         raise ValueError(
-            f"the environment {name} has no method `reset(**row)`, which begins a rollout: define one. It may return None "
-            "or a text for the student to read."
+            f"the environment {name} has no method `reset(**row)`, which begins a rollout: define one. It may return "
+            "None or a text for the student to read."
         )
     if not tools_of(made):
         raise ValueError(
@@ -215,7 +215,7 @@ class World:
             if call.done():  # the tool's own
                 raise
             self._abandon()
-            raise ToolTimeoutError(f"no result within {seconds:g} s") from None
+            raise ToolTimeoutError("there was no result in time") from None
 
     def verdict(self, response: str, seconds: float) -> Verdict | None:
         """What the environment says of the rollout; None where it says nothing.

@@ -1,4 +1,4 @@
-"""An environment to try things on, a tokenizer whose chat template speaks of tools, and students that follow a script."""
+"""An environment to try things on, tokenizers whose chat templates speak of tools, and students that follow a script."""
 
 import json
 import time
@@ -155,3 +155,43 @@ def scripted(tokenizer, *scripts):
 
     write.asked = []
     return write
+
+
+# of the tokenizer in conftest.py: tools by their names alone, so that prompts stay short
+SMALL_TEMPLATE = (
+    "{% if tools %}<|start|>tools\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|end|>{% endif %}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+SMALL_RESPONSES = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open": "<call>",
+            "close_pattern": "</call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": r"<\|end\|>", "content": "text"},
+    },
+}
+
+
+def speaks_of_tools(tokenizer):
+    """The tokenizer of conftest.py with a chat template for tools."""
+    tokenizer.chat_template, tokenizer.response_template = SMALL_TEMPLATE, SMALL_RESPONSES
+    return tokenizer
+
+
+def turn_after(tokenizer, context):
+    """The next turn of a student that buys 0 to 3 things, by its prompt, and then answers."""
+    prompt, _, since = tokenizer.decode(context).partition("<|start|>assistant\n")
+    done, character = since.count("<|start|>tool\n"), sum(prompt.encode())
+    if done < character % 4:
+        text = f'<call>{{"name": "buy", "arguments": {{"item": "pear", "count": {done + 1}}}}}</call><|end|>'
+    else:
+        text = "thanks" * (1 + character % 3) + "<|end|>"
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -257,10 +257,11 @@ class TIPTrainer(ResumableTrainer):
             return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, images, multimodal_fields)
         episodes = self._run_tools.play(self, prompt_ids, completion_ids)
         results = [result for episode in episodes for result in episode.results]
-        failures = sum(result.outcome != "ok" for result in results)
+        unanswered = sum(episode.unanswered for episode in episodes)
+        failures = sum(result.outcome != "ok" for result in results) + unanswered
         masks = [[int(by_student) for by_student in episode.written] for episode in episodes]
         ids = [episode.completion_ids for episode in episodes]
-        return masks, completions, ids, len(results), failures, [[] for _ in ids]
+        return masks, completions, ids, len(results) + unanswered, failures, [[] for _ in ids]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._student_check(self)

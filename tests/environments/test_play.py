@@ -187,6 +187,7 @@ def test_a_result_without_room_ends_the_episode_and_one_that_is_too_long_for_it_
     length = len(tokenizer(turn, add_special_tokens=False)["input_ids"])
     (episode,), _, _ = played(tokenizer, [turn], tokens=length + 10)
     assert episode.ending == "no room"
+    assert episode.unanswered == 1
     assert episode.turns[-1].role == "student"
     room = 160
     (episode,), _, write = played(tokenizer, [turn, "ok<|im_end|>"], tokens=length + room)
@@ -291,8 +292,18 @@ def test_a_template_that_renders_earlier_turns_anew_is_refused():
         read_dialect(tokenizer)
 
 
+def test_a_way_to_read_calls_that_reads_none_is_refused():
+    tokenizer = tool_tokenizer()
+    read_dialect(tokenizer)
+    fields = tokenizer.response_template["fields"]
+    calls = {**fields["tool_calls"], "open": "<call>"}
+    tokenizer.response_template = {**tokenizer.response_template, "fields": {**fields, "tool_calls": calls}}
+    with pytest.raises(ValueError, match=r"is not read back as one.*<tool_call>"):
+        read_dialect(tokenizer)
+
+
 def test_plain_prompts_are_refused_with_their_number():
-    with pytest.raises(ValueError, match="prompt 1 .*--apply_chat"):
+    with pytest.raises(ValueError, match=r"prompt 1 .*--apply_chat"):
         check_conversational([PROMPT, "Buy an apple."])
 
 

@@ -84,6 +84,7 @@ class Episode:
         ending: one of `tipdistill.types.ENDINGS`.
         response: text of the student's last turn, without special tokens.
         verdict: what the environment says of it; None: nothing.
+        unanswered: calls that were made and whose results had no room.
     """
 
     completion_ids: list[int] = field(default_factory=list)
@@ -91,6 +92,7 @@ class Episode:
     ending: str = ""
     response: str = ""
     verdict: Verdict | None = None
+    unanswered: int = 0
 
     @property
     def written(self) -> list[bool]:
@@ -153,7 +155,30 @@ def read_dialect(tokenizer: Any, settings: dict[str, Any] | None = None) -> Dial
                 "the student's chat template renders earlier turns anew when others follow, so that tokens could not "
                 f"be appended, and TRL has no other for it: {error}"
             ) from error
-    return Dialect(tokenizer, template, dict(settings or {}))
+    dialect = Dialect(tokenizer, template, dict(settings or {}))
+    _check_reads_back(dialect)
+    return dialect
+
+
+def _check_reads_back(dialect: Dialect) -> None:
+    """Refuse a way to read calls by which the template's own are none."""
+    tokenizer = dialect.tokenizer
+    options = {"tokenize": True, "return_dict": False, "chat_template": dialect.chat_template, **dialect.settings}
+    asked = {"role": "user", "content": "-"}
+    function = {"name": "look", "arguments": {"place": "Ulm"}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    prompt = tokenizer.apply_chat_template([asked], add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template([asked, calling], add_generation_prompt=False, **options)
+    common = next((n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    turn = whole[common:]
+    if tokenizer.eos_token_id in turn:
+        turn = turn[: turn.index(tokenizer.eos_token_id) + 1]
+    calls = [_call_of(call) for call in parsed_turn(tokenizer, turn, prefix=prompt).get("tool_calls") or []]
+    if calls != [_Call(**function)]:
+        raise ValueError(
+            "a call that the student's chat template writes is not read back as one, so no call would be answered: mend "
+            f"tokenizer.response_template. What it writes: {tokenizer.decode(turn)!r:.200}"
+        )
 
 
 def check_conversational(prompts: Sequence[Any]) -> None:
@@ -378,7 +403,7 @@ def _append(episode: Episode, dialect: Dialect, results: list[ToolResult], limit
         longest = max(len(dialect.tokenizer(result.text)["input_ids"]) for result in shown)
         cap = min(cap, longest) - -(-excess // len(results))
         if cap < 1:
-            episode.ending = "no room"
+            episode.ending, episode.unanswered = "no room", len(results)
             return False
     text = dialect.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     episode.turns.append(Turn("tool", len(episode.completion_ids), len(ids), text, tuple(shown)))

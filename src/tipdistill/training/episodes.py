@@ -184,7 +184,7 @@ def described(episode: Episode) -> dict[str, Any]:
         "turns": sum(turn.role == "student" for turn in episode.turns),
         "result_tokens": len(episode.written) - sum(episode.written),
         "ending": episode.ending,
-        "outcomes": Counter(result.outcome for result in episode.results),
+        "outcomes": Counter(result.outcome for result in episode.results) + Counter(unanswered=episode.unanswered),
         "figures": {} if verdict is None else {"correct": float(verdict.correct), **verdict.figures},
     }
 
@@ -209,7 +209,7 @@ def counted(episodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for ending in ENDINGS:
         share = sum(episode["ending"] == ending for episode in episodes) / count
         figures[f"episodes/{ending.replace(' ', '_')}"] = share
-    for outcome in OUTCOMES[1:]:
+    for outcome in (*OUTCOMES[1:], "unanswered"):
         mean = sum(episode["outcomes"].get(outcome, 0) for episode in episodes) / count
         figures[f"tools/{outcome.replace(' ', '_')}"] = mean
     for name in dict.fromkeys(name for episode in episodes for name in episode["figures"]):

@@ -1,4 +1,4 @@
-"""An environment to try things on, tokenizers whose chat templates speak of tools, and students that follow a script."""
+"""An environment to try things on, tokenizers whose chat templates know tools, and students that follow a script."""
 
 import json
 import time

@@ -131,9 +131,8 @@ def test_a_task_with_an_environment_is_measured_while_training(models, tmp_path)
     file = tmp_path / "shop.jsonl"
     problems = [{"problem": row["prompt"], "wanted": "pear", "money": 5} for row in rows()]
     file.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    (tmp_path / "tasks_of_shop.py").write_text(
-        f'from acting import Shop\nSHOP = {{"dataset": {str(file)!r}, "split": "train", "environment": Shop, "prompt": "own"}}\n'
-    )
+    task = {"dataset": str(file), "split": "train", "environment": "acting.Shop", "prompt": "own"}
+    (tmp_path / "tasks_of_shop.py").write_text(f"SHOP = {task}")
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(tmp_path)
         trainer = trainer_of(

@@ -165,7 +165,8 @@ def _check_reads_back(dialect: Dialect) -> None:
     tokenizer = dialect.tokenizer
     options = {"tokenize": True, "return_dict": False, "chat_template": dialect.chat_template, **dialect.settings}
     asked = {"role": "user", "content": "-"}
-    function = {"name": "look", "arguments": {"place": "Ulm"}}
+    look = _Call("look", {"place": "Ulm"})
+    function = {"name": look.name, "arguments": look.arguments}
     calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
     prompt = tokenizer.apply_chat_template([asked], add_generation_prompt=True, **options)
     whole = tokenizer.apply_chat_template([asked, calling], add_generation_prompt=False, **options)
@@ -174,10 +175,10 @@ def _check_reads_back(dialect: Dialect) -> None:
     if tokenizer.eos_token_id in turn:
         turn = turn[: turn.index(tokenizer.eos_token_id) + 1]
     calls = [_call_of(call) for call in parsed_turn(tokenizer, turn, prefix=prompt).get("tool_calls") or []]
-    if calls != [_Call(**function)]:
+    if calls != [look]:
         raise ValueError(
-            "a call that the student's chat template writes is not read back as one, so no call would be answered: mend "
-            f"tokenizer.response_template. What it writes: {tokenizer.decode(turn)!r:.200}"
+            "a call that the student's chat template writes is not read back as one, so no call would be answered: "
+            f"mend tokenizer.response_template. What it writes: {tokenizer.decode(turn)!r:.200}"
         )
 
 

@@ -13,6 +13,7 @@ from tipdistill.types import Verdict
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>"]
 SPECIAL += ["</tool_response>", "<think>", "</think>"]
+NAMES = ("apple", "pear", "plum", "fig", "kiwi", "lime", "date", "nut")
 HOSTILE = {
     "html": "<script>alert(1)</script><b>",
     "large": "ab " * 3_500_000,

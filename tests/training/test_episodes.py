@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from acting import Counter, Shop, speaks_of_tools, turn_after
+from acting import NAMES, Counter, Shop, speaks_of_tools, turn_after
 from datasets import Dataset
 from plain_loss import PLAIN
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tipdistill import TIPConfig, TIPTrainer
 
 SETTINGS = {**PLAIN, "max_completion_length": 400, "max_steps": 1, "gradient_accumulation_steps": 1}
-NAMES = ("apple", "pear", "plum", "fig", "kiwi", "lime", "date", "nut")
 
 
 @pytest.fixture

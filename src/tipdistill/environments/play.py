@@ -22,14 +22,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-    parse_response,
-    supports_tool_calling,
-)
-
 from ..types import ToolResult, Turn, Verdict
 from .world import ToolTimeoutError, World
 
@@ -131,6 +123,14 @@ def read_dialect(tokenizer: Any, settings: dict[str, Any] | None = None) -> Dial
         ValueError: it has no chat template, or one that renders no calls, whose calls cannot be parsed, or that renders
             earlier turns anew when others follow and for which TRL has no other.
     """
+    # not for `tipdistill demo --help`
+    from trl.chat_template_utils import (
+        add_response_schema,
+        get_training_chat_template,
+        is_chat_template_prefix_preserving,
+        supports_tool_calling,
+    )
+
     if tokenizer.chat_template is None:
         raise ValueError("tools need a chat template, and the tokenizer has none: take an instruction-tuned student.")
     if not supports_tool_calling(tokenizer):
@@ -318,6 +318,8 @@ def parsed_turn(tokenizer: Any, ids: list[int], **options: Any) -> dict[str, Any
         ids: tokens of the turn.
         options: see `trl.chat_template_utils.parse_response`.
     """
+    from trl.chat_template_utils import parse_response  # as in read_dialect
+
     try:
         return parse_response(tokenizer, ids, **options)
     except Exception:  # such as a thousand brackets, which no JSON parser gets through

@@ -17,9 +17,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
-from transformers.utils import get_json_schema
-from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
-
 from .. import dotted
 from ..text import nearest
 from ..types import Verdict
@@ -102,6 +99,9 @@ def check_tools(tools: Sequence[Callable[..., Any]], owner: str) -> None:
     Raises:
         ValueError: which tool, and what it lacks.
     """
+    from transformers.utils import get_json_schema  # not for `tipdistill demo --help`
+    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
     for tool in tools:
         name = getattr(tool, "__name__", repr(tool))
         try:

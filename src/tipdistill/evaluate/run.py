@@ -372,8 +372,9 @@ def _sample(
     seeds = [_seed(seed, task.name, problem, sample) for problem, sample in asked]
     path.parent.mkdir(parents=True, exist_ok=True)
     acting = acting_of(task, [task.problems[problem].row for problem, _ in asked])
+    tools = {} if acting is None else {"acting": acting}  # an engine of the user's may know no tools
     with path.open("ab") as file:
-        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens, acting):
+        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens, **tools):
             rows = [
                 {
                     "problem": asked[completion.index][0],

@@ -279,6 +279,11 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
     numbers = _numbers(config, named, dataset)
     of_teachers = [local.get(one.name, (None, tokenizer))[1] for one in named]
     teacher_prompts = _teacher_prompts(config, dataset, of_teachers, dressed)
+    if acting is not None and any(teacher_prompts):
+        raise ValueError(
+            f"column {config.teacher_prompt_column!r} gives the teacher prompts of its own, without what the environment "
+            "says at a rollout's beginning: leave one of them out (--teacher_prompt_column names the column)."
+        )
     check_positions({"student": position_limit(of_student)}, *_longest(prompt_ids), config.max_new_tokens, *_POSITIONS)
     for number, one in enumerate(named):
         # how far the positions of a server's model reach it says when it is asked

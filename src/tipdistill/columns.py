@@ -182,7 +182,8 @@ def read_verdict(text: str) -> Verdict:
         isinstance(parts, dict)
         and isinstance(figures, dict)
         and all(isinstance(holds, bool) for holds in parts.values())
-        and all(value is None or type(value) in (int, float) and math.isfinite(value) for value in figures.values())
+        and all(value is None or type(value) in (int, float) for value in figures.values())
+        and all(math.isfinite(value or 0) for value in figures.values())
     ):
         raise ValueError(f"the verdict {text!r:.60} has no parts that hold or do not, and no figures")
     return Verdict(False, parts, {name: value for name, value in figures.items() if value is not None})

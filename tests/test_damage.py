@@ -18,14 +18,14 @@ from tipdistill.records import STATISTICS, About, DamagedRecordsError, RecordsWr
 from tipdistill.report.page import write_report
 from tipdistill.sweep import read_grid
 from tipdistill.tasks.arithmetic import build_tokenizer
-from tipdistill.types import Rollout, Scored, TokenScores, TopTokens
+from tipdistill.types import Rollout, Scored, TokenScores, ToolResult, TopTokens, Turn, Verdict
 
 FILES = ("tokens.parquet", "rollouts.parquet", "records.json")
 EACH = 120  # damages of each file
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
+@pytest.fixture(scope="module", params=["rollouts", "episodes"])
+def recorded(tmp_path_factory, request):
     """A directory of small records, and what they hold."""
     folder = tmp_path_factory.mktemp("records")
     about = About("student", "teacher", vocabulary=18, rules=("soft_or", "q3"), retention=0.5)
@@ -33,6 +33,11 @@ def recorded(tmp_path_factory):
     scores = {name: torch.rand(12, generator=generator) for name in about.fields()}
     top = TopTokens(torch.arange(60).reshape(12, 5) % 18, torch.full((12, 5), 0.2))
     rollouts = [Rollout(0, "1+1=", (1, 10), tuple(range(5)), True), Rollout(1, "2+3=", (1, 10), tuple(range(7)), False)]
+    if request.param == "episodes":
+        result = ToolResult("add", "{}", "ok", "abc")
+        turns = Turn("student", 0, 4, "0123"), Turn("tool", 4, 3, "456", (result,)), Turn("student", 7, 3, "789")
+        verdict = Verdict(True, {"sum": True}, {"share": 1.0})
+        rollouts[1] = Rollout(1, "2+3=", (1, 10), tuple(range(10)), True, turns, "answered", verdict)
     with RecordsWriter(folder, build_tokenizer(), about) as writer:
         writer.write(rollouts, Scored(TokenScores(**scores), top, top))
     records = open_records(folder)

@@ -20,7 +20,7 @@ FAULTS = (
     *(OverflowError, RecursionError, NotImplementedError),
 )
 _KINDS = (
-    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_list),
+    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean),
     *(
         lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
         lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind),
@@ -71,14 +71,19 @@ def check_kinds(path: Path, schema: pa.Schema, needed: pa.Schema) -> None:
     """Refuse columns of another kind; another tool may have written another width of integers or texts."""
     for column in needed:
         kind = schema.field(column.name).type
-        same = any(is_kind(column.type) and is_kind(kind) for is_kind in _KINDS)
-        if same and pa.types.is_list(kind):
-            names = [field.name for field in kind.value_type] if pa.types.is_struct(kind.value_type) else []
-            same = {field.name for field in column.type.value_type} <= set(names)
-        if not same:
+        if not _is_alike(column.type, kind):
             raise DamagedRecordsError(
                 f"{path} has a column {column.name} of {kind}, not of {column.type}. {remedy(path)}"
             )
+
+
+def _is_alike(needed: pa.DataType, given: pa.DataType) -> bool:
+    if pa.types.is_list(needed) and pa.types.is_list(given):
+        return _is_alike(needed.value_type, given.value_type)
+    if pa.types.is_struct(needed) and pa.types.is_struct(given):
+        fields = {field.name: field.type for field in given}
+        return all(field.name in fields and _is_alike(field.type, fields[field.name]) for field in needed)
+    return any(is_kind(needed) and is_kind(given) for is_kind in _KINDS)
 
 
 def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:

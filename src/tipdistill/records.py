@@ -1,4 +1,4 @@
-"""Token records: what every completion token scored and who keeps it, as Parquet files that any tool reads.
+"""Token records: what every token of the student's scored and who keeps it, as Parquet files that any tool reads.
 
 A directory of records holds tokens.parquet, rollouts.parquet and records.json; docs/records.md has the columns. While
 they are written, parts/ holds what is scored so far, each part a whole Parquet file: a killed run loses what came after
@@ -21,6 +21,18 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from .columns import (
+    ROLLOUT_COLUMNS,
+    ROLLOUTS_SCHEMA,
+    STATISTICS,
+    TOKEN_COLUMNS,
+    TOP,
+    check_columns,
+    check_turns,
+    rollout_columns,
+    token_columns,
+    tokens_schema,
+)
 from .documents import read_json
 from .files import write_text
 from .parquet import PARTS, DamagedRecordsError, check_kinds, check_sidecar, open_parquet, remedy, whole, write_tables
@@ -34,49 +46,6 @@ SCHEMA_VERSION = 1
 # Tokens of a part, which is a row group of tokens.parquet too.
 PART_TOKENS = 2**16
 TOKENS_FILE, ROLLOUTS_FILE, SIDECAR_FILE = "tokens.parquet", "rollouts.parquet", "records.json"
-STATISTICS = ("entropy", "reverse_kl", "forward_kl", "teacher_entropy", "student_logprob", "teacher_logprob")
-
-_TOP = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("probability", pa.float32())]))
-ROLLOUTS_SCHEMA = pa.schema(
-    [
-        ("rollout", pa.int32()),
-        ("prompt_id", pa.int32()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("tokens", pa.int32()),
-        ("finished", pa.bool_()),
-    ]
-)
-
-
-def tokens_schema(rules: Sequence[str] = ("soft_or",)) -> pa.Schema:
-    """Columns of tokens.parquet, in order; docs/records.md says what each holds.
-
-    Args:
-        rules: the first is the main rule (`kept`, `score`), each further one adds kept_<rule> and score_<rule>.
-
-    Example:
-        >>> tokens_schema(["soft_or", "q3"]).names[-4:]
-        ['student_top5', 'teacher_top5', 'kept_q3', 'score_q3']
-    """
-    return pa.schema(
-        [
-            *((name, pa.int32()) for name in ("rollout", "position", "prompt_id", "token_id")),
-            ("token", pa.string()),
-            ("token_bytes", pa.binary()),
-            *((name, pa.float32()) for name in STATISTICS),
-            ("quadrant", pa.int8()),
-            ("kept", pa.bool_()),
-            ("score", pa.float32()),
-            ("student_top5", _TOP),
-            ("teacher_top5", _TOP),
-            *(
-                column
-                for rule in rules[1:]
-                for column in ((f"kept_{rule}", pa.bool_()), (f"score_{rule}", pa.float32()))
-            ),
-        ]
-    )
 
 
 @dataclass(frozen=True)
@@ -186,6 +155,7 @@ class RecordsWriter:
         self._parts = self.directory / PARTS
         self._pieces = token_bytes(tokenizer)
         self._texts, self._bytes = _texts(self._pieces)
+        self._template = getattr(getattr(tokenizer, "tokenizer", tokenizer), "response_template", None)
         self._extra = [name for name in about.fields() if name not in (*STATISTICS, "entropy_norm")]
         self._waiting: list[tuple[pa.Table, pa.Table]] = []  # tokens and rollouts of each call of `write`
         self._begin()
@@ -211,7 +181,7 @@ class RecordsWriter:
         """Take scored rollouts.
 
         Args:
-            rollouts: R of them, N completion tokens together.
+            rollouts: R of them; together the student wrote N tokens of them.
             scored: the statistics `about.fields()` and both models' 5 likeliest tokens, in the order of the rollouts'
                 tokens.
             choice: quadrant, choice and score of the main rule, where they are not to be worked out over all the
@@ -220,14 +190,15 @@ class RecordsWriter:
         Raises:
             ValueError: a statistic is NaN or infinite (with the rollout and the token).
         """
-        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        ids = [rollout.student_ids for rollout in rollouts]
+        lengths = list(map(len, ids))
         numbers = np.arange(self.rollouts, self.rollouts + len(rollouts), dtype=np.int32)
-        if sum(lengths) == 0:
+        if not any(rollout.completion_ids for rollout in rollouts):
             raise ValueError("there is no completion token to record: every rollout is empty.")
-        token_ids = np.concatenate([np.asarray(rollout.completion_ids, np.int32) for rollout in rollouts])
+        token_ids = np.concatenate([np.asarray(own, np.int32) for own in ids])
         columns: dict[str, Any] = {
             "rollout": np.repeat(numbers, lengths),
-            "position": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            "position": np.concatenate([np.flatnonzero(rollout.written) for rollout in rollouts]).astype(np.int32),
             "prompt_id": np.repeat(np.asarray([rollout.prompt_id for rollout in rollouts], np.int32), lengths),
             "token_id": token_ids,
             "token": _take(self._texts, token_ids),
@@ -241,6 +212,7 @@ class RecordsWriter:
             columns["score"] = _numbers(choice.score.float())
         for name, top in (("student_top5", scored.student_top), ("teacher_top5", scored.teacher_top)):
             columns[name] = self._top(top)
+        columns |= token_columns(rollouts, self._pieces, self._template)
         described = pa.table(
             {
                 "rollout": numbers,
@@ -252,6 +224,8 @@ class RecordsWriter:
             },
             schema=ROLLOUTS_SCHEMA,
         )
+        for name, values in rollout_columns(rollouts).items():
+            described = described.append_column(ROLLOUT_COLUMNS.field(name), values)
         self._waiting.append((pa.table(columns), described))  # both at once: Ctrl-C may come at any line
         self.rollouts += len(rollouts)
         if sum(len(tokens) for tokens, _ in self._waiting) >= self.part_tokens:
@@ -263,7 +237,7 @@ class RecordsWriter:
             return
         # tokens first: a part counts once its rollouts are there
         for name, tables in zip((TOKENS_FILE, ROLLOUTS_FILE), zip(*self._waiting, strict=True), strict=True):
-            write_tables(_part(self._parts, name, self._number), [pa.concat_tables(tables)])
+            write_tables(_part(self._parts, name, self._number), [_together(tables)])
         self._number += 1
         self._waiting = []
 
@@ -312,7 +286,7 @@ class RecordsWriter:
         token_ids = _numbers(top.token_ids[known].to(torch.int32))
         entries = pa.StructArray.from_arrays(
             [pa.array(token_ids), _take(self._texts, token_ids), pa.array(_numbers(top.probability[known].float()))],
-            fields=list(_TOP.value_type),
+            fields=list(TOP.value_type),
         )
         ends = np.cumsum(np.append(0, _numbers(known.sum(1))), dtype=np.int32)
         return pa.ListArray.from_arrays(pa.array(ends), entries)
@@ -327,7 +301,7 @@ class Records:
 
     Attributes:
         directory: where they lie.
-        tokens: one row per completion token, not read yet; rows in the order of rollout, then position.
+        tokens: one row per token that the student wrote, not read yet; in the order of rollout, then position.
         rollouts: one row per rollout.
         sidecar: records.json.
     """
@@ -398,6 +372,7 @@ def open_records(directory: str | Path) -> Records:
             f"{directory / TOKENS_FILE} has no column {', '.join(missing)}: these are no token records."
         )
     check_kinds(directory / TOKENS_FILE, tokens.schema_arrow, needed)
+    turns = check_columns(directory / TOKENS_FILE, tokens.schema_arrow, TOKEN_COLUMNS)
     if tokens.metadata.num_rows == 0:
         raise DamagedRecordsError(f"{directory / TOKENS_FILE} holds no token: nothing was scored.")
     for name in (ROLLOUTS_FILE, SIDECAR_FILE):
@@ -421,6 +396,11 @@ def open_records(directory: str | Path) -> Records:
             f"{SCHEMA_VERSION}: pip install --upgrade tipdistill."
         )
     counted = int(np.sum(rollouts["tokens"].to_numpy()))
+    if turns != ("turns" in rollouts.column_names):
+        raise DamagedRecordsError(
+            f"the files in {directory} do not belong together: of {TOKENS_FILE} and {ROLLOUTS_FILE} one is of "
+            "episodes, and the other is not. Score again."
+        )
     if not tokens.metadata.num_rows == counted == promised:
         raise DamagedRecordsError(
             f"the files in {directory} do not belong together: {TOKENS_FILE} has {tokens.metadata.num_rows} tokens, "
@@ -455,12 +435,12 @@ def _assemble(directory: Path, complete: bool, about: About | None = None) -> No
             about = About(**read_json(parts / SIDECAR_FILE))
     # a part whose rollouts are missing was never finished
     count = len(_part_files(parts, ROLLOUTS_FILE))
-    if count == 0:
-        raise ValueError(f"nothing was scored, so there are no records to write to {directory}.")
     opened = [open_parquet(path) for path in _part_files(parts, TOKENS_FILE)[:count]]
+    if not any(part.metadata.num_rows for part in opened):
+        raise ValueError(f"nothing was scored, so there are no records to write to {directory}.")
     with whole(parts):
         added, scores = _choose(opened, about)
-    schema = tokens_schema(about.names())
+    schema = tokens_schema(about.names(), turns=any("turn" in part.schema_arrow.names for part in opened))
 
     def pieces() -> Iterable[pa.Table]:
         row = 0
@@ -470,9 +450,11 @@ def _assemble(directory: Path, complete: bool, about: About | None = None) -> No
             for name, values in added.items():
                 table = table.append_column(name, pa.array(values[row : row + len(table)]))
             row += len(table)
+            for column in (column for column in schema if column.name not in table.column_names):  # of no episodes
+                table = table.append_column(column, pa.nulls(len(table), column.type))
             yield table.select(schema.names).cast(schema)
 
-    rollouts = pa.concat_tables([_read_rollouts(path) for path in _part_files(parts, ROLLOUTS_FILE)])
+    rollouts = _together([_read_rollouts(path) for path in _part_files(parts, ROLLOUTS_FILE)])
     scored, promised = sum(part.metadata.num_rows for part in opened), sum(rollouts["tokens"].to_pylist())
     if scored != promised:
         raise DamagedRecordsError(
@@ -527,6 +509,11 @@ def _column(parts: Sequence[pq.ParquetFile], name: str) -> np.ndarray:
     return np.concatenate([part.read(columns=[name])[name].to_numpy() for part in parts])
 
 
+def _together(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables below each other; what those without episodes lack has no value."""
+    return pa.concat_tables(tables, promote_options="default")
+
+
 def _part(parts: Path, name: str, number: int) -> Path:
     return parts / name.replace(".", f"-{number:05d}.")
 
@@ -547,6 +534,7 @@ def _read_rollouts(path: Path) -> pa.Table:
     if missing:
         raise DamagedRecordsError(f"{path} has no column {', '.join(missing)}: these are no rollouts. {remedy(path)}")
     check_kinds(path, file.schema_arrow, ROLLOUTS_SCHEMA)
+    episodes = check_columns(path, file.schema_arrow, ROLLOUT_COLUMNS)
     with whole(path):
         table = file.read()
         table.validate(full=True)
@@ -555,6 +543,8 @@ def _read_rollouts(path: Path) -> pa.Table:
                 raise ValueError(f"column {name} has no value in some rows.")
         if len(table) and min(table["tokens"].to_pylist()) < 0:
             raise ValueError("a rollout of fewer than 0 tokens.")
+        if episodes:
+            check_turns(table)
         return table
 
 

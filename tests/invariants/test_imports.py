@@ -22,7 +22,7 @@ ORDER = [
         "http",
         "extras",
     }
-    | {"documents", "dotted", "redact", "replies", "signals", "supervise", "terminal"},
+    | {"documents", "dotted", "columns", "kinds", "redact", "replies", "signals", "supervise", "terminal"},
     {"conventions", "environments", "policy"},
     {"rollout"},
     {"score", "divergence"},

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import zlib
 
 import numpy as np
@@ -10,6 +11,46 @@ import pyarrow.parquet as pq
 import pytest
 
 from tipdistill.report.pack import TYPES
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium. What needs it is skipped, and says so, where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium was found (apt-get install chromium): the report was not tried in a browser")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_offline(browser):
+    """Open a page by its path, and check at the end that it asked for nothing and complained of nothing."""
+    trouble, contexts = [], []
+
+    def opened(path, **options):
+        context = browser.new_context(offline=True, **{"viewport": {"width": 1300, "height": 900}, **options})
+        contexts.append(context)
+        page, address = context.new_page(), path.as_uri()
+        page.on("console", lambda message: trouble.append(f"console: {message.type} {message.text}"))
+        page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
+        page.on("request", lambda request: trouble.append(request.url) if request.url != address else None)
+        page.goto(address)
+        page.wait_for_selector("html[data-ready]", timeout=20_000)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert trouble == []
 
 
 def write_records(directory, tokens, prompts=None, *, sidecar=None, seed=0, shared=None, row_group_size=None):

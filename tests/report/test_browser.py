@@ -1,7 +1,7 @@
 """The page in a real browser: headless Chromium, offline. Skipped, and said so, where there is none."""
 
 import json
-import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,13 +9,6 @@ import torch
 
 from tipdistill import TokenScores, quadrants, select
 from tipdistill.report.page import write_report
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium was found (apt-get install chromium): the report was not tried in a browser"
-)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 
 SMILE = "🙂".encode()
 HEBREW = "שלום עולם"
@@ -86,17 +79,6 @@ SWEEP = {
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-    )
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """The page's path, and the columns that it was made of."""
     from importlib.util import module_from_spec, spec_from_file_location
@@ -136,26 +118,8 @@ def report(tmp_path_factory):
 
 
 @pytest.fixture
-def open_page(browser, report):
-    """Open the page, and check at the end that it asked for nothing and complained of nothing."""
-    trouble, contexts = [], []
-
-    def opened(**options):
-        context = browser.new_context(offline=True, **{"viewport": {"width": 1300, "height": 900}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: trouble.append(f"console: {message.type} {message.text}"))
-        page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
-        page.on("request", lambda request: trouble.append(request.url) if request.url != address else None)
-        address = report[0].as_uri()
-        page.goto(address)
-        page.wait_for_selector("html[data-ready]", timeout=20_000)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert trouble == []
+def open_page(open_offline, report):
+    return partial(open_offline, report[0])
 
 
 def scores_of(table):

@@ -101,7 +101,7 @@ def test_the_map_counts_every_token_and_what_is_kept_of_it(tmp_path, records_wri
     records_writer(tmp_path, words(30))
     dataset, payload, pack = payload_of(tmp_path, max_tokens=50)
     tokens = unpack(pack, payload["map"]["tokens"])
-    assert tokens.sum() == payload["tokens"] == len(dataset.position)
+    assert tokens.sum() == payload["tokens"] == len(dataset.before)
     for number, choice in enumerate(dataset.rules):
         kept = unpack(pack, payload["map"]["kept"][number]).reshape(len(tokens), -1)
         assert (kept.sum(axis=1) == tokens).all()

@@ -10,7 +10,7 @@ from tipdistill.records import About, RecordsWriter
 from tipdistill.tasks.arithmetic import build_tokenizer
 from tipdistill.training import trackers
 from tipdistill.training.trackers import COLUMNS, MAP, TOKENS, disputed, show_records
-from tipdistill.types import Rollout, Scored, TokenScores, TopTokens
+from tipdistill.types import Rollout, Scored, TokenScores, TopTokens, Turn
 
 DIGITS = (2, 3, 4, 16)
 
@@ -38,6 +38,16 @@ def test_the_most_disputed_tokens_come_first_with_what_stood_before(records):
     assert rows[1][:4] == [1, 0, "", "2"]
     assert rows[0][COLUMNS.index("kept")] is True
     assert rows[0][COLUMNS.index("teacher")] == "2 0.20"
+
+
+def test_what_stood_before_ends_at_a_tools_result(tmp_path):
+    about = About("student", "teacher", vocabulary=18)
+    turns = Turn("student", 0, 1, "2"), Turn("tool", 1, 2, "34"), Turn("student", 3, 2, "5$")
+    top = TopTokens(torch.full((3, 5), 2), torch.full((3, 5), 0.2))
+    scores = TokenScores(**{name: torch.tensor([1.0, 2.0, 3.0]) for name in about.fields()})
+    with RecordsWriter(tmp_path, build_tokenizer(), about) as writer:
+        writer.write([Rollout(0, "1+1=", (1,), (2, 3, 4, 5, 16), True, turns, "answered")], Scored(scores, top, top))
+    assert [row[:4] for row in disputed(tmp_path)] == [[0, 4, "5", "$"], [0, 3, "", "5"], [0, 0, "", "2"]]
 
 
 class Sent(dict):

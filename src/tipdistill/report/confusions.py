@@ -10,7 +10,7 @@ import pyarrow as pa
 
 CONTEXTS = (0, 1, 2, 3, 4, 6, 8)
 SHOWN = 50
-_BEFORE = -1  # where a context reaches into the prompt
+_BEFORE = -1  # where a context reaches into the prompt, or into a tool's result
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def confusions(
     student: np.ndarray,
     teacher: np.ndarray,
     token_id: np.ndarray,
-    position: np.ndarray,
+    before: np.ndarray,
     divergence: np.ndarray,
     context: int,
     shown: int = SHOWN,
@@ -47,7 +47,7 @@ def confusions(
         student: int64 [M], id of the student's most probable token.
         teacher: int64 [M], the teacher's.
         token_id: int [N], the tokens written.
-        position: int [N], place in the completion.
+        before: int [N], how many tokens there are before each; what is before those is not known.
         divergence: float [N], reverse KL in nats.
         context: how many of the preceding tokens must agree as well.
         shown: how many kinds to return.
@@ -62,7 +62,7 @@ def confusions(
         return []
     keys: dict[str, Any] = {"student": student, "teacher": teacher}
     for back in range(1, context + 1):
-        inside = position[mistakes] >= back
+        inside = before[mistakes] >= back
         keys[f"back{back}"] = np.where(inside, token_id[np.maximum(mistakes - back, 0)], _BEFORE)
     names = list(keys)
     row = np.arange(len(mistakes))

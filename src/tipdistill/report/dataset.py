@@ -13,6 +13,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ..columns import TOKEN_COLUMNS
+from ..kinds import KINDS
 from ..records import STATISTICS, TOKENS_FILE, Records
 from ..select import COMPLEMENT, DRAWN, RULES, draw, resolve_rule
 from ..select.budget import ranks
@@ -50,7 +52,10 @@ class Dataset:
         records: where they come from.
         rollout: int64 [N] in 0..R−1, ascending.
         numbers: int [R], what the records call each rollout.
-        position, token_id: int [N].
+        before: int64 [N], how many of the student's tokens stand before each, back to the last result of a tool.
+        turn: int64 [N], number of the student's turn; −1 in rollouts that are no episodes. None: there is no episode.
+        kind: int64 [N], places in `KINDS`; −1 and None as for turns.
+        token_id: int [N].
         scores: statistics, float32 [N] each.
         quadrant: int8 [N], by the thresholds.
         thresholds: (ĥ, nats).
@@ -63,7 +68,9 @@ class Dataset:
     records: Records
     rollout: Tensor
     numbers: np.ndarray
-    position: np.ndarray
+    before: np.ndarray
+    turn: np.ndarray | None
+    kind: np.ndarray | None
     token_id: np.ndarray
     scores: TokenScores
     quadrant: Tensor
@@ -117,13 +124,15 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
     path, sidecar = records.directory / TOKENS_FILE, records.sidecar
     names = records.tokens.schema_arrow.names
     extra = [name for name in names if name.startswith(("kept_", "score_"))]
-    wanted = ["rollout", "position", "token_id", *STATISTICS, "quadrant", "kept", "score", *extra]
+    episodes = [name for name in TOKEN_COLUMNS.names if name in names]
+    wanted = ["rollout", "position", "token_id", *STATISTICS, "quadrant", "kept", "score", *episodes, *extra]
     table = records.read(wanted)
     column = {name: table[name].combine_chunks() for name in wanted}
     numbers, inverse = np.unique(column["rollout"].to_numpy(), return_inverse=True)
     if bool((np.diff(inverse) < 0).any()):
         raise ValueError(f"the rows of {path} are not in the order of their rollouts: sort by rollout, position.")
     rollout = torch.from_numpy(inverse.astype(np.int64))
+    turn, kind = _turns_and_kinds(column, path) if episodes else (None, None)
     statistics = {name: _finite(column[name], name, path) for name in STATISTICS}
     for name in ("entropy", "reverse_kl"):
         if statistics[name] is None:
@@ -161,7 +170,9 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
         records=records,
         rollout=rollout,
         numbers=numbers,
-        position=column["position"].to_numpy(),
+        before=_places(inverse if turn is None else inverse * (turn.max() + 2) + turn),
+        turn=turn,
+        kind=kind,
         token_id=column["token_id"].to_numpy(),
         scores=scores,
         quadrant=quadrant,
@@ -171,6 +182,23 @@ def load_dataset(records: Records, rule: str | None = None, retention: float | N
         rules=rules,
         kept={(recorded_rule or "recorded") if name == "kept" else name[5:]: mask for name, mask in kept.items()},
     )
+
+
+def _places(stretch: np.ndarray) -> np.ndarray:
+    """Of each item, how many neighbours before it are equal to it."""
+    begins = np.flatnonzero(np.diff(stretch, prepend=stretch[0] - 1))
+    return np.arange(len(stretch)) - np.repeat(begins, np.diff(begins, append=len(stretch)))
+
+
+def _turns_and_kinds(column: dict[str, pa.Array], path: Path) -> tuple[np.ndarray, np.ndarray]:
+    turn = column["turn"].fill_null(-1).to_numpy().astype(np.int64)
+    coded = column["kind"].dictionary_encode()
+    unknown = [kind for kind in coded.dictionary.to_pylist() if kind not in KINDS]
+    if unknown or turn.min() < -1 or turn.max() >= 2**15:
+        said = f"the kind {unknown[0]!r:.40}" if unknown else f"a turn from {turn.min()} to {turn.max()}"
+        raise ValueError(f"{path} has {said}; kinds are {', '.join(KINDS)}, and turns count from 0.")
+    places = np.array([*(KINDS.index(kind) for kind in coded.dictionary.to_pylist()), -1])
+    return turn, places[coded.indices.fill_null(-1).to_numpy()]
 
 
 def _finite(values: pa.Array, name: str, path: Path) -> np.ndarray | None:

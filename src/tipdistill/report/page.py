@@ -19,7 +19,7 @@ from .payload import dataset_payload
 from .sources import Sources, find_sources
 
 MAX_TOKENS = 100_000
-SCRIPTS = ("core.js", "map.js", "tokens.js", "charts.js", "sweep.js", "main.js")
+SCRIPTS = ("core.js", "map.js", "tokens.js", "episodes.js", "charts.js", "sweep.js", "main.js")
 # what the paper reports over its pairs (Table 1's quadrants)
 PAPER_SHARES = {"q4": (0.40, 0.47), "q1+q2": (0.40, 0.52), "q3": (0.03, 0.15)}
 
@@ -167,6 +167,7 @@ def _render(sources: Sources, data: dict[str, Any]) -> str:
         left_out=sources.left_out,
         version=__version__,
         sets=data["sets"],
+        episodes=any(shown["episodes"] for shown in data["sets"]),
         runs=data["runs"],
         probes=data["probes"],
         sweeps=data["sweeps"],

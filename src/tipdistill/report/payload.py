@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ..columns import ROLLOUT_COLUMNS
 from ..records import STATISTICS, TOKENS_FILE, Records
 from ..select import DRAWN
 from ..select.normalize import clipped_entropy
@@ -19,6 +20,7 @@ from .budgets import BUDGETED
 from .confusions import CONTEXTS, confusions
 from .dataset import Dataset, RuleChoice
 from .density import Hexagons, hexagons
+from .episodes import episode_payload, episodes_payload, longest_result
 from .pack import Pack, short_floats
 from .texts import joined_texts
 
@@ -65,7 +67,8 @@ def dataset_payload(dataset: Dataset, pack: Pack, max_tokens: int, seed: int) ->
         "shares": _shares(dataset, divergence),
         "map": _map(dataset, cells, pack),
         "confusions": _confusions(dataset, first, divergence, in_view, place),
-        "view": _view(dataset, cells, in_view, shown, choices, pack),
+        "episodes": episodes_payload(dataset, divergence),
+        "view": _view(dataset, cells, in_view, shown, choices, pack, max_tokens),
     }
 
 
@@ -210,7 +213,7 @@ def _confusions(
             ids["student"][other],
             ids["teacher"][other],
             dataset.token_id,
-            dataset.position,
+            dataset.before,
             divergence,
             context,
         ):
@@ -239,8 +242,8 @@ def _confusions(
 
 
 def _before(dataset: Dataset, token: int, context: int) -> str:
-    """The text of the tokens before one, as many as the completion has."""
-    context = min(context, int(dataset.position[token]))
+    """The text of the tokens before one, as many as there are."""
+    context = min(context, int(dataset.before[token]))
     return "".join(dataset.texts(slice(token - context, token)))
 
 
@@ -251,6 +254,7 @@ def _view(
     shown: np.ndarray,
     choices: dict[str, pa.ListArray],
     pack: Pack,
+    max_tokens: int,
 ) -> dict[str, Any]:
     texts, raw = dataset.tokens_of(in_view)
     # one table of strings for the tokens written and all those that could have been; "" is number 0
@@ -268,7 +272,7 @@ def _view(
         "tokens": int(in_view.sum()),
         "strings": coded.dictionary.to_pylist(),
         "text": pack.add(own[0], "u32"),
-        "parts": _parts(raw, rollout),
+        "parts": _parts(raw, dataset.before[in_view]),
         "quadrant": pack.add(dataset.quadrant.numpy()[in_view], "u8"),
         "hexagon": pack.add(cells.of_token[in_view], "u16"),
         "statistics": statistics,
@@ -280,8 +284,11 @@ def _view(
             for choice in dataset.rules
         ],
         "kept": {name: pack.add(mask[in_view], "u8") for name, mask in dataset.kept.items()},
-        "rollouts": _rollouts(dataset, shown, np.bincount(rollout, minlength=len(shown))),
+        "rollouts": _rollouts(dataset, shown, np.bincount(rollout, minlength=len(shown)), max_tokens),
     }
+    if dataset.turn is not None and dataset.kind is not None:
+        view["turn"] = pack.add(dataset.turn[in_view] + 1, "u16")  # 0: none
+        view["kind"] = pack.add(dataset.kind[in_view] + 1, "u8")
     for whose, own_index in zip(choices, own[1:], strict=True):
         lists = choices[whose]
         lengths = np.asarray(pc.fill_null(pc.list_value_length(lists), 0))
@@ -299,21 +306,24 @@ def _view(
     return view
 
 
-def _parts(raw: list[bytes | None], rollout: np.ndarray) -> list[list[Any]]:
-    """(place, text) of tokens that are characters only together; never across rollouts."""
+def _parts(raw: list[bytes | None], before: np.ndarray) -> list[list[Any]]:
+    """(place, text) of tokens that are characters only together; never across rollouts or turns."""
     if not any(piece is not None for piece in raw):
         return []
-    borders = [0, *(np.flatnonzero(np.diff(rollout)) + 1).tolist(), len(raw)]
+    borders = [*np.flatnonzero(before == 0).tolist(), len(raw)]
     parts: list[list[Any]] = []
     for start, end in pairwise(borders):
         parts += [[start + place, text] for place, text in joined_texts(raw[start:end]).items()]
     return parts
 
 
-def _rollouts(dataset: Dataset, shown: np.ndarray, lengths: np.ndarray) -> list[dict[str, Any]]:
-    table = dataset.records.rollouts.select(["rollout", "prompt_id", "prompt", "finished"])
+def _rollouts(dataset: Dataset, shown: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[dict[str, Any]]:
+    table = dataset.records.rollouts
+    own = [name for name in ROLLOUT_COLUMNS.names if name in table.column_names]
+    table = table.select(["rollout", "prompt_id", "prompt", "finished", "tokens", *own])
     wanted = pa.array(dataset.numbers[shown], type=table["rollout"].type)
     known = {row["rollout"]: row for row in table.filter(pc.is_in(table["rollout"], wanted)).to_pylist()}
+    longest = longest_result(known.values(), max_tokens)
     rollouts = []
     for place in np.flatnonzero(shown).tolist():
         number = int(dataset.numbers[place])
@@ -328,6 +338,12 @@ def _rollouts(dataset: Dataset, shown: np.ndarray, lengths: np.ndarray) -> list[
                 "prompt_id": row["prompt_id"],
                 "tokens": int(lengths[place]),
                 "finished": row["finished"],
+                "episode": episode_payload(row, longest) if row.get("turns") else None,
             }
         )
+        if row.get("turns") and row["tokens"] != lengths[place]:
+            raise ValueError(
+                f"the files in {dataset.records.directory} do not belong together: rollout {number} has "
+                f"{row['tokens']} tokens in its turns, and {lengths[place]} in {TOKENS_FILE}. Score again."
+            )
     return rollouts

@@ -58,10 +58,13 @@ def disputed(directory: Path) -> list[list[Any]]:
         directory: of the records.
     """
     table = open_records(directory).read().to_pydict()
+    stretch = list(zip(table["rollout"], table.get("turn", table["rollout"]), strict=True))
     order = sorted(range(len(table["token"])), key=lambda row: -table["reverse_kl"][row])[:ROWS]
     rows = []
     for row in order:
-        first = max(row - _CONTEXT, row - table["position"][row])
+        first = row  # back to the rollout's beginning, or to what a tool said before the student's turn
+        while first > max(0, row - _CONTEXT) and stretch[first - 1] == stretch[row]:
+            first -= 1
         choices = [table[f"{whose}_top5"][row] for whose in ("student", "teacher")]
         rows.append(
             [

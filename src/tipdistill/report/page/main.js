@@ -35,6 +35,7 @@ watch((what) => {
     fillShades();
     drawMap();
     drawConfusions();
+    fillSorts();
     arrange();
     describe(-1);
   }
@@ -47,6 +48,7 @@ watch((what) => {
     showRetention();
     drawQuadrants();
     drawBudgets();
+    drawEpisodes();
   }
 });
 

@@ -154,6 +154,9 @@ const SORTS = {
   kept: { name: "most divergence kept", by: (rollout) => -sumOver(rollout, (token) => isKept(token) * statistic("reverse_kl", token)) },
   long: { name: "longest", by: (rollout) => -current().view.rollouts[rollout].tokens },
   brief: { name: "shortest", by: (rollout) => current().view.rollouts[rollout].tokens },
+  wrong: { name: "not correct", by: (rollout) => Number(episodeOf(rollout)?.correct !== false), episodes: true },
+  failures: { name: "most failed calls", by: (rollout) => -failuresOf(episodeOf(rollout)), episodes: true },
+  turns: { name: "most turns", by: (rollout) => -turnsOf(episodeOf(rollout)), episodes: true },
 };
 
 function arrange() {
@@ -169,7 +172,7 @@ function arrange() {
     }
     if (query) {
       const { lower, offsets } = wholeText(place);
-      let any = rollout.prompt.toLowerCase().includes(query);
+      let any = rollout.prompt.toLowerCase().includes(query) || resultsOf(rollout.episode).some((result) => holds(result, query));
       for (let at = lower.indexOf(query); at >= 0; at = lower.indexOf(query, at + query.length)) {
         any = true;
         for (let token = tokenAt(offsets, at); token < offsets.length && offsets[token] < at + query.length; token++) view.matches.add(from + token);
@@ -185,7 +188,7 @@ function arrange() {
   if (state.hexagon >= 0) words.push("the tokens of the chosen hexagon are framed");
   $("found").textContent = words.length ? `${words.join(" · ")}.` : "";
   $("feed").replaceChildren();
-  $("feed").classList.toggle("brief", chosen.length > 0 && chosen.reduce((sum, place) => sum + rollouts[place].tokens, 0) / chosen.length < 80);
+  $("feed").classList.toggle("brief", chosen.length > 0 && !current().episodes && chosen.reduce((sum, place) => sum + rollouts[place].tokens, 0) / chosen.length < 80);
   view.spans = new Map();
   view.shown = 0;
   setScale();
@@ -228,16 +231,20 @@ function rolloutCard(place) {
     part.style.background = `var(--q${quadrant}-line)`;
     strip.append(part);
   }
-  const facts = element("span");
+  const facts = element("span"), episode = rollout.episode;
   facts.textContent = [
     `${count(rollout.tokens)} tokens`,
     `${counts[3]} in Q3`,
     `divergence ${nats(sumOver(place, (token) => statistic("reverse_kl", token)) / rollout.tokens)} nats a token`,
-    ...(rollout.finished === false ? ["cut at the length limit"] : []),
+    ...(rollout.finished === false && !episode ? ["cut at the length limit"] : []),
   ].join(" · ");
-  head.append(number, strip, facts);
+  head.append(number, ...(episode ? episodeFacts(episode) : []), strip, facts);
   const card = element("article", { class: "rollout" }, head);
   if (rollout.prompt) card.append(promptOf(rollout.prompt));
+  card.append(...(episode ? conversation(episode, from) : [textOfTokens(from, to)]));
+  return card;
+}
+function textOfTokens(from, to) {
   const body = element("div", { class: "text", dir: "auto" });
   for (let token = from; token < to; token++) {
     const span = element("span", { tabindex: -1 });
@@ -247,8 +254,7 @@ function rolloutCard(place) {
     view.spans.set(token, span);
     body.append(span);
   }
-  card.append(body);
-  return card;
+  return body;
 }
 function promptOf(prompt) {
   if (prompt.length <= 200) { const short = element("div", { class: "prompt", dir: "auto" }); fill(short, prompt); return short; }
@@ -335,7 +341,7 @@ function describe(token) {
   const title = element("h3"), code = element("code"), badge = element("span", { class: `badge q${quadrant}` }), where = element("span", { class: "small" });
   code.textContent = visible(data.strings[array(data.text)[token]]);
   badge.textContent = `Q${quadrant} ${NAMES[quadrant]}`;
-  where.textContent = `rollout ${rollout.rollout}, token ${token - view.starts[view.rollout[token]]}`;
+  where.textContent = `rollout ${rollout.rollout}, ${placeInEpisode(token)}token ${token - view.starts[view.rollout[token]]}`;
   title.append(code, badge);
   const models = element("div", { class: "models" });
   for (const whose of ["student", "teacher"]) {
@@ -398,7 +404,6 @@ function setUpTokens() {
     });
     if (actions[event.key]) { event.preventDefault(); actions[event.key](); }
   });
-  for (const [value, sort] of Object.entries(SORTS)) $("sort").append(option(value, sort.name));
   for (const [value, target] of Object.entries(TARGETS)) $("target").append(option(value, target.name));
   $("sort").addEventListener("change", () => { state.sort = $("sort").value; arrange(); });
   $("target").addEventListener("change", () => { state.target = $("target").value; });
@@ -416,6 +421,12 @@ function setUpTokens() {
     box.addEventListener("change", () => { if (box.checked) state.quadrants.add(number); else state.quadrants.delete(number); arrange(); });
     $("filter").append(element("label", {}, box, ` Q${number}`));
   }
+}
+function fillSorts() {
+  const offered = Object.entries(SORTS).filter(([, sort]) => !sort.episodes || current().episodes);
+  $("sort").replaceChildren(...offered.map(([value, sort]) => option(value, sort.name)));
+  if (!offered.some(([value]) => value === state.sort)) state.sort = "rollout";
+  $("sort").value = state.sort;
 }
 function fillShades() {
   const data = current().view, offered = [];

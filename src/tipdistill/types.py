@@ -108,7 +108,7 @@ class Rollout:
     finished: bool
     turns: tuple[Turn, ...] = ()
     ending: str = ""
-    verdict: Verdict | None = None
+    verdict: Verdict | None = field(default=None, hash=False)  # mappings have no hash
 
     @property
     def written(self) -> tuple[bool, ...]:

@@ -96,6 +96,7 @@ def run(job):
     import tipdistill.score.chunked as chunked
     from tipdistill import TIPConfig, TIPTrainer
     from tipdistill.teachers.served import TeacherUnavailableError
+    from tipdistill.training.episodes import no_longer_than
 
     torch.set_num_threads(1)
     on_cpu(job["engine"])
@@ -119,7 +120,8 @@ def run(job):
 
     class Watched(TIPTrainer):
         def _generate_single_turn(self, prompt_ids, *rest):
-            completions = super()._generate_single_turn(prompt_ids, *rest)
+            with no_longer_than(self, 2 if job.get("acting") else None):
+                completions = super()._generate_single_turn(prompt_ids, *rest)
             if job.get("acting"):  # the engine wrote, in step with the others; a script says what
                 return [acting.turn_after(self._tokenizer, ids) for ids in prompt_ids]
             # of a length of each prompt's own, so that ranks hold different widths: a random model never ends

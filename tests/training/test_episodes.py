@@ -175,6 +175,14 @@ def test_what_cannot_be_played_is_refused_before_weights_are_loaded(
         trainer_of(models, tmp_path, factory, prompts, **settings)
 
 
+def test_descriptions_of_tools_count_among_a_prompts_tokens(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("tipdistill.training.resumable.DistillationTrainer.__init__", None)
+    tokenizer = speaks_of_tools(AutoTokenizer.from_pretrained(models[0]))
+    alone = max(len(tokenizer.apply_chat_template(row["prompt"], return_dict=False)) for row in rows())
+    with pytest.raises(ValueError, match="max_completion_length"):  # 512 positions
+        trainer_of(models, tmp_path, max_completion_length=512 - alone - 10)
+
+
 def test_a_student_whose_template_renders_no_calls_is_refused(models, tmp_path):
     args = TIPConfig(str(tmp_path / "run"), **SETTINGS)
     with pytest.raises(ValueError, match="cannot render a conversation with tools"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,16 @@ class RunTools:
         self.episodes: list[Episode] = []
         """Of the last batch, in the order of its rows."""
         self._begun: list[Any] = []
+
+    def telling(self, args: Any) -> Any:
+        """The configuration with the tools among what the chat template is passed: prompts are longer by them.
+
+        Args:
+            args: the `TIPConfig`, which stays as it is.
+        """
+        told = copy.copy(args)
+        told.chat_template_kwargs = {**(args.chat_template_kwargs or {}), "tools": self.schemas}
+        return told
 
     def begin(self, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Begin a rollout for each row; its prompts end with what the environment says.

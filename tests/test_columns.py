@@ -174,6 +174,20 @@ def test_an_episode_that_nobody_judged_has_no_verdict(tmp_path):
     assert (row["correct"], row["verdict"], row["ending"]) == (None, None, "cut")
 
 
+def test_a_turn_is_read_with_what_stands_before_it_and_whether_it_was_answered(tmp_path):
+    # a chat template that begins a thought in each turn, after the prompt and after a result
+    before = "<|im_start|>assistant\n<think>\n"
+    texts = ["a</think>b", before, "c</think>d"]
+    ids = [TOKENIZER(text)["input_ids"] for text in texts]
+    turns, place = [], 0
+    for role, text, own in zip(("student", "tool", "student"), texts, ids, strict=True):
+        turns.append(Turn(role, place, len(own), text, (ToolResult("f", "", "ok", ""),) if role == "tool" else ()))
+        place += len(own)
+    rollout = Rollout(0, before, (1,), tuple(index for own in ids for index in own), True, tuple(turns), "answered")
+    kinds = record(tmp_path, [rollout]).read(["kind"])["kind"].to_pylist()
+    assert kinds == ["thought", "thought", "text", "thought", "thought", "answer"]
+
+
 # What others wrote.
 
 

@@ -51,6 +51,17 @@ def test_a_thought_that_the_prompt_began_goes_on():
     before = "<|im_start|>assistant\n<think>an old one, never closed<|im_start|>assistant\n<think>\n"
     assert cut("hm</think>\n\nYes", before=before) == [("thought", "hm</think>\n\n"), ("answer", "Yes")]
     assert cut("hm", before="<|im_start|>assistant\n") == [("answer", "hm")]
+    assert cut("hm", before=before.removesuffix("<think>\n")) == [("answer", "hm")]
+
+
+def test_of_two_openings_at_one_place_the_longer_counts():
+    fields = {"thinking": {"open": "<t", "close": ">"}, "tool_calls": {"open": ["<to", "<tool>"], "close": "</tool>"}}
+    assert cut('<tool>{"arguments": 1}</tool><t>', {"fields": fields}) == [
+        ("call", '<tool>{"arguments": '),
+        ("argument", "1"),
+        ("call", "}</tool>"),
+        ("thought", "<t>"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +137,7 @@ def test_the_parser_and_the_kinds_agree_on_what_was_called():
     [
         "<tool_call>" + '{"arguments":"' * 10_000,
         '<tool_call>"' + '\\"' * 50_000 + "\\",
-        "<think></think>" * 5_000,
+        "<think></think>" * 40_000,
         call("f") * 3_000,
         '<tool_call>{"arguments":' + "[" * 100_000,
     ],

@@ -10,8 +10,8 @@ from acting import NAMES, Shop, speaks_of_tools, turn_after
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tipdistill import rollout as rollout_module
-from tipdistill.environments import Worlds
-from tipdistill.rollout import Acting, generate
+from tipdistill.environments import Acting, Worlds
+from tipdistill.rollout import generate
 from tipdistill.score import reference
 from tipdistill.score.models import head_of, hidden_states, micro_batches, score_rollouts
 from tipdistill.teachers.rollouts import batch_of

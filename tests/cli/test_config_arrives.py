@@ -359,4 +359,6 @@ def test_every_field_of_ours_has_a_case():
         for entry in fields(kind)
         if entry.name not in {inherited.name for inherited in fields(trls)}
     }
-    assert ours - OF_A_SERVED_TEACHER - OF_OTHER_TEACHERS - OF_ANOTHER_END - OF_TOOLS - OF_THE_COMMAND_LINE == OURS.keys()
+    assert (
+        ours - OF_A_SERVED_TEACHER - OF_OTHER_TEACHERS - OF_ANOTHER_END - OF_TOOLS - OF_THE_COMMAND_LINE == OURS.keys()
+    )

@@ -9,11 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tipdistill import rollout
 from tipdistill.cli.eval import table
-from tipdistill.environments import Worlds
+from tipdistill.environments import Acting, Worlds
 from tipdistill.evaluate.engines import Local, Sampling, Server, ServerError
 from tipdistill.evaluate.run import run
 from tipdistill.evaluate.task import Problem, Task
-from tipdistill.rollout import Acting
 
 SAMPLING = Sampling(max_new_tokens=400)
 

@@ -17,11 +17,10 @@ import torch
 
 from .. import http, replies
 from ..chat import check_chat_template_kwargs, encode_prompts
-from ..environments import Episode, Limits, play
-from ..environments.play import Dialect, check_conversational, read_dialect
-from ..environments.world import World, observed
+from ..environments import Acting, Episode, Worlds, play_prompts
+from ..environments.play import check_conversational, read_dialect
 from ..positions import position_limit
-from ..rollout import Acting, generate
+from ..rollout import generate
 from ..types import Turn, Verdict
 
 logger = logging.getLogger(__name__)
@@ -353,48 +352,35 @@ class Server:
         dialect = read_dialect(tokenizer, self.chat_template_kwargs)
         dressed = [as_fed(tokenizer, prompt, chat) for prompt in prompts]
         check_conversational(dressed[:1])
-        limits = Limits(sampling.max_new_tokens, acting.rounds, acting.result_tokens, acting.seconds)
-        tools = acting.worlds.schemas()
 
         def episode(index: int, prompt: Any, seed: int) -> Completion:
-            world = World(acting.worlds.tools, acting.worlds.factory)
+            turns = itertools.count()
+
+            def write(contexts: list[list[int]], most: list[int]) -> list[tuple[list[int], bool]]:
+                ((context,), (room,)) = contexts, most
+                return [self._turn(context, room, (seed + next(turns)) % 2**31, sampling)]
+
+            # threads play at the same time: each has a world of its own
+            own = replace(acting, worlds=Worlds(acting.worlds.tools, acting.worlds.factory, acting.seconds))
             try:
-                seen = observed(dressed[index], world.reset(acting.rows[index], acting.seconds))
-                ids = encode_prompts([seen], tokenizer, dialect.settings, tools, dialect.chat_template, [index])
-                return self._episode(index, ids[0], seed, sampling, dialect, world, limits, tools)
+                _, (played,) = play_prompts(write, dialect, [dressed[index]], [index], own, sampling.max_new_tokens)
             finally:
-                world.close()
+                own.worlds.close()
+            return of_episode(index, played, tokenizer)
 
         return episode
 
-    def _episode(
-        self,
-        index: int,
-        prompt_ids: list[int],
-        seed: int,
-        sampling: Sampling,
-        dialect: Dialect,
-        world: World,
-        limits: Limits,
-        tools: Sequence[Callable[..., Any]],
-    ) -> Completion:
-        turns = itertools.count()
-
-        def write(contexts: list[list[int]], most: list[int]) -> list[tuple[list[int], bool]]:
-            ((context,), (room,)) = contexts, most
-            body = {
-                "model": self.model,
-                "prompt": context,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "max_tokens": room,
-                "seed": (seed + next(turns)) % 2**31,
-                "return_token_ids": True,
-            }
-            return [self._sample("/completions", body, lambda reply: replies.written_ids(reply, room, 2**31))]
-
-        (episode,) = play(write, dialect, [prompt_ids], [world], limits, tools)
-        return of_episode(index, episode, dialect.tokenizer)
+    def _turn(self, context: list[int], room: int, seed: int, sampling: Sampling) -> tuple[list[int], bool]:
+        body = {
+            "model": self.model,
+            "prompt": context,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": room,
+            "seed": seed,
+            "return_token_ids": True,
+        }
+        return self._sample("/completions", body, lambda reply: replies.written_ids(reply, room, 2**31))
 
     def _ask(
         self, index: int, prompt: Any, seed: int, sampling: Sampling, chat: bool | None, special_tokens: bool

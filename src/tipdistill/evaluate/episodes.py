@@ -9,8 +9,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from ..environments import Worlds, read_environment
-from ..rollout import Acting
+from ..environments import Acting, Worlds, read_environment
 from ..types import ENDINGS, Verdict
 from .engines import Completion
 from .task import Task

@@ -14,14 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from ..chat import encode_prompts
-from ..environments import Limits, play
+from ..environments import Acting, play_prompts
 from ..environments.play import Dialect, read_dialect
-from ..environments.world import observed
 from ..evaluate.engines import Completion, Sampling, as_fed, of_episode
 from ..evaluate.episodes import acting_of
 from ..evaluate.run import check_names, run, write_metrics
 from ..evaluate.task import Task
-from ..rollout import Acting
 from ..score.forward import evaluating
 from ..tasks import load_task
 from .episodes import in_step, no_longer_than, write_turns
@@ -198,19 +196,14 @@ def _played(
     asked: Sequence[Any],
 ) -> list[Completion]:
     """Episodes of a task; the rows of the completions, and the problem of each with its prompt."""
-    worlds, said = acting.worlds.begin([acting.rows[problem] for problem in problems])
-    seen = [observed(prompt, text) for prompt, text in zip(asked, said, strict=True)]
-    tools = acting.worlds.schemas()
-    encoded = encode_prompts(seen, dialect.tokenizer, dialect.settings, tools, dialect.chat_template, problems)
-    most = min(task.max_new_tokens or sys.maxsize, trainer.args.max_completion_length)
-    episodes = play(
+    _, episodes = play_prompts(
         lambda contexts, rooms: write_turns(trainer, contexts, rooms),
         dialect,
-        encoded,
-        worlds,
-        Limits(most, acting.rounds, acting.result_tokens, acting.seconds),
-        tools,
-        in_step=lambda active: in_step(trainer, active),
+        asked,
+        problems,
+        acting,
+        min(task.max_new_tokens or sys.maxsize, trainer.args.max_completion_length),
+        lambda active: in_step(trainer, active),
     )
     return [of_episode(row, episode, dialect.tokenizer) for row, episode in zip(rows, episodes, strict=True)]
 

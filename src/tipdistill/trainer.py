@@ -256,6 +256,7 @@ class TIPTrainer(ResumableTrainer):
     def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, images, multimodal_fields):
         if self._run_tools is None:
             return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, images, multimodal_fields)
+        check_batch(self._limits, prompt_ids, self.args.max_completion_length, in_turns=False)  # with what was observed
         episodes = self._run_tools.play(self, prompt_ids, completion_ids)
         results = [result for episode in episodes for result in episode.results]
         unanswered = sum(episode.unanswered for episode in episodes)

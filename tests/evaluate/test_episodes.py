@@ -116,6 +116,13 @@ def test_an_environment_that_judges_nothing_is_refused_before_it_is_played(local
     assert not local.batches
 
 
+def test_descriptions_of_tools_count_among_a_prompts_tokens(local, tmp_path):
+    local.model.config.max_position_embeddings = 40  # a prompt alone has fewer
+    with pytest.raises(ValueError, match="and the model takes 40"):
+        run([shop()], lambda: local, tmp_path / "eval", sampling=SAMPLING)
+    assert not local.batches
+
+
 def test_a_check_beside_an_environment_is_refused():
     with pytest.raises(ValueError, match="judges what was done"):
         replace(shop(), check=lambda response, answer: True)

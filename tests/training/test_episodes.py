@@ -183,6 +183,16 @@ def test_descriptions_of_tools_count_among_a_prompts_tokens(models, tmp_path, mo
         trainer_of(models, tmp_path, max_completion_length=512 - alone - 10)
 
 
+def test_what_the_environment_says_counts_too_before_further_turns_are_written(models, tmp_path):
+    class Talks(Shop):
+        def reset(self, **row):
+            return " Listen." * 40
+
+    trainer = trainer_of(models, tmp_path, Talks)
+    with pytest.raises(ValueError, match="max_completion_length"):
+        trainer.train()
+
+
 def test_a_student_whose_template_renders_no_calls_is_refused(models, tmp_path):
     args = TIPConfig(str(tmp_path / "run"), **SETTINGS)
     with pytest.raises(ValueError, match="cannot render a conversation with tools"):

@@ -204,14 +204,15 @@ class Local:
         acting: Acting | None = None,
     ) -> Iterator[list[Completion]]:
         dressed = [as_fed(self.tokenizer, prompt, chat) for prompt in prompts]
-        self._longest(dressed)  # before the first is sampled
+        tools = [] if acting is None else acting.worlds.schemas()
+        self._longest(dressed, tools)  # before the first is sampled
         for start in range(0, len(dressed), self.batch_size):
             batch = dressed[start : start + self.batch_size]
             (rollouts,) = generate(
                 self.model,
                 self.tokenizer,
                 batch,
-                max_new_tokens=min(sampling.max_new_tokens, self._longest(batch)),
+                max_new_tokens=min(sampling.max_new_tokens, self._longest(batch, tools)),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=seeds[start],
@@ -232,13 +233,13 @@ class Local:
                 for rollout in rollouts
             ]
 
-    def _longest(self, prompts: Sequence[Any]) -> int:
+    def _longest(self, prompts: Sequence[Any], tools: Sequence[Any]) -> int:
         """Tokens that are left for a completion after the longest prompt, by what the model can take."""
         config = getattr(self.model, "config", None)
         positions = None if config is None else position_limit(config)
         if positions is None or not prompts:
             return sys.maxsize  # vLLM watches its own limit
-        longest = max(map(len, encode_prompts(prompts, self.tokenizer, self.chat_template_kwargs)))
+        longest = max(map(len, encode_prompts(prompts, self.tokenizer, self.chat_template_kwargs, tools)))
         if longest >= positions:
             raise ValueError(f"a prompt has {longest} tokens, and the model takes {positions}.")
         return positions - longest

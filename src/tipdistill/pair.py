@@ -282,7 +282,7 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
     if acting is not None and any(teacher_prompts):
         raise ValueError(
             f"column {config.teacher_prompt_column!r} gives the teacher prompts of its own, without what the "
-            "environment says at a rollout's beginning: leave one of them out (--teacher_prompt_column names the column)."
+            "environment says at a rollout's beginning: leave one of them out (--teacher_prompt_column)."
         )
     check_positions({"student": position_limit(of_student)}, *_longest(prompt_ids), config.max_new_tokens, *_POSITIONS)
     for number, one in enumerate(named):

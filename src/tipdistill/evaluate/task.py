@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..text import check_known
@@ -22,10 +22,12 @@ class Problem:
     Attributes:
         text: the problem, a string or a list of messages.
         answer: the reference answer.
+        row: what an environment begins from, see `Task.environment`.
     """
 
     text: Any
     answer: str
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Task:
         extract: response → the answer that it gives or None, for maj@k beside a `check`; None: the whole response.
         special_tokens: whether `check` sees special tokens, the end of the sequence among them.
         max_new_tokens: longest completion, in tokens; None: the caller's.
+        environment: what the model acts on while it answers, and which judges what it did: a class in the protocol of
+            TRL's GRPOTrainer, or its dotted path (docs/agents.md); None: it answers at once.
         divergence: "reverse_kl" or "forward_kl": nothing is checked; what is measured is that divergence of student and
             teacher, in nats, the mean over the tokens that the student wrote. Less is better.
 
@@ -63,6 +67,7 @@ class Task:
     special_tokens: bool = False
     max_new_tokens: int | None = None
     divergence: str | None = None
+    environment: Callable[[], Any] | str | None = None
 
     def __post_init__(self) -> None:
         if not self.problems:

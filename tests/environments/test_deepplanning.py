@@ -29,6 +29,12 @@ TOOLS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_converter(monkeypatch):
+    for name in (converter.URL, converter.MODEL, converter.KEY):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return travel.write_benchmark(tmp_path_factory.mktemp("deepplanning"))
@@ -173,7 +179,6 @@ def test_a_row_that_names_no_problem(root, row, message):
 
 
 def test_rows_hold_what_reset_takes(root, monkeypatch):
-    monkeypatch.delenv(converter.URL, raising=False)
     monkeypatch.chdir(root.parent)
     (row,) = rows(root.name, "zh", "train")
     assert {name: row[name] for name in row if name != "prompt"} == {
@@ -260,11 +265,13 @@ def test_what_a_converter_answers_is_read_as_the_parser_reads_the_plan(id, langu
 def test_a_converter_takes_the_parsers_place_and_the_figures_say_so(root, monkeypatch):
     text = travel.plan("0")
     with converting(as_json(text)) as (url, asked):
-        said = opened(root, converter_url=url, converter_model=None)._verdict(text)
+        monkeypatch.setenv(converter.URL, url + "/")
+        said = opened(root)._verdict(text)
         assert said.correct
         assert said.figures["own_parser"] == 0.0
         monkeypatch.setenv(converter.KEY, "sk-1")
-        assert opened(root, converter_url=url + "/", converter_model="mine")._verdict(text).correct
+        monkeypatch.setenv(converter.MODEL, "mine")
+        assert opened(root)._verdict(text).correct
     assert [path for path, *_ in asked] == ["/v1/models", "/v1/chat/completions", "/v1/chat/completions"]
     assert [body["model"] for _, body, _ in asked if body] == ["reader", "mine"]
     assert asked[1][1]["messages"][1]["content"].startswith("\nDay 1 | Aville")  # no thoughts, and no tags
@@ -287,11 +294,12 @@ def test_a_converter_takes_the_parsers_place_and_the_figures_say_so(root, monkey
     ],
     ids=lambda text: f"{text[:20]}{len(text)}",
 )
-def test_an_answer_that_is_no_plan_delivers_none(root, answer):
+def test_an_answer_that_is_no_plan_delivers_none(root, answer, monkeypatch):
     with pytest.raises(PlanError):
         plan_of(answer)
     with converting(answer) as (url, _):
-        said = opened(root, converter_url=url, converter_model="reader")._verdict(travel.plan("0"))
+        monkeypatch.setenv(converter.URL, url)
+        said = opened(root)._verdict(travel.plan("0"))
     assert {name for name, value in said.figures.items() if value} == set()
 
 
@@ -325,23 +333,30 @@ def test_a_negative_or_endless_cost_is_none():
         assert plan_of(json.dumps({"daily_plans": [day]})).days[0].activities[0].cost == read
 
 
-def test_a_server_that_refuses_ends_the_run_and_no_plan_is_lost_in_silence(root):
-    with converting("", status=404) as (url, _), pytest.raises(ValueError, match="refused the request: HTTP 404"):
-        opened(root, converter_url=url, converter_model="reader")._verdict(travel.plan("0"))
+def test_a_server_that_refuses_ends_the_run_and_no_plan_is_lost_in_silence(root, monkeypatch):
+    with converting("", status=404) as (url, _):
+        monkeypatch.setenv(converter.URL, url)
+        monkeypatch.setenv(converter.MODEL, "reader")
+        made = opened(root)
+        with pytest.raises(ValueError, match="refused the request: HTTP 404"):
+            made._verdict(travel.plan("0"))
 
 
-def test_no_server_is_asked_where_there_is_no_plan(root):
+def test_no_server_is_asked_where_there_is_no_plan_nor_one_that_a_dataset_names(root, monkeypatch):
     with converting("{}") as (url, asked):
-        opened(root, converter_url=url)._verdict("I cannot.")
+        assert opened(root, converter_url=url, converter=[url, None])._verdict(travel.plan("0")).correct
+        monkeypatch.setenv(converter.URL, url)
+        opened(root)._verdict("I cannot.")
     assert asked == []
 
 
-def test_the_converter_is_named_by_environment_variables(root, monkeypatch):
+def test_the_converter_is_named_by_environment_variables(monkeypatch):
+    assert converter.named() is None
     monkeypatch.setenv(converter.URL, "http://localhost:8000/v1/")
+    assert converter.named() == ("http://localhost:8000/v1", None)
     monkeypatch.setenv(converter.MODEL, "reader")
-    (row,) = rows(root, "en", "train")
-    assert (row["converter_url"], row["converter_model"]) == ("http://localhost:8000/v1", "reader")
+    assert converter.named() == ("http://localhost:8000/v1", "reader")
     monkeypatch.setenv(converter.URL, "http://me:secret@localhost")
     with pytest.raises(ValueError, match="DEEPPLANNING_CONVERTER_URL holds a user name or a password") as told:
-        rows(root, "en", "train")
+        converter.named()
     assert "secret" not in str(told.value)

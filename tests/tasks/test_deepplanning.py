@@ -4,10 +4,15 @@ import json
 
 import pytest
 import travel
+from acting import speaks_of_tools
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tipdistill import rollout
 from tipdistill.data import load_prompts
 from tipdistill.environments.deepplanning import DeepPlanning
 from tipdistill.environments.deepplanning.prompts import ENVIRONMENT, messages
+from tipdistill.evaluate.engines import Local, Sampling
+from tipdistill.evaluate.run import run
 from tipdistill.tasks import load_task
 from tipdistill.tasks.__main__ import main
 
@@ -35,6 +40,18 @@ def test_a_task_by_language_and_split(root, name, id, language):
     played = DeepPlanning()
     played.reset(**problem.row)
     assert played._verdict(travel.plan(id, language)).correct
+
+
+def test_a_converter_is_part_of_the_task_and_not_of_the_training_prompts(root, tmp_path, monkeypatch):
+    monkeypatch.delenv("DEEPPLANNING_CONVERTER_URL", raising=False)
+    plain = load_task(f"deepplanning={root}")
+    monkeypatch.setenv("DEEPPLANNING_CONVERTER_URL", "http://localhost:8000/v1")
+    converted = load_task(f"deepplanning={root}")
+    read_by = [task.problems[0].row["converter"] for task in (plain, converted)]
+    assert read_by == [[], ["http://localhost:8000/v1", None]]
+    assert converted.fingerprint() != plain.fingerprint()
+    assert main(["deepplanning", str(root), "--output_dir", str(tmp_path)]) == 0
+    assert "localhost" not in (tmp_path / "train.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_slice_a_limit_and_prompts_of_their_own_kind(root):
@@ -82,3 +99,23 @@ def test_what_is_wrong_is_told_in_one_line(root, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         assert "takes the directory of the benchmark: deepplanning DIR" in capsys.readouterr().err
+
+
+def test_an_evaluation_counts_dimensions_and_says_whose_parser_it_was(root, tmp_path, tiny_model_dir, monkeypatch):
+    tokenizer = speaks_of_tools(AutoTokenizer.from_pretrained(tiny_model_dir("qwen3", "student")))
+    engine = Local(AutoModelForCausalLM.from_pretrained(tiny_model_dir("qwen3", "student")), tokenizer)
+    engine.model.config.max_position_embeddings = 40_960
+    answers = [travel.plan("4"), travel.plan("4", changes=[("stay: -", "stay: Sea Hotel | 400")]), "I cannot."]
+
+    def sample(model, tokenizer, prompts, most, seed, **options):
+        texts = [answers[place % 3] + "<|end|>" for place in range(len(prompts))]
+        return [(tokenizer(text, add_special_tokens=False)["input_ids"], True) for text in texts]
+
+    monkeypatch.setattr(rollout, "_sample", sample)
+    task = load_task(f"deepplanning={root}")
+    metrics = run([task], lambda: engine, tmp_path / "eval", num_samples=3, sampling=Sampling(max_new_tokens=4000))
+    numbers = metrics["tasks"]["deepplanning"]
+    assert numbers["mean_at_k"] == pytest.approx(1 / 3)
+    figures = numbers["figures"]
+    for name, mean in {"hard": 2 / 3, "delivered": 2 / 3, "own_parser": 1.0, "itinerary_structure": 1 / 3}.items():
+        assert figures[name] == pytest.approx(mean), name

@@ -29,6 +29,7 @@ from .. import dotted
 from ..arrow import as_written
 from ..data import load_rows
 from ..environments.deepplanning import prompts as deepplanning
+from ..environments.deepplanning.converter import named as named_converter
 from ..evaluate.task import DIVERGENCES, Problem, Task
 from ..text import nearest
 from . import instructions
@@ -54,7 +55,9 @@ def _deepplanning(language: str, split: str) -> dict[str, Any]:
 
     def read(directory: str) -> tuple[Problem, ...]:
         rows = deepplanning.rows(directory, language, split)
-        return tuple(Problem(row["prompt"], row["id"], row) for row in rows)
+        # who reads the plans is told beside each problem, so that no samples of another are taken for these
+        converter = {"converter": list(named_converter() or [])}
+        return tuple(Problem(row["prompt"], row["id"], row | converter) for row in rows)
 
     return {"directory": read, "prompt": "own", "environment": deepplanning.ENVIRONMENT}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...documents import parse_json
 from ...http import ask, doubling, key_of, server_url
@@ -41,34 +41,45 @@ travel_city that of one car.\
 """
 
 
-def named() -> dict[str, str]:
-    """The converter that the environment variables name, as columns of a row: its URL, and its model if there is one.
+class Converter(NamedTuple):
+    """A model that reads plans.
+
+    Attributes:
+        url: of an OpenAI-compatible server, with its /v1.
+        model: which of its models; None: the first.
+    """
+
+    url: str
+    model: str | None
+
+
+def named() -> Converter | None:
+    """The converter that the environment variables name, if they name one.
 
     Raises:
         ValueError: the URL is none.
     """
-    url = os.environ.get(URL, "").strip()
-    if not url:
-        return {}
-    model = os.environ.get(MODEL, "").strip()
-    return {"converter_url": server_url(URL, url), **({"converter_model": model} if model else {})}
+    url, model = (os.environ.get(name, "").strip() for name in (URL, MODEL))
+    return Converter(server_url(URL, url), model or None) if url else None
 
 
-def convert(text: str, url: str, model: str | None = None) -> Plan:
+def convert(text: str, converter: Converter) -> Plan:
     """A plan as a model reads it.
 
     Args:
         text: of the plan.
-        url: of an OpenAI-compatible server, with its /v1. Its key, if it needs one, is in DEEPPLANNING_CONVERTER_KEY.
-        model: which of its models; None: the first.
+        converter: who reads it. The server's key, if it needs one, is in DEEPPLANNING_CONVERTER_KEY.
 
     Raises:
         PlanError: the model answers with no plan.
         OSError, ValueError: the server does not answer, or refuses.
     """
-    url = server_url(URL, url)
+    url = converter.url
     key = key_of(KEY, KEY if os.environ.get(KEY, "").strip() else None, url)
-    model = model or ask(f"{url}/models", again=doubling(3, 2.0), read=model_names, api_key=key, timeout=30.0).value[0]
+    model = (
+        converter.model
+        or ask(f"{url}/models", again=doubling(3, 2.0), read=model_names, api_key=key, timeout=30.0).value[0]
+    )
     messages = [{"role": "system", "content": _TASK}, {"role": "user", "content": text}]
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": _MOST_TOKENS}
     reply = ask(

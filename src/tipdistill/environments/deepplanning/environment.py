@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...types import Verdict
-from .converter import convert
+from .converter import Converter, convert, named
 from .data import Database, Query, Row, database_path, needed_tables, number, read_database, read_queries
 from .plan import Plan, PlanError, parse_plan, plan_text
 from .score import score, verdict
@@ -49,15 +49,16 @@ _MISSES = {
 class DeepPlanning:
     """A travel problem of DeepPlanning, in the protocol of TRL's environments.
 
-    A row of the dataset names the problem: `directory`, `language` and `id`; and where a model is to read the plan,
-    `converter_url` and `converter_model`. `python -m tipdistill.tasks deepplanning DIR` writes such rows.
+    A row of the dataset names the problem: `directory`, `language` and `id`. `python -m tipdistill.tasks deepplanning
+    DIR` writes such rows. Which model reads the plans, if one does, environment variables say and no row: a dataset is
+    data, and names no server that anything is sent to.
     """
 
     def __init__(self) -> None:
         self._query: Query | None = None
         self._database: Database | None = None
         self._language = "en"
-        self._converter: tuple[str, str | None] | None = None
+        self._converter: Converter | None = None
 
     def reset(self, **row: Any) -> None:
         """Open the problem of a row; its prompt says everything already.
@@ -81,8 +82,7 @@ class DeepPlanning:
         self._query = queries[id]
         self._database = read_database(database_path(directory, language, id), needed_tables(self._query))
         self._language = language
-        url = row.get("converter_url")
-        self._converter = (url, row.get("converter_model")) if url else None
+        self._converter = named()
 
     def query_train_info(self, origin: str, destination: str, depDate: str, seatClassName: str = "") -> str:
         """Trains from one city to another on a day: times, stations, seats left and the price for one person.
@@ -199,7 +199,7 @@ class DeepPlanning:
         assert self._query is not None
         try:
             plan: Plan | None = (
-                convert(plan_text(response), *self._converter) if self._converter else parse_plan(response)
+                convert(plan_text(response), self._converter) if self._converter else parse_plan(response)
             )
         except PlanError:
             plan = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .converter import named
 from .data import Query, read_split
 
 ENVIRONMENT = "tipdistill.environments.deepplanning.DeepPlanning"
@@ -130,6 +129,6 @@ def rows(directory: str | Path, language: str, split: str) -> list[dict[str, Any
     """
     root = str(Path(directory).expanduser().resolve())
     return [
-        {"prompt": messages(query, language), **named(), "directory": root, "language": language, "id": query.id}
+        {"prompt": messages(query, language), "directory": root, "language": language, "id": query.id}
         for query in read_split(directory, language, split)
     ]

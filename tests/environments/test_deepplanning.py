@@ -100,6 +100,16 @@ def test_a_miss_is_a_sentence(root, tool, arguments, language):
     assert said.isascii() == (language == "en")
 
 
+@pytest.mark.parametrize("value", [None, 3, 1.5, True, [], {"a": []}, "\0", "{0}{x}", "\ud800", "x" * 1_000_000])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_arguments_of_any_kind_are_a_miss(world, tool, value):
+    needed, optional = TOOLS[tool]
+    for asked in (needed, [*needed, *optional]):
+        said = getattr(world, tool)(**dict.fromkeys(asked, value))
+        assert isinstance(said, str)
+        assert said
+
+
 def test_which_coordinates_are_not_known_is_told(world):
     assert "'1,2' are not known" in world.query_road_route_info("30.01,120.01", "1,2")
     assert "The road from 30.11,120.11 to 30.01,120.01" in world.query_road_route_info("30.11,120.11", "30.01,120.01")

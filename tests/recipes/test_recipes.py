@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for folder in ("src/tipdistill/recipes", "examples") for path in (ROOT / folder).rglob("*.yaml"))
 # stand-ins of the same architecture; Qwen2.5's lm_heads differ in size
 STAND_INS = {"llama-70b-8b": ("llama", 400), "qwen2.5-14b-1.5b": ("qwen2", 416)}
-AGENTS = {"qwen3-14b-1.7b-deepplanning", "qwen3-32b-1.7b-deepplanning"}
+AGENTS = ("qwen3-14b-1.7b-deepplanning", "qwen3-32b-1.7b-deepplanning")
 # No GPU here: what needs one is switched off, and nothing else of how a recipe trains is touched.
 NO_GPU = {"use_cpu": "true", "use_vllm": "false", "accelerate_config": "none", "num_processes": "none"}
 

@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+import acting
 import forks
 
 # What `accelerate launch` exports for TRL's presets, but for mixed precision.
@@ -89,12 +90,13 @@ def run(job):
     from accelerate.utils import gather_object
     from datasets import Dataset
     from torch.utils._python_dispatch import TorchDispatchMode
-    from transformers import TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import DistillationTrainer
 
     import tipdistill.score.chunked as chunked
     from tipdistill import TIPConfig, TIPTrainer
     from tipdistill.teachers.served import TeacherUnavailableError
+    from tipdistill.training.episodes import no_longer_than
 
     torch.set_num_threads(1)
     on_cpu(job["engine"])
@@ -118,7 +120,10 @@ def run(job):
 
     class Watched(TIPTrainer):
         def _generate_single_turn(self, prompt_ids, *rest):
-            completions = super()._generate_single_turn(prompt_ids, *rest)
+            with no_longer_than(self, 2 if job.get("acting") else None):
+                completions = super()._generate_single_turn(prompt_ids, *rest)
+            if job.get("acting"):  # the engine wrote, in step with the others; a script says what
+                return [acting.turn_after(self._tokenizer, ids) for ids in prompt_ids]
             # of a length of each prompt's own, so that ranks hold different widths: a random model never ends
             return [ids[: 1 + sum(prompt) % 12] for prompt, ids in zip(prompt_ids, completions, strict=True)]
 
@@ -160,7 +165,12 @@ def run(job):
             # of each step's eight the first four are the first process's
             names = ["llama" if row % 8 < 4 or row % 8 == 7 else "phi" for row in range(len(prompts))]
             dataset = dataset.add_column("teacher", names)
-    trainer = Watched(job["student"], job["teacher"], args, dataset, callbacks=[Dies()])
+    options = {}
+    if job.get("acting"):
+        dataset = dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+        tokenizer = acting.speaks_of_tools(AutoTokenizer.from_pretrained(job["student"]))
+        options = {"processing_class": tokenizer, "environment_factory": acting.Shop}
+    trainer = Watched(job["student"], job["teacher"], args, dataset, callbacks=[Dies()], **options)
     try:
         trainer.train(resume_from_checkpoint=job.get("resume"))
     except TeacherUnavailableError as error:

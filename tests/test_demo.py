@@ -238,25 +238,26 @@ def test_every_part_stands_in_the_output_directory(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_full_demo_shows_what_it_says(tmp_path):
-    """The three claims that hold at this scale, on models and runs of the demo.
+    """Its largest claim, on models and runs of the demo: sure mistakes teach what random tokens do not.
 
-    The Soft-OR runs are left out for time, and accuracies are of 125 of its 250 problems, twice each instead of four
-    times: a standard error of 0.02, beside margins of 0.05 and more.
+    The other rows are left out for time, and accuracies are of 125 of its 250 problems, twice each instead of four
+    times: a standard error of 0.02, beside a margin of 0.15.
     """
     grid = demo.demo_grid(output_dir=tmp_path)
-    rows = tuple(row for row in grid.rows if row.rule != "soft_or")
+    rows = tuple(row for row in grid.rows if row.rule in ("q3", "random"))
     grid = replace(grid, rows=rows, test=("arithmetic[:125]",), num_samples=2)
     result = demo.run(grid, demo.TAUGHT["demo"], workers=2, threads=1)
     rows = {row["rule"]: row for row in result["rows"]}
-    assert rows["all"]["accuracy"] >= 0.85
     assert rows["q3"]["accuracy"] >= rows["random"]["accuracy"] + 0.15
-    bottom = rows["complement:soft_or"]
-    assert bottom["accuracy"] <= bottom["accuracy_before"]
+    assert rows["q3"]["accuracy"] >= rows["q3"]["accuracy_before"] + 0.3
 
 
 def test_the_results_in_the_documents_are_those_of_one_full_run():
     results = json.loads((DOCUMENTS / "results.json").read_text(encoding="utf-8"))
     grid = demo.demo_grid()
+    rows = {row["rule"]: row for row in results["rows"]}
+    assert rows["all"]["accuracy"] >= 0.85
+    assert rows["complement:soft_or"]["accuracy"] <= rows["complement:soft_or"]["accuracy_before"]
     assert results["settings"] == demo.demo_settings(Cells(grid, grid.output_dir), demo.TAUGHT["demo"])
     written = (DOCUMENTS / "results.md").read_text(encoding="utf-8").strip()
     assert written == markdown_table(*demo.table(results))

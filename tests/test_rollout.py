@@ -6,12 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from acting import NAMES, Shop, speaks_of_tools, turn_after
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from tipdistill import rollout as rollout_module
+from tipdistill.environments import Acting, Worlds
 from tipdistill.rollout import generate
 from tipdistill.score import reference
 from tipdistill.score.models import head_of, hidden_states, micro_batches, score_rollouts
-from tipdistill.types import Head, Rollout
+from tipdistill.teachers.rollouts import batch_of
+from tipdistill.types import Head, Rollout, Turn
 
 PROMPTS = ["Ada has 12 apples", "Kurt", "A box holds 31 stamps. How many"]
 FIELDS = (
@@ -214,6 +218,50 @@ def test_padded_vocabularies_are_compared_where_they_are_shared(tiny_model_dir, 
     rollouts = all_of(generate(student, tiny_tokenizer, PROMPTS, max_new_tokens=5))
     top = score_rollouts(student, teacher, rollouts, FIELDS).teacher_top
     assert top.token_ids.max() < student.vocab_size
+
+
+def test_of_an_episode_the_students_tokens_are_scored_and_no_other(pair, tiny_tokenizer):
+    student, teacher = pair
+    (rollout,) = all_of(generate(student, tiny_tokenizer, PROMPTS[:1], max_new_tokens=9))
+    ids = rollout.completion_ids
+    turns = Turn("student", 0, 3, ""), Turn("tool", 3, 2, ""), Turn("student", 5, len(ids) - 5, "")
+    episode = replace(rollout, turns=turns)
+    plain = replace(rollout, prompt_id=1)
+    both = score_rollouts(student, teacher, [episode, plain], FIELDS)
+    own = torch.tensor([True] * 3 + [False] * 2 + [True] * (len(ids) - 5))
+    assert episode.student_ids == (*ids[:3], *ids[5:])
+    for name in FIELDS:
+        values = both.scores.require(name)
+        torch.testing.assert_close(values[: len(ids) - 2], values[len(ids) - 2 :][own], rtol=1e-5, atol=1e-6)
+    batch, mask = batch_of([episode, plain])
+    assert mask.tolist() == [own.tolist(), [True] * len(ids)]
+    assert batch["completion_mask"].bool().all()
+
+
+def test_a_student_with_tools_plays_episodes_and_goes_on_where_it_stopped(student, tiny_model_dir, monkeypatch):
+    tokenizer = speaks_of_tools(AutoTokenizer.from_pretrained(tiny_model_dir("qwen3", "student")))
+    asked = []
+
+    def sample(model, tokenizer, prompts, most, seed, **options):
+        asked.append(seed)
+        return [(turn_after(tokenizer, ids), True) for ids in prompts]
+
+    monkeypatch.setattr(rollout_module, "_sample", sample)
+    prompts = [[{"role": "user", "content": f"Buy a {name}."}] for name in NAMES[:5]]
+    acting = Acting(Worlds(factory=Shop), [{"wanted": "pear", "money": row} for row in range(5)])
+    options = {"samples": 2, "max_new_tokens": 300, "batch_size": 4, "acting": acting}
+    batches = list(generate(student, tokenizer, prompts, **options))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    for rollout in all_of(batches):
+        assert f"You have {rollout.prompt_id} coins." in rollout.prompt
+        assert rollout.ending == "answered"
+        assert sum(turn.tokens for turn in rollout.turns) == len(rollout.completion_ids)
+        bought = sum(range(1, len(rollout.turns) // 2 + 1))
+        assert rollout.verdict.figures == {"count": bought}
+    assert len(set(asked)) == len(asked), "every turn of every batch is another draw"
+    assert list(generate(student, tokenizer, prompts, **options, first_batch=1)) == batches[1:]
+    with pytest.raises(ValueError, match="plain text, and tools are called in conversations"):
+        next(generate(student, tokenizer, PROMPTS, acting=acting))
 
 
 def test_hidden_states_carry_gradients_where_they_are_wanted(student, tiny_tokenizer):

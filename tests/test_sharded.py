@@ -67,6 +67,8 @@ KINDS = {
         {**SGD, "normalization": "micro_batch", "selection_rule": "divergence", "record_rollouts": 0},
         {"columns": True},
     ),
+    # a student that calls tools, in as many turns as its prompt says, so that ranks have unequal numbers of them
+    "acting": ({**SGD, "max_completion_length": 400, "retention": 0.5}, {"acting": True}),
     # the student as its own teacher, a model beside it that follows it
     # (by Adam: torch does not load the state of an SGD under FSDP2, since there is none)
     "itself": (
@@ -87,10 +89,10 @@ SERVED = {
 }
 # Which of them in two processes. What is sharded is where they differ; ZeRO-2 shards no weight, and is DDP to our code.
 KINDS_OF = {
-    "ddp": ("whole", "few", "empty", "running", "several", "itself"),
-    "fsdp2": ("whole", "few", "empty_micro_batch", "running", "several", "several_micro_batch"),
+    "ddp": ("whole", "few", "empty", "running", "several", "itself", "acting"),
+    "fsdp2": ("whole", "few", "empty_micro_batch", "running", "several", "several_micro_batch", "acting"),
     "zero2": ("few",),
-    "zero3": ("whole", "few", "empty", "several"),
+    "zero3": ("whole", "few", "empty", "several", "acting"),
 }
 SHARDED = tuple(name for name in ("fsdp2", "zero3") if name in NAMES)  # killed, and in more tiles
 ACCUMULATED = (
@@ -245,6 +247,17 @@ def test_two_processes_equal_one_in_losses_gradients_and_weights(engine, ran):
 def test_ranks_without_a_token_neither_hang_nor_change_the_result(engine, kind, ran):
     together = not kind.endswith("micro_batch")
     assert_same(ran[engine, kind], ran["one", kind], weights=kind != "itself", normalized_together=together)
+
+
+@pytest.mark.parametrize("engine", ["ddp", *SHARDED])
+def test_ranks_with_unequal_numbers_of_turns_play_the_episodes_of_one_process(engine, ran):
+    figures, expected = ran[engine, "acting"][0], ran["one", "acting"][0]
+    names = [name for name in expected if name.startswith(("episodes/", "tools/"))]
+    assert len(names) > 10
+    for name in names:
+        assert figures[name] == pytest.approx(expected[name]), name
+    assert min(expected["episodes/turns"]) > 1
+    assert max(expected["episodes/answered"]) == 1
 
 
 @pytest.mark.parametrize("engine", SHARDED)

@@ -139,13 +139,16 @@ class TIPConfig(DistillationConfig):
         default=False, metadata={"help": "Train on no token of a completion that was cut at max_completion_length."}
     )
     environment: str | None = field(
-        default=None, metadata={"help": "Dotted path of the environment that the student acts on, one object per rollout."}
+        default=None,
+        metadata={"help": "Dotted path of the environment that the student acts on, one object per rollout."},
     )
     max_tool_calling_iterations: int | None = field(
-        default=Limits.rounds, metadata={"help": "Turns of the student's that may call tools; then it is told to answer."}
+        default=Limits.rounds,
+        metadata={"help": "Turns of the student's that may call tools; then it is told to answer."},
     )
     max_tool_result_tokens: int = field(
-        default=Limits.result_tokens, metadata={"help": "Tokens of a tool's result; what is longer is cut, with a mark."}
+        default=Limits.result_tokens,
+        metadata={"help": "Tokens of a tool's result; what is longer is cut, with a mark."},
     )
     tool_timeout: float = field(default=Limits.seconds, metadata={"help": "Seconds that a tool may take."})
     eval_tasks: str | None = field(

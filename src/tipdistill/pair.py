@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from .chat import check_chat_template_kwargs, encode_prompts, is_conversational
 from .data import as_conversations, check_prompt, drop_long_prompts, load_prompts
-from .environments import Limits, Worlds, read_environment
+from .environments import Acting, Limits, Worlds, read_environment
 from .environments.play import check_conversational, read_dialect
 from .extras import EXTRAS, require
 from .http import server_url, variable_name
@@ -24,7 +24,7 @@ from .integrations import _trl
 from .model_files import check_chat_template, check_models, compare_models, of_one, read_models
 from .positions import check_positions, position_limit
 from .records import About, RecordsWriter
-from .rollout import Acting, generate
+from .rollout import generate
 from .teachers.named import SELF, NamedTeacher, check_teacher_names, named_teachers, number_of, read_teachers
 from .teachers.rollouts import (
     AskedTeacher,
@@ -279,6 +279,11 @@ def read_pair(config: PairConfig, rules: Sequence[str] = ()) -> Pair:
     numbers = _numbers(config, named, dataset)
     of_teachers = [local.get(one.name, (None, tokenizer))[1] for one in named]
     teacher_prompts = _teacher_prompts(config, dataset, of_teachers, dressed)
+    if acting is not None and any(teacher_prompts):
+        raise ValueError(
+            f"column {config.teacher_prompt_column!r} gives the teacher prompts of its own, without what the "
+            "environment says at a rollout's beginning: leave one of them out (--teacher_prompt_column)."
+        )
     check_positions({"student": position_limit(of_student)}, *_longest(prompt_ids), config.max_new_tokens, *_POSITIONS)
     for number, one in enumerate(named):
         # how far the positions of a server's model reach it says when it is asked

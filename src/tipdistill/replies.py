@@ -48,7 +48,7 @@ def model_names(reply: Any) -> list[str]:
 
 
 def token_ids(reply: Any, size: int) -> list[int]:
-    """The tokens in an answer of /tokenize.
+    """The tokens in an answer of /tokenize, or in another list of them.
 
     Args:
         reply: JSON.
@@ -62,7 +62,7 @@ def token_ids(reply: Any, size: int) -> list[int]:
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
             raise WrongAnswerError(
-                f"/tokenize gives {_shown(token, 40)} for a token, and ids are integers in [0, {size:,})."
+                f"the server gives {_shown(token, 40)} for a token, and ids are integers in [0, {size:,})."
             )
     return tokens
 
@@ -195,6 +195,32 @@ def written(reply: Any, as_chat: bool, most: int = _MOST_TOKENS) -> Written:
         )
     # half of a surrogate pair is no character, and no file holds it
     return Written((text or "").encode("utf-8", "replace").decode("utf-8"), usage, reason != "length")
+
+
+def written_ids(reply: Any, most: int, size: int) -> tuple[list[int], bool]:
+    """The tokens that an answer of /completions holds, and whether they ended by themselves.
+
+    Args:
+        reply: JSON, of a request with return_token_ids.
+        most: tokens that were asked for (max_tokens).
+        size: no id is as large.
+
+    Example:
+        >>> reply = {"choices": [{"text": "4", "token_ids": [19, 2], "finish_reason": "stop"}]}
+        >>> written_ids(reply | {"usage": {"completion_tokens": 2}}, most=8, size=32)
+        ([19, 2], True)
+    """
+    finished = written(reply, False, most).finished
+    ids = _part(reply["choices"][0], "token_ids")
+    if ids is None:
+        raise WrongAnswerError(
+            "the answer has no token_ids: a conversation with tools is played on tokens, which vLLM gives from 0.10.2 "
+            "on (return_token_ids)."
+        )
+    ids = token_ids({"tokens": ids}, size)
+    if not 0 < len(ids) <= most:
+        raise WrongAnswerError(f"{len(ids):,} token_ids, where 1 to {most:,} were asked for (max_tokens).")
+    return ids, finished
 
 
 def _part(reply: Any, name: str) -> Any:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,28 +16,10 @@ import torch
 from transformers import GenerationConfig
 
 from .chat import encode_prompts
-from .environments import Limits, Worlds, play
+from .environments import Acting, play_prompts
 from .environments.play import Dialect, check_conversational, read_dialect
-from .environments.world import observed
 from .policy import end_tokens, sampled_with
 from .types import Rollout
-
-
-@dataclass(frozen=True)
-class Acting:
-    """Tools for rollouts, and what begins each.
-
-    Args:
-        worlds: tools, or an environment.
-        rows: of the dataset, one for each prompt, which an environment begins from.
-        rounds, result_tokens, seconds: see `tipdistill.environments.Limits`.
-    """
-
-    worlds: Worlds
-    rows: Sequence[Mapping[str, Any]]
-    rounds: int = Limits.rounds
-    result_tokens: int = Limits.result_tokens
-    seconds: float = Limits.seconds
 
 
 def generate(
@@ -116,8 +97,7 @@ def generate(
         batch = prompt_ids[start : start + batch_size]
         batch_seed = (seed * 1_000_003 + number) % 2**63
         if acting is not None and dialect is not None:
-            limits = Limits(max_new_tokens, acting.rounds, acting.result_tokens, acting.seconds)
-            yield _played(sampled, batch_seed, dialect, prompts, batch, acting, limits)
+            yield _played(sampled, batch_seed, dialect, prompts, batch, acting, max_new_tokens)
             continue
         distinct = list(dict.fromkeys(batch))  # each prompt of the batch is encoded once, however many its samples
         encoded = dict(
@@ -144,21 +124,16 @@ def _played(
     prompts: Sequence[Any],
     batch: Sequence[int],
     acting: Acting,
-    limits: Limits,
+    tokens: int,
 ) -> list[Rollout]:
     """The episodes of a batch; each turn of it has a seed of its own."""
-    worlds, said = acting.worlds.begin([acting.rows[prompt_id] for prompt_id in batch])
-    seen = [observed(prompts[prompt_id], text) for prompt_id, text in zip(batch, said, strict=True)]
-    tools = acting.worlds.schemas()
-    encoded = encode_prompts(
-        seen, dialect.tokenizer, dialect.settings, tools=tools, chat_template=dialect.chat_template, numbers=batch
-    )
     seeds = (((seed + 1) * 10_007 + turn) % 2**63 for turn in itertools.count())
 
     def write(contexts: list[list[int]], most: list[int]) -> list[tuple[list[int], bool]]:
         return sampled(contexts, most, next(seeds))
 
-    episodes = play(write, dialect, encoded, worlds, limits, tools)
+    asked = [prompts[prompt_id] for prompt_id in batch]
+    encoded, episodes = play_prompts(write, dialect, asked, batch, acting, tokens)
     return [
         Rollout(
             prompt_id,

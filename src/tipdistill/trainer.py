@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from .arrow import as_written
 from .chat import check_chat_template_kwargs, encode_prompts, is_conversational
 from .config import TIPConfig
+from .environments import read_environment
 from .evaluate.task import Task
 from .integrations import _accelerate, _trl
 from .integrations._trl import TOKEN_KEYS
@@ -42,6 +43,7 @@ from .training.card import PAPER, TAGS
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_arguments, teacher_prompt_column
 from .training.engine_check import EngineCheck
+from .training.episodes import read_tools
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
 from .training.images import prepared, with_images
 from .training.lengths import check_batch, check_completions, check_problems_fit, check_prompts_fit, position_limits
@@ -99,6 +101,8 @@ class TIPTrainer(ResumableTrainer):
         processing_class: the student's tokenizer; loaded from the student's path where None.
         teacher_processing_class: the teacher's tokenizer, to compare; loaded from the teacher's path where None.
         callbacks, optimizers, quantization_config, peft_config, tools: as in TRL.
+        environment_factory: as in TRL's GRPOTrainer: makes the object that a rollout acts on, whose public methods are
+            tools; `args.environment` names one by its path.
 
     Raises:
         ValueError: no teacher, an empty dataset or one without a prompt column, tokenizers that differ.
@@ -128,6 +132,7 @@ class TIPTrainer(ResumableTrainer):
         quantization_config: Any | None = None,
         peft_config: Any | None = None,
         tools: list[Callable] | None = None,
+        environment_factory: Callable[[], Any] | None = None,
         teacher_processing_class: Any | None = None,
     ) -> None:
         # what can be refused before weights are loaded
@@ -142,10 +147,15 @@ class TIPTrainer(ResumableTrainer):
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
         train_dataset = prepared(train_dataset, "train_dataset", args, processing_class)
         eval_dataset = prepared(eval_dataset, "eval_dataset", args, processing_class)
+        if environment_factory is None and args.environment is not None:
+            environment_factory = args.environment  # type: ignore[assignment]
+        factory = None if environment_factory is None else read_environment(environment_factory)
+        self._run_tools = read_tools(args, processing_class, tools, factory, train_dataset, eval_dataset)
         teacher_prompts = teacher_prompt_column(teacher_model, args, train_dataset, eval_dataset)
         limits = position_limits(model, teacher_model, args)
-        check_prompts_fit(limits, train_dataset, processing_class, args)
-        check_prompts_fit(limits, eval_dataset, processing_class, args, "eval_dataset")
+        told = args if self._run_tools is None else self._run_tools.telling(args)
+        check_prompts_fit(limits, train_dataset, processing_class, told)
+        check_prompts_fit(limits, eval_dataset, processing_class, told, "eval_dataset")
         check_problems_fit(limits, tasks, processing_class, args)
         teacher_of = choose_teacher(teacher_model, args, processing_class, teacher_processing_class, teacher_prompts)
         check_prompts_shared(teacher_of.differing, train_dataset, processing_class, args, "train_dataset")
@@ -165,8 +175,11 @@ class TIPTrainer(ResumableTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            tools=tools,
+            tools=tools if self._run_tools is None else None,
         )
+        if self._run_tools is not None:
+            self.tools, self.chat_template = self._run_tools.schemas, self._run_tools.dialect.chat_template
+            self._tool_dict = {tool.__name__: tool for tool in self.tools}
         leave_out_router(self.plain_student())
         _accelerate.check_sharding(self.accelerator)
         _accelerate.keep_output_dtype(self.accelerator)
@@ -240,9 +253,23 @@ class TIPTrainer(ResumableTrainer):
         check_completions(prompt_ids, completion_ids)
         return completion_ids
 
+    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, images, multimodal_fields):
+        if self._run_tools is None:
+            return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, images, multimodal_fields)
+        check_batch(self._limits, prompt_ids, self.args.max_completion_length, in_turns=False)  # with what was observed
+        episodes = self._run_tools.play(self, prompt_ids, completion_ids)
+        results = [result for episode in episodes for result in episode.results]
+        unanswered = sum(episode.unanswered for episode in episodes)
+        failures = sum(result.outcome != "ok" for result in results) + unanswered
+        masks = [[int(by_student) for by_student in episode.written] for episode in episodes]
+        ids = [episode.completion_ids for episode in episodes]
+        return masks, completions, ids, len(results) + unanswered, failures, [[] for _ in ids]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._student_check(self)
         inputs = with_images(inputs, self.args, self.processing_class)
+        if self._run_tools is not None:
+            inputs = self._run_tools.begin(inputs)
         if not self.model.training:  # an evaluation is no part of a step's time
             batch = super()._generate_and_score_completions(inputs)
             batch["examples"] = inputs
@@ -255,7 +282,8 @@ class TIPTrainer(ResumableTrainer):
         answers = batch.pop("every_answer", None)
         if recorded:
             with self._clock.part("record"):
-                record_step(self, batch, self._selection.choice, answers)
+                episodes = None if self._run_tools is None else self._run_tools.episodes
+                record_step(self, batch, self._selection.choice, answers, episodes)
         self._selection.choice = None
         return batch
 

@@ -108,7 +108,7 @@ class Rollout:
     finished: bool
     turns: tuple[Turn, ...] = ()
     ending: str = ""
-    verdict: Verdict | None = None
+    verdict: Verdict | None = field(default=None, hash=False)  # mappings have no hash
 
     @property
     def written(self) -> tuple[bool, ...]:
@@ -226,10 +226,10 @@ class TokenScores:
 
     def present(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) for every statistic that was computed."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for statistic in fields(self):
+            value = getattr(self, statistic.name)
             if value is not None:
-                yield field.name, value
+                yield statistic.name, value
 
     def require(self, name: str) -> Tensor:
         """Return statistic `name`; ValueError when it was not computed."""

@@ -199,6 +199,8 @@ OF_A_SERVED_TEACHER = {
 OF_OTHER_TEACHERS = {"teachers", "teacher_column", "teacher_prompt_column", "teacher_update"}
 # tests/teachers/test_ends.py sees it arrive, where the teacher ends with another token
 OF_ANOTHER_END = {"end_as_teacher"}
+# tests/cli/test_train_agents.py sees them arrive
+OF_TOOLS = {"environment", "max_tool_result_tokens", "tool_timeout"}
 # about how a run is started and what it prints: tests/recipes/test_trust.py and test_noise.py see them act
 OF_THE_COMMAND_LINE = {"trust_recipe", "verbose"}
 TRLS = {
@@ -357,4 +359,6 @@ def test_every_field_of_ours_has_a_case():
         for entry in fields(kind)
         if entry.name not in {inherited.name for inherited in fields(trls)}
     }
-    assert ours - OF_A_SERVED_TEACHER - OF_OTHER_TEACHERS - OF_ANOTHER_END - OF_THE_COMMAND_LINE == OURS.keys()
+    assert (
+        ours - OF_A_SERVED_TEACHER - OF_OTHER_TEACHERS - OF_ANOTHER_END - OF_TOOLS - OF_THE_COMMAND_LINE == OURS.keys()
+    )

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from acting import NAMES, Shop, speaks_of_tools
 from datasets import Dataset
 from serving import serving
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.tasks import TASKS
@@ -42,6 +43,7 @@ OURS = in_table("Ours, at every logged step")
 SERVED = in_table("With a teacher on a server")
 SEVERAL = in_table("With several teachers")
 TASK = in_table("With `eval_tasks`")
+TOOLS = in_table("With tools")
 TRL = in_table("TRL's")
 
 
@@ -95,3 +97,16 @@ def test_the_page_names_what_several_teachers_add(pair, prompts, tmp_path):
     dataset = prompts.add_column("teacher", ["maths" if row % 2 else None for row in range(len(prompts))])
     names = logged(TIPTrainer(pair[0], None, args, dataset))
     assert names - OURS - TRL == {name.replace("NAME", one) for name in SEVERAL for one in ("maths", "default")}
+
+
+def test_the_page_names_what_tools_add(pair, tmp_path):
+    tokenizer = speaks_of_tools(AutoTokenizer.from_pretrained(pair[0]))
+    rows = [{"prompt": [{"role": "user", "content": f"Buy a {name}."}]} for name in NAMES]
+    args = TIPConfig(str(tmp_path), **{**TINY, "max_completion_length": 200, "record_rollouts": 0})
+    options = {"processing_class": tokenizer, "environment_factory": Shop}
+    names = logged(TIPTrainer(*pair, args, Dataset.from_list(rows), **options))
+    assert names - OURS - (TRL - {"tools/call_frequency", "tools/failure_frequency"}) == {
+        *(name.replace("FIGURE", "count") for name in TOOLS),
+        "tools/call_frequency",
+        "tools/failure_frequency",
+    }

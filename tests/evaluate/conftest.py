@@ -23,6 +23,16 @@ class Stub:
         self.answer = lambda body: None
 
 
+def summed(body, chat):
+    """An answer with the sum that the prompt asks for."""
+    prompt = body["messages"][-1]["content"] if chat else body["prompt"]
+    a, b = re.search(r"(\d+) \+ (\d+)", prompt).groups()
+    total = int(a) + int(b) + (body["seed"] % 2 if "odd" in prompt else 0)
+    text = rf"So \boxed{{{total}}}."
+    choice = {"finish_reason": "stop", **({"message": {"content": text}} if chat else {"text": text})}
+    return {"choices": [choice], "usage": {"completion_tokens": min(len(text), body["max_tokens"])}}
+
+
 @pytest.fixture
 def stub_server():
     stub = Stub()
@@ -44,14 +54,7 @@ def stub_server():
             if stub.unknown in body:
                 self.send_error(400, f"Unrecognized request argument supplied: {stub.unknown}")
                 return
-            chat = self.path.endswith("/chat/completions")
-            prompt = body["messages"][-1]["content"] if chat else body["prompt"]
-            a, b = re.search(r"(\d+) \+ (\d+)", prompt).groups()
-            total = int(a) + int(b) + (body["seed"] % 2 if "odd" in prompt else 0)
-            text = rf"So \boxed{{{total}}}."
-            choice = {"finish_reason": "stop", **({"message": {"content": text}} if chat else {"text": text})}
-            usage = {"completion_tokens": min(len(text), body["max_tokens"])}
-            reply = stub.answer(body) or {"choices": [choice], "usage": usage}
+            reply = stub.answer(body) or summed(body, chat=self.path.endswith("/chat/completions"))
             payload = json.dumps(reply).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(payload)))

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import travel
 import yaml
+from acting import speaks_of_tools
+from transformers import AutoTokenizer
 
 from tipdistill import loss, score
 from tipdistill.cli import main
@@ -17,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for folder in ("src/tipdistill/recipes", "examples") for path in (ROOT / folder).rglob("*.yaml"))
 # stand-ins of the same architecture; Qwen2.5's lm_heads differ in size
 STAND_INS = {"llama-70b-8b": ("llama", 400), "qwen2.5-14b-1.5b": ("qwen2", 416)}
+AGENTS = {"qwen3-14b-1.7b-deepplanning", "qwen3-32b-1.7b-deepplanning"}
 # No GPU here: what needs one is switched off, and nothing else of how a recipe trains is touched.
 NO_GPU = {"use_cpu": "true", "use_vllm": "false", "accelerate_config": "none", "num_processes": "none"}
 
@@ -30,9 +34,8 @@ def by_name(recipe):
 
 
 def test_the_packaged_recipes_are_among_them():
-    assert {"laptop", "llama-70b-8b", "machine", "modular", "smollm2", "qwen2.5-14b-1.5b", "qwen3-8b-4b"} == set(
-        recipe_names()
-    )
+    maths = {"llama-70b-8b", "qwen2.5-14b-1.5b", "qwen3-8b-4b"}
+    assert {"laptop", "machine", "modular", "smollm2", *maths, *AGENTS} == set(recipe_names())
     assert set(recipe_names()) <= {recipe.stem for recipe in RECIPES}
 
 
@@ -75,6 +78,39 @@ def test_the_papers_hyper_parameters(name):
     assert (recipe["selection_rule"], recipe["retention"], recipe["beta"]) == ("soft_or", 0.5, 1.0)
 
 
+@pytest.mark.parametrize("name", AGENTS)
+def test_the_papers_settings_of_agents(name):
+    recipe = yaml.safe_load((ROOT / f"src/tipdistill/recipes/{name}.yaml").read_text(encoding="utf-8"))
+    settings = {
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "cosine",
+        "max_prompt_length": 4096,
+        "max_completion_length": 24576,
+        "num_generations": 16,
+        "selection_rule": "q3",
+        "retention": 0.2,
+    }
+    assert settings.items() <= recipe.items()
+    rollouts = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * recipe["num_processes"]
+    assert rollouts == 8 * 16
+    # 50 turns of the assistant, the last of which answers
+    assert recipe["max_tool_calling_iterations"] + 1 == 50
+    assert recipe["vllm_max_model_length"] == recipe["max_prompt_length"] + recipe["max_completion_length"]
+
+
+def acting_on(folder, student):
+    """What stands in for a benchmark that the user brings: two trips and short prompts, and a template for tools."""
+    root = travel.write_benchmark(folder / "benchmark")
+    rows = [{"directory": str(root), "language": language, "id": "0"} for language in ("en", "zh")]
+    prompts = folder / "train.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": [{"role": "user", "content": "Plan."}], **row}) + "\n" for row in rows)
+    )
+    student = Path(shutil.copytree(student, folder / "student"))
+    speaks_of_tools(AutoTokenizer.from_pretrained(student)).save_pretrained(student)
+    return {"model_name_or_path": student, "dataset_name": prompts}
+
+
 # those of examples/ have teachers that tests/test_examples.py stands in for
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.stem in recipe_names()], ids=by_name)
 def test_two_steps_with_tiny_models(recipe, tiny_model_dir, word_problems, tmp_path, monkeypatch):
@@ -97,6 +133,8 @@ def test_two_steps_with_tiny_models(recipe, tiny_model_dir, word_problems, tmp_p
         "warmup_steps": 0,
         "save_strategy": "steps",
     }
+    if written.get("environment"):
+        small |= acting_on(tmp_path, small["model_name_or_path"])
     if written.get("chat_template_kwargs"):  # a template that reads none of them is refused
         student = Path(shutil.copytree(small["model_name_or_path"], tmp_path / "student"))
         template = student / "chat_template.jinja"

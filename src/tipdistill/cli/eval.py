@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from ..documents import read_text
 from ..terminal import say
 from ..text import markdown_table, printable, with_error
 from .flags import Parser, mapping
+
+# fields of a task that flags change
+_OF_TASK = ("max_new_tokens", "environment", "max_tool_calling_iterations", "max_tool_result_tokens", "tool_timeout")
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +37,13 @@ def main(argv: list[str]) -> int:
 
     prompt = _template(flags.prompt)
     tasks = [
-        load_task(name.strip(), flags.limit, prompt=prompt, chat=flags.apply_chat, max_new_tokens=flags.max_new_tokens)
+        load_task(
+            name.strip(),
+            flags.limit,
+            prompt=prompt,
+            chat=flags.apply_chat,
+            **{field: getattr(flags, field) for field in _OF_TASK},
+        )
         for name in flags.tasks.split(",")
         if name.strip()
     ]
@@ -58,6 +68,7 @@ def main(argv: list[str]) -> int:
                 flags.trust_remote_code,
                 flags.chat_template_kwargs,
                 flags.api_key_env,
+                flags.tokenizer,
             ),
             flags.output_dir,
             flags.num_samples,
@@ -99,15 +110,37 @@ def table(metrics: dict[str, Any]) -> str:
     for name, numbers in metrics["tasks"].items():
         rows.append(
             [name, f"{numbers['problems']:,}", with_error(numbers["mean_at_k"], numbers["standard_error"])]
-            + [with_error(None, numbers["deviation_over_samples"]), f"{numbers['maj_at_k']:.3f}"]
+            + [with_error(None, numbers["deviation_over_samples"]), _number(numbers["maj_at_k"])]
             + [f"{numbers['pass_at_k'][other]:.3f}" for other in passes]
             + [f"{numbers['mean_tokens']:,.0f}", f"{100 * numbers['truncated']:.1f} %"]
         )
-    lines = [markdown_table(head, rows)]
+    lines = [markdown_table(head, rows), *_of_episodes(metrics["tasks"])]
     for name, numbers in metrics["tasks"].items():
         if numbers["undecided"]:
             lines.append(f"\n{name}: {numbers['undecided']} answers took too long to check and count as wrong.")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _of_episodes(tasks: dict[str, Any]) -> list[str]:
+    """A table of what environments judged, and how far the conversations went; none where there are none."""
+    played = {name: numbers for name, numbers in tasks.items() if "turns" in numbers}
+    if not played:
+        return []
+    rows = []
+    for name, numbers in played.items():
+        failed = ", ".join(f"{kind} {mean:.2f}" for kind, mean in numbers["failures"].items()) or "none"
+        ended = ", ".join(f"{kind} {share:.0%}" for kind, share in numbers["endings"].items() if share)
+        rows.append([name, f"{numbers['turns']:.1f}", f"{numbers['calls']:.1f}", failed, ended])
+    lines = ["", markdown_table(["task", "turns", "calls", "failed calls", "endings"], rows)]
+    for name, numbers in played.items():
+        shares = {**numbers["figures"], **numbers["parts"]}
+        if shares:
+            lines += ["", markdown_table([name, "mean"], [[part, f"{value:.3f}"] for part, value in shares.items()])]
+    return lines
 
 
 def parser() -> Parser:
@@ -133,6 +166,7 @@ def parser() -> Parser:
         "--api_key_env",
         help="environment variable that holds the server's key (default: OPENAI_API_KEY, for https://api.openai.com)",
     )
+    add("--tokenizer", help="of the server's model, where tools are called: a directory or a hub id (default: --model)")
     add("--concurrency", type=int, default=32, help="requests in flight to the server (default 32)")
     add("--batch_size", type=int, default=16, help="prompts per forward with transformers (default 16)")
     add("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")
@@ -146,6 +180,13 @@ def parser() -> Parser:
         help="longest completion (default: the task's, else 8192)",
     )
     add("--seed", type=int, default=0, help="of the sampling (default 0)")
+    add(
+        "--environment",
+        help="dotted path of an environment that the model acts on (docs/agents.md; default: the task's)",
+    )
+    add("--max_tool_calling_iterations", type=int, help="turns that may call tools (default: the task's, else 50)")
+    add("--max_tool_result_tokens", type=int, help="tokens of a tool's result (default 1024)")
+    add("--tool_timeout", type=float, help="seconds that a tool may take (default 60)")
     add(
         "--prompt",
         help="boxed (default) asks for a boxed answer, own puts the problem as it stands; or a template with "

@@ -86,7 +86,12 @@ def pair_parser(command: str, description: str, max_prompts: int, max_new_tokens
     add = parser.add_argument_group("a student that calls tools (docs/agents.md)").add_argument
     add("--environment", help="dotted path of the environment, package.module.Class: one object per rollout")
     add("--max_tool_calling_iterations", type=at_least(1), default=50, help="turns of the student's that call tools")
-    add("--max_tool_result_tokens", type=at_least(1), default=1024, help="tokens of a tool's result; longer ones are cut")
+    add(
+        "--max_tool_result_tokens",
+        type=at_least(1),
+        default=1024,
+        help="tokens of a tool's result; longer ones are cut",
+    )
     add("--tool_timeout", type=_positive, default=60.0, help="seconds that a tool may take")
     add = parser.add_argument_group("several teachers, and prompts of their own (docs/teachers.md)").add_argument
     add("--teachers", type=_teachers, help="in the place of --teacher: JSON, name to directory, hub id, server or self")

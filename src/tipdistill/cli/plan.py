@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         FileNotFoundError: no such recipe or machine file.
     """
     own, rest = parser().parse_known_args(argv)
-    for name in ("gpus", "memory", "prompt_tokens"):
+    for name in ("gpus", "memory", "prompt_tokens", "turns"):
         value = getattr(own, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be a positive number, got {value}.")
@@ -45,7 +45,16 @@ def main(argv: list[str]) -> int:
     if own.memory is not None:
         machine = replace(machine, memory_gib=own.memory)
     values = read_values(rest)
-    setup = setup_of_recipe(values, machine, own.gpus, own.sharding, own.teacher_place, own.prompt_tokens)
+    setup = setup_of_recipe(
+        values,
+        machine,
+        own.gpus,
+        own.sharding,
+        own.teacher_place,
+        own.prompt_tokens,
+        own.turns,
+        own.result_tokens,
+    )
     planned = plan(setup, machine)
     where = own.machine.upper() if own.machine in MACHINES else own.machine
     teachers = ", ".join(values.teachers or [values.teacher_model_name_or_path or values.teacher_lm_head])
@@ -70,5 +79,7 @@ def parser() -> Parser:
     add("--sharding", help=f"{', '.join(SHARDING)} (default: as accelerate_config has it)")
     add("--teacher_place", help=f"{', '.join(TEACHERS)} (default: as the recipe has it)")
     add("--prompt_tokens", type=int, help="tokens of a prompt (default: max_prompt_length, else 1024)")
+    add("--turns", type=int, help="of the student's in an episode with tools (default: as many as it may have)")
+    add("--result_tokens", type=int, help="of all results in an episode (default: turns × the most that one may have)")
     add("--json", type=Path, help="write the plan to this file as well")
     return parser

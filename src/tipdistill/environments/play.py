@@ -4,11 +4,12 @@
                    ▲              │ yes
                    └── results ◄──┘
 
-Training, `score`, `probe`, `eval` and `eval_tasks` all play episodes here, whatever engine writes the turns. Tokens are only
-ever appended: what the student wrote is never decoded and encoded again, so a completion holds exactly what was sampled.
+Training, `score`, `probe`, `eval` and `eval_tasks` all play episodes here, whatever engine writes the turns. Tokens are
+only ever appended: what the student wrote is never decoded and encoded again, so a completion holds exactly what was
+sampled.
 
-What the tools say is not to be trusted. It is encoded apart from the chat template, with the template's own tokens broken
-up where they stand in it as text, so that no result can end a turn, open one, or pass for the student's words.
+What the tools say is not to be trusted. The tokens of the chat template are broken up where they stand in it as text,
+so that no result can end a turn, open one, or pass for the student's words.
 """
 
 from __future__ import annotations
@@ -20,14 +21,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-    parse_response,
-    supports_tool_calling,
-)
 
 from ..types import ToolResult, Turn, Verdict
 from .world import ToolTimeoutError, World
@@ -83,6 +76,7 @@ class Episode:
         ending: one of `tipdistill.types.ENDINGS`.
         response: text of the student's last turn, without special tokens.
         verdict: what the environment says of it; None: nothing.
+        unanswered: calls that were made and whose results had no room.
     """
 
     completion_ids: list[int] = field(default_factory=list)
@@ -90,6 +84,7 @@ class Episode:
     ending: str = ""
     response: str = ""
     verdict: Verdict | None = None
+    unanswered: int = 0
 
     @property
     def written(self) -> list[bool]:
@@ -125,9 +120,17 @@ def read_dialect(tokenizer: Any, settings: dict[str, Any] | None = None) -> Dial
         settings: passed to the chat template.
 
     Raises:
-        ValueError: it has no chat template, or one that renders no calls, that cannot be parsed, or that renders earlier
-            turns anew when others follow and for which TRL has no other.
+        ValueError: it has no chat template, or one that renders no calls, whose calls cannot be parsed, or that renders
+            earlier turns anew when others follow and for which TRL has no other.
     """
+    # not for `tipdistill demo --help`
+    from trl.chat_template_utils import (
+        add_response_schema,
+        get_training_chat_template,
+        is_chat_template_prefix_preserving,
+        supports_tool_calling,
+    )
+
     if tokenizer.chat_template is None:
         raise ValueError("tools need a chat template, and the tokenizer has none: take an instruction-tuned student.")
     if not supports_tool_calling(tokenizer):
@@ -152,7 +155,31 @@ def read_dialect(tokenizer: Any, settings: dict[str, Any] | None = None) -> Dial
                 "the student's chat template renders earlier turns anew when others follow, so that tokens could not "
                 f"be appended, and TRL has no other for it: {error}"
             ) from error
-    return Dialect(tokenizer, template, dict(settings or {}))
+    dialect = Dialect(tokenizer, template, dict(settings or {}))
+    _check_reads_back(dialect)
+    return dialect
+
+
+def _check_reads_back(dialect: Dialect) -> None:
+    """Refuse a way to read calls by which the template's own are none."""
+    tokenizer = dialect.tokenizer
+    options = {"tokenize": True, "return_dict": False, "chat_template": dialect.chat_template, **dialect.settings}
+    asked = {"role": "user", "content": "-"}
+    look = _Call("look", {"place": "Ulm"})
+    function = {"name": look.name, "arguments": look.arguments}
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    prompt = tokenizer.apply_chat_template([asked], add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template([asked, calling], add_generation_prompt=False, **options)
+    common = next((n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    turn = whole[common:]
+    if tokenizer.eos_token_id in turn:
+        turn = turn[: turn.index(tokenizer.eos_token_id) + 1]
+    calls = [_call_of(call) for call in parsed_turn(tokenizer, turn, prefix=prompt).get("tool_calls") or []]
+    if calls != [look]:
+        raise ValueError(
+            "a call that the student's chat template writes is not read back as one, so no call would be answered: "
+            f"mend tokenizer.response_template. What it writes: {tokenizer.decode(turn)!r:.200}"
+        )
 
 
 def check_conversational(prompts: Sequence[Any]) -> None:
@@ -215,9 +242,7 @@ def play(
             # a process whose episodes are over writes a token for nothing, since the others wait for it
             idle = rows - len(active)
             turns = write([*contexts, *[list(prompt_ids[0])] * idle], [*most, *[1] * idle])[: len(active)]
-            written = [
-                (ids[:room], ended and len(ids) <= room) for (ids, ended), room in zip(turns, most, strict=True)
-            ]
+            written = [(ids[:room], ended and len(ids) <= room) for (ids, ended), room in zip(turns, most, strict=True)]
         called = []
         for row, (ids, ended) in zip(active, written, strict=True):
             episode = episodes[row]
@@ -293,6 +318,8 @@ def parsed_turn(tokenizer: Any, ids: list[int], **options: Any) -> dict[str, Any
         ids: tokens of the turn.
         options: see `trl.chat_template_utils.parse_response`.
     """
+    from trl.chat_template_utils import parse_response  # as in read_dialect
+
     try:
         return parse_response(tokenizer, ids, **options)
     except Exception:  # such as a thousand brackets, which no JSON parser gets through
@@ -343,9 +370,7 @@ def _begin(world: World, calls: Sequence[_Call], allowed: bool, limits: Limits) 
     return begun
 
 
-def _collected(
-    world: World, begun: Sequence[tuple[_Call, Any]], started: float, limits: Limits
-) -> list[ToolResult]:
+def _collected(world: World, begun: Sequence[tuple[_Call, Any]], started: float, limits: Limits) -> list[ToolResult]:
     results = []
     last = started + limits.seconds
     for call, coming in begun:
@@ -381,7 +406,7 @@ def _append(episode: Episode, dialect: Dialect, results: list[ToolResult], limit
         longest = max(len(dialect.tokenizer(result.text)["input_ids"]) for result in shown)
         cap = min(cap, longest) - -(-excess // len(results))
         if cap < 1:
-            episode.ending = "no room"
+            episode.ending, episode.unanswered = "no room", len(results)
             return False
     text = dialect.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     episode.turns.append(Turn("tool", len(episode.completion_ids), len(ids), text, tuple(shown)))
@@ -390,7 +415,7 @@ def _append(episode: Episode, dialect: Dialect, results: list[ToolResult], limit
 
 
 def capped(tokenizer: Any, text: str, tokens: int) -> str:
-    """A text of at most so many tokens, and a mark where it was longer.
+    """A result as it is shown: without the template's tokens, of at most so many tokens, and a mark where longer.
 
     Args:
         tokenizer: which counts.
@@ -403,11 +428,12 @@ def capped(tokenizer: Any, text: str, tokens: int) -> str:
         '12+3 [cut: 6 characters in all]'
     """
     begun = text[: tokens * _CHARACTERS_OF_TOKEN]
-    encoded = tokenizer(begun, add_special_tokens=False, return_offsets_mapping=True)
+    broken = broken_up(tokenizer, begun)
+    encoded = tokenizer(broken, add_special_tokens=False, return_offsets_mapping=True)
     if len(encoded["input_ids"]) <= tokens and len(begun) == len(text):
-        return text
+        return broken
     offsets = encoded["offset_mapping"][:tokens]
-    kept = begun[: offsets[-1][1]] if offsets else ""
+    kept = broken[: offsets[-1][1]] if offsets else ""
     return f"{kept} [cut: {len(text):,} characters in all]"
 
 
@@ -434,7 +460,7 @@ def result_ids(dialect: Dialect, results: Sequence[ToolResult]) -> list[int]:
 
 
 def _suffix(dialect: Dialect, messages: list[dict[str, Any]]) -> list[int]:
-    """What a conversation has more than one that ends with the calls, from the end of their turn on (as TRL does it)."""
+    """What a conversation has more than one that ends with the calls, from the end of their turn on; as TRL does it."""
     tokenizer = dialect.tokenizer
     call = {"type": "function", "function": {"name": messages[0]["name"], "arguments": {}}}
     begun = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]

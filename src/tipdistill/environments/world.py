@@ -1,8 +1,8 @@
 """The tools of one rollout: plain functions, or the public methods of an object that is the rollout's own.
 
-Tools are someone else's code, and may raise, hang or return anything. Each rollout's calls run in a thread of its own, so
-that a tool that hangs costs its rollout and not the run, and so that what belongs to a thread (a database connection)
-stays in one. A thread that does not come back is left behind with its object; the rollout after it gets a fresh one.
+Tools are someone else's code, and may raise, hang or return anything. Each rollout's calls run in a thread of its own:
+a tool that hangs costs its rollout and not the run, and what belongs to a thread (a database connection) stays in one.
+A thread that does not come back is left behind with its object; the rollout after it gets a fresh one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
-
-from transformers.utils import get_json_schema
-from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from .. import dotted
 from ..text import nearest
@@ -67,12 +64,12 @@ def read_environment(source: Any) -> Callable[[], Any]:
         ) from error
     if not callable(getattr(made, "reset", None)):
         raise ValueError(
-            f"the environment {name} has no method `reset(**row)`, which begins a rollout: define one, which may return "
+            f"the environment {name} has no method `reset(**row)`, which begins a rollout: define one. It may return "
             "None or a text for the student to read."
         )
     if not tools_of(made):
         raise ValueError(
-            f"the environment {name} has no tool: every public method but reset and get_reward is one, and there is none."
+            f"the environment {name} has no tool: give it a public method; each but reset and get_reward is one."
         )
     check_tools(tools_of(made), f"the environment {name}")
     return factory
@@ -102,14 +99,17 @@ def check_tools(tools: Sequence[Callable[..., Any]], owner: str) -> None:
     Raises:
         ValueError: which tool, and what it lacks.
     """
+    from transformers.utils import get_json_schema  # not for `tipdistill demo --help`
+    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
     for tool in tools:
         name = getattr(tool, "__name__", repr(tool))
         try:
             get_json_schema(tool)
         except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
             raise ValueError(
-                f"{owner}: the tool {name} gives no schema: {str(error).strip()} Give it a docstring with an Args: section "
-                "and type hints for all that it takes."
+                f"{owner}: the tool {name} gives no schema: {str(error).strip()} Give it a docstring with an Args: "
+                "section, and type hints for all that it takes."
             ) from error
 
 
@@ -215,7 +215,7 @@ class World:
             if call.done():  # the tool's own
                 raise
             self._abandon()
-            raise ToolTimeoutError(f"no result within {seconds:g} s") from None
+            raise ToolTimeoutError("there was no result in time") from None
 
     def verdict(self, response: str, seconds: float) -> Verdict | None:
         """What the environment says of the rollout; None where it says nothing.

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from .. import http, replies
 from ..chat import check_chat_template_kwargs, encode_prompts
+from ..environments import Acting, Episode, Worlds, play_prompts
+from ..environments.play import check_conversational, read_dialect
 from ..positions import position_limit
 from ..rollout import generate
+from ..types import Turn, Verdict
 
 logger = logging.getLogger(__name__)
 ENGINES = ("auto", "transformers", "vllm")
@@ -64,6 +69,7 @@ class Completion:
         tokens: with the end of the sequence.
         finished: ended by itself, not by the limit.
         divergence: mean over its tokens, nats; None where there was no teacher to compare with.
+        turns, ending, verdict: of an episode, as `tipdistill.types.Rollout` has them.
     """
 
     index: int
@@ -71,6 +77,9 @@ class Completion:
     tokens: int
     finished: bool
     divergence: float | None = None
+    turns: tuple[Turn, ...] = ()
+    ending: str = ""
+    verdict: Verdict | None = None
 
 
 class Engine(Protocol):
@@ -87,6 +96,7 @@ class Engine(Protocol):
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
+        acting: Acting | None = None,
     ) -> Iterator[list[Completion]]:
         """Yield completions as they are done, some at a time, in any order.
 
@@ -96,6 +106,7 @@ class Engine(Protocol):
             sampling: how to draw.
             chat: put texts through the chat template as a user's message; None: where there is a template.
             special_tokens: keep them in the text, up to the end of the sequence.
+            acting: tools that the model may call, with a row for each prompt; what is written is then an episode.
         """
         ...
 
@@ -110,6 +121,7 @@ def open_engine(
     trust_remote_code: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
     api_key_env: str | None = None,
+    tokenizer: str | None = None,
 ) -> Engine:
     """The engine that was asked for.
 
@@ -122,7 +134,7 @@ def open_engine(
         concurrency: requests in flight (server).
         trust_remote_code: run the model's own code.
         chat_template_kwargs: passed to the chat template, such as {"enable_thinking": False}.
-        api_key_env: see `Server`.
+        api_key_env, tokenizer: see `Server`.
 
     Raises:
         ValueError: an unknown engine, or a number out of range.
@@ -131,7 +143,14 @@ def open_engine(
     if batch_size < 1 or concurrency < 1:
         raise ValueError(f"batch_size and concurrency must be at least 1, got {batch_size} and {concurrency}.")
     if base_url is not None:
-        return Server(base_url, model, concurrency, chat_template_kwargs=chat_template_kwargs, api_key_env=api_key_env)
+        return Server(
+            base_url,
+            model,
+            concurrency,
+            chat_template_kwargs=chat_template_kwargs,
+            api_key_env=api_key_env,
+            tokenizer=tokenizer,
+        )
     if api_key_env is not None:
         raise ValueError("api_key_env is the key of a server: name it with base_url.")
     if engine not in ENGINES:
@@ -182,39 +201,45 @@ class Local:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
+        acting: Acting | None = None,
     ) -> Iterator[list[Completion]]:
         dressed = [as_fed(self.tokenizer, prompt, chat) for prompt in prompts]
-        self._longest(dressed)  # before the first is sampled
+        tools = [] if acting is None else acting.worlds.schemas()
+        self._longest(dressed, tools)  # before the first is sampled
         for start in range(0, len(dressed), self.batch_size):
             batch = dressed[start : start + self.batch_size]
             (rollouts,) = generate(
                 self.model,
                 self.tokenizer,
                 batch,
-                max_new_tokens=min(sampling.max_new_tokens, self._longest(batch)),
+                max_new_tokens=min(sampling.max_new_tokens, self._longest(batch, tools)),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=seeds[start],
                 batch_size=len(batch),
                 chat_template_kwargs=self.chat_template_kwargs,
+                acting=acting and replace(acting, rows=acting.rows[start : start + self.batch_size]),
             )
             yield [
                 Completion(
                     start + rollout.prompt_id,
                     self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=not special_tokens),
-                    len(rollout.completion_ids),
+                    len(rollout.student_ids),
                     rollout.finished,
+                    turns=rollout.turns,
+                    ending=rollout.ending,
+                    verdict=rollout.verdict,
                 )
                 for rollout in rollouts
             ]
 
-    def _longest(self, prompts: Sequence[Any]) -> int:
+    def _longest(self, prompts: Sequence[Any], tools: Sequence[Any]) -> int:
         """Tokens that are left for a completion after the longest prompt, by what the model can take."""
         config = getattr(self.model, "config", None)
         positions = None if config is None else position_limit(config)
         if positions is None or not prompts:
             return sys.maxsize  # vLLM watches its own limit
-        longest = max(map(len, encode_prompts(prompts, self.tokenizer, self.chat_template_kwargs)))
+        longest = max(map(len, encode_prompts(prompts, self.tokenizer, self.chat_template_kwargs, tools)))
         if longest >= positions:
             raise ValueError(f"a prompt has {longest} tokens, and the model takes {positions}.")
         return positions - longest
@@ -243,6 +268,8 @@ class Server:
         chat_template_kwargs: see `open_engine`; vLLM and SGLang pass them on.
         api_key_env: the environment variable that holds the key; None: OPENAI_API_KEY, for https://api.openai.com
             alone.
+        tokenizer: the model's, a directory or a hub id, which conversations with tools need here; None: `model` names
+            it.
 
     Raises:
         ValueError: the URL is none or holds a secret, or the variable is not set.
@@ -259,7 +286,9 @@ class Server:
         chat_template_kwargs: dict[str, Any] | None = None,
         *,
         api_key_env: str | None = None,
+        tokenizer: str | None = None,
     ) -> None:
+        self.tokenizer = tokenizer
         self.base_url, self.model, self.concurrency = http.server_url("base_url", base_url), model, concurrency
         self._api_key = http.key_of("api_key_env", api_key_env, self.base_url)
         self.attempts, self.timeout, self.pause = attempts, timeout, pause
@@ -273,15 +302,21 @@ class Server:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
+        acting: Acting | None = None,
     ) -> Iterator[list[Completion]]:
         if not prompts:
             return
         failed: ServerError | None = None
         dead = threading.Event()
+        ask = (
+            partial(self._ask, sampling=sampling, chat=chat, special_tokens=special_tokens)
+            if acting is None
+            else self._player(prompts, sampling, chat, acting)
+        )
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             futures = [
-                pool.submit(self._ask_unless_dead, dead, index, prompt, seed, sampling, chat, special_tokens)
+                pool.submit(_unless_dead, dead, ask, index, prompt, seed)
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             ]
             for future in as_completed(futures):
@@ -301,23 +336,52 @@ class Server:
         if failed is not None:
             raise failed
 
-    def _ask_unless_dead(
-        self,
-        dead: threading.Event,
-        index: int,
-        prompt: Any,
-        seed: int,
-        sampling: Sampling,
-        chat: bool | None,
-        special_tokens: bool,
-    ) -> Completion | None:
-        if dead.is_set():
-            return None
+    def _player(
+        self, prompts: Sequence[Any], sampling: Sampling, chat: bool | None, acting: Acting
+    ) -> Callable[[int, Any, int], Completion]:
+        """What plays one episode: (index, prompt, seed) → Completion; every turn is a request."""
+        from transformers import AutoTokenizer
+
+        named = self.tokenizer or self.model
         try:
-            return self._ask(index, prompt, seed, sampling, chat, special_tokens)
-        except ServerError:
-            dead.set()
-            raise
+            tokenizer = AutoTokenizer.from_pretrained(named)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"conversations with tools are encoded here, and there is no tokenizer {named!r}: name the model's as "
+                "--tokenizer, a directory or a hub id."
+            ) from error
+        dialect = read_dialect(tokenizer, self.chat_template_kwargs)
+        dressed = [as_fed(tokenizer, prompt, chat) for prompt in prompts]
+        check_conversational(dressed[:1])
+
+        def episode(index: int, prompt: Any, seed: int) -> Completion:
+            turns = itertools.count()
+
+            def write(contexts: list[list[int]], most: list[int]) -> list[tuple[list[int], bool]]:
+                ((context,), (room,)) = contexts, most
+                return [self._turn(context, room, (seed + next(turns)) % 2**31, sampling)]
+
+            # threads play at the same time: each has a world of its own
+            own = replace(acting, worlds=Worlds(acting.worlds.tools, acting.worlds.factory, acting.seconds))
+            try:
+                _, (played,) = play_prompts(write, dialect, [dressed[index]], [index], own, sampling.max_new_tokens)
+            finally:
+                own.worlds.close()
+            return of_episode(index, played, tokenizer)
+
+        return episode
+
+    def _turn(self, context: list[int], room: int, seed: int, sampling: Sampling) -> tuple[list[int], bool]:
+        body = {
+            "model": self.model,
+            "prompt": context,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": room,
+            "seed": seed,
+            "return_token_ids": True,
+        }
+        return self._sample("/completions", body, lambda reply: replies.written_ids(reply, room, 2**31))
 
     def _ask(
         self, index: int, prompt: Any, seed: int, sampling: Sampling, chat: bool | None, special_tokens: bool
@@ -341,18 +405,18 @@ class Server:
             asked, path = {**body, "messages": messages}, "/chat/completions"
         else:
             asked, path = {**body, "prompt": prompt}, "/completions"
-        largest = _ANSWER + sampling.max_new_tokens * _BYTES_OF_TOKEN
-        return Completion(index, *self._sample(path, asked, as_chat, largest))
+        most = sampling.max_new_tokens
+        return Completion(index, *self._sample(path, asked, lambda reply: replies.written(reply, as_chat, most)))
 
-    def _sample(self, path: str, body: dict[str, Any], as_chat: bool, largest: int) -> tuple[str, int, bool]:
+    def _sample(self, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
         """Ask for sampling by temperature and top_p alone; in their own words where a server knows no others."""
         given = self._nothing_else
         try:
-            return self._post(path, {**body, **given}, as_chat, largest)
+            return self._post(path, {**body, **given}, read)
         except ServerRefusedError as error:
             if not any(name in str(error) for name in given):
                 raise
-        reply = self._post(path, body, as_chat, largest)
+        reply = self._post(path, body, read)
         if self._nothing_else:
             self._nothing_else = {}
             logger.warning(
@@ -361,23 +425,54 @@ class Server:
             )
         return reply
 
-    def _post(self, path: str, body: dict[str, Any], as_chat: bool, largest: int) -> tuple[str, int, bool]:
+    def _post(self, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
         url = self.base_url + path
         try:
             answer = http.ask(
                 url,
                 body,
                 again=http.doubling(self.attempts, self.pause),
-                read=lambda reply: replies.written(reply, as_chat, body["max_tokens"]),
+                read=read,
                 api_key=self._api_key,
                 timeout=self.timeout,
-                largest=largest,
+                largest=_ANSWER + body["max_tokens"] * _BYTES_OF_TOKEN,
             )
         except http.RefusedError as error:
             raise ServerRefusedError(f"the server at {url} failed: {error}") from error
         except http.NoAnswerError as error:
             raise ServerError(f"the server at {url} failed: {error}") from error
         return answer.value
+
+
+def of_episode(index: int, episode: Episode, tokenizer: Any) -> Completion:
+    """An episode as a completion: its text holds the results too, its number of tokens counts the model's own.
+
+    Args:
+        index: of the prompt.
+        episode: that is over.
+        tokenizer: the model's.
+    """
+    return Completion(
+        index,
+        tokenizer.decode(episode.completion_ids, skip_special_tokens=True),
+        sum(episode.written),
+        episode.ending == "answered",
+        turns=tuple(episode.turns),
+        ending=episode.ending,
+        verdict=episode.verdict,
+    )
+
+
+def _unless_dead(
+    dead: threading.Event, ask: Callable[[int, Any, int], Completion], index: int, prompt: Any, seed: int
+) -> Completion | None:
+    if dead.is_set():
+        return None
+    try:
+        return ask(index, prompt, seed)
+    except ServerError:
+        dead.set()
+        raise
 
 
 def as_fed(tokenizer: Any, prompt: Any, chat: bool | None) -> Any:

@@ -22,6 +22,7 @@ from ..files import alone, write_text
 from ..provenance import versions
 from .answers import Verifiers
 from .engines import Engine, Sampling
+from .episodes import acting_of, is_episode, kept_of, summary
 from .metrics import deviation_over_samples, majority, mean_at_k, pass_at_k
 from .task import Task
 
@@ -228,7 +229,7 @@ def _is_sample(row: dict[str, Any], problems: int) -> bool:
         and isinstance(row.get("answer"), str | None)
     )
     whole = isinstance(row["response"], str) and isinstance(row.get("finished", True), bool)
-    return row["problem"] < problems and whole and graded
+    return row["problem"] < problems and whole and graded and is_episode(row)
 
 
 def summarise(
@@ -254,7 +255,7 @@ def summarise(
     every = [row for samples in table for row in samples]
     mean, error = mean_at_k(correct)
     elected = []
-    for samples in table:
+    for samples in table if task.environment is None else ():
         answers = [row["answer"] if row["decided"] else None for row in samples]
         votes: list[Any] = answers if task.check is not None else verifiers.groups(answers)
         winner = majority(votes)
@@ -266,11 +267,12 @@ def summarise(
         "standard_error": error,
         "deviation_over_samples": deviation_over_samples(correct),
         "pass_at_k": {str(k): fmean(pass_at_k(num_samples, sum(row), k) for row in correct) for k in ks},
-        "maj_at_k": fmean(elected),
+        "maj_at_k": fmean(elected) if elected else math.nan,  # conversations do not vote
         "mean_tokens": fmean(row["tokens"] for row in every),
         "truncated": fmean(not row["finished"] for row in every),
         "unanswered": fmean(row["answer"] is None for row in every),
         "undecided": sum(not row["decided"] for row in every),
+        **({} if task.environment is None else summary(every)),
     }
 
 
@@ -369,8 +371,10 @@ def _sample(
     prompts = [task.prompt_of(task.problems[problem]) for problem, _ in asked]
     seeds = [_seed(seed, task.name, problem, sample) for problem, sample in asked]
     path.parent.mkdir(parents=True, exist_ok=True)
+    acting = acting_of(task, [task.problems[problem].row for problem, _ in asked])
+    tools = {} if acting is None else {"acting": acting}  # an engine of the user's may know no tools
     with path.open("ab") as file:
-        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens):
+        for completions in engine.generate(prompts, seeds, sampling, task.chat, task.special_tokens, **tools):
             rows = [
                 {
                     "problem": asked[completion.index][0],
@@ -381,6 +385,7 @@ def _sample(
                     "tokens": completion.tokens,
                     "finished": completion.finished,
                     **({} if completion.divergence is None else {"divergence": completion.divergence}),
+                    **(kept_of(completion) if completion.turns else {}),
                 }
                 for completion in completions
                 if asked[completion.index] in needed
@@ -404,7 +409,7 @@ def _grade(
     on_progress: OnProgress | None,
 ) -> int:
     """Put a verdict into every row that has none; returns how many."""
-    if task.divergence is not None:
+    if task.divergence is not None or task.environment is not None:  # which judged it when it was over
         return 0
     ungraded = [row for _, row in sorted(rows.items()) if regrade or "correct" not in row]
     done = 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..environments import Limits
 from ..text import check_known
 
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -22,10 +23,12 @@ class Problem:
     Attributes:
         text: the problem, a string or a list of messages.
         answer: the reference answer.
+        row: what an environment begins from, see `Task.environment`.
     """
 
     text: Any
     answer: str
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,14 @@ class Task:
         extract: response → the answer that it gives or None, for maj@k beside a `check`; None: the whole response.
         special_tokens: whether `check` sees special tokens, the end of the sequence among them.
         max_new_tokens: longest completion, in tokens; None: the caller's.
+        environment: what the model acts on while it answers, and which judges what it did: a class in the protocol of
+            TRL's GRPOTrainer, or its dotted path (docs/agents.md); None: it answers at once.
+        max_tool_calling_iterations, max_tool_result_tokens, tool_timeout: how far an episode may go, as in `TIPConfig`.
         divergence: "reverse_kl" or "forward_kl": nothing is checked; what is measured is that divergence of student and
             teacher, in nats, the mean over the tokens that the student wrote. Less is better.
 
     Raises:
-        ValueError: no problem, a template without "{problem}", or an unknown divergence.
+        ValueError: no problem, a template without "{problem}", an unknown divergence, or one beside an environment.
 
     Example:
         >>> task = Task("sums", (Problem("1 + 1 =", "2"),), prompt="own")
@@ -63,6 +69,10 @@ class Task:
     special_tokens: bool = False
     max_new_tokens: int | None = None
     divergence: str | None = None
+    environment: Callable[[], Any] | str | None = None
+    max_tool_calling_iterations: int = Limits.rounds
+    max_tool_result_tokens: int = Limits.result_tokens
+    tool_timeout: float = Limits.seconds
 
     def __post_init__(self) -> None:
         if not self.problems:
@@ -73,6 +83,10 @@ class Task:
             )
         if self.divergence is not None:
             check_known("divergence", self.divergence, DIVERGENCES)
+        if self.environment is not None and (self.divergence is not None or self.check is not None):
+            raise ValueError(
+                f"the environment of task {self.name!r} judges what was done: leave out check and divergence."
+            )
 
     def prompt_of(self, problem: Problem) -> Any:
         """The text, or the messages, that a model is given."""
@@ -90,5 +104,15 @@ class Task:
             self.max_new_tokens,
             [[problem.text, problem.answer] for problem in self.problems],
             *([self.divergence] if self.divergence else []),
+            *([self._of_environment()] if self.environment is not None else []),
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def _of_environment(self) -> list[Any]:
+        name = self.environment if isinstance(self.environment, str) else _path_of(self.environment)
+        limits = self.max_tool_calling_iterations, self.max_tool_result_tokens
+        return [name, *limits, [dict(problem.row) for problem in self.problems]]
+
+
+def _path_of(factory: Any) -> str:
+    return f"{getattr(factory, '__module__', '')}.{getattr(factory, '__qualname__', type(factory).__name__)}"

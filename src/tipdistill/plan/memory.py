@@ -67,7 +67,9 @@ class Setup:
             on the CPU between scoring passes their lm_heads.
         micro_batch: rollouts of a forward and backward (`per_device_train_batch_size`).
         accumulation: micro-batches of a step on one GPU.
-        prompt, completion: tokens.
+        prompt, completion: tokens; of an episode the completion has the tools' results in it.
+        turns: of the student's in an episode; 1: it calls no tools.
+        results: tokens of all results in a completion.
         rule, retention, scope: of the selection.
         batch_normalization: score the generation batch once, ahead of the loss.
         logs_divergence: a rule that reads no teacher projects it all the same now and then.
@@ -95,6 +97,8 @@ class Setup:
     accumulation: int = 1
     prompt: int = 2048
     completion: int = 8192
+    turns: int = 1
+    results: int = 0
     rule: str = "soft_or"
     retention: float = 0.5
     scope: str = "rollout"
@@ -115,6 +119,11 @@ class Setup:
         return self.micro_batch * self.accumulation
 
     @property
+    def written(self) -> int:
+        """Tokens of a completion that the student wrote: those that are scored and trained on."""
+        return self.completion - self.results
+
+    @property
     def asks_a_server(self) -> bool:
         """Whether the teacher's backbone is elsewhere."""
         return self.teacher_place in ("server", "lm_head")
@@ -130,7 +139,7 @@ class Setup:
     @property
     def kept(self) -> int:
         """Tokens of a micro-batch that the loss is over."""
-        lengths = torch.full((self.micro_batch,), self.completion)
+        lengths = torch.full((self.micro_batch,), self.written)
         return int(kept_counts(lengths, self.retention, self.rule, self.scope).sum())
 
     def computing(self, compute: Compute) -> Compute:
@@ -310,7 +319,9 @@ def _rollout(setup: Setup, parts: dict[str, int]) -> None:
     if setup.engine != "transformers":
         return
     compute = setup.computing(setup.student)
-    prefill = replay.forward(compute, setup.rollouts, setup.prompt, setup.padded, cached=True)
+    # transformers keeps nothing between turns: the last one begins with all that stands before it
+    before = setup.prompt + setup.completion - setup.written // setup.turns if setup.turns > 1 else setup.prompt
+    prefill = replay.forward(compute, setup.rollouts, before, setup.padded, cached=True)
     last = replay.decoding(compute, setup.rollouts, setup.prompt + setup.completion, setup.padded)
     cache = int(prefill.cache * setup.rollouts * (setup.prompt + setup.completion))
     # the last token's logits, as float32 and as probabilities
@@ -318,7 +329,7 @@ def _rollout(setup: Setup, parts: dict[str, int]) -> None:
     if setup.sharding == "zero3":  # ds3_gather_for_generation
         parts["gathered and in buckets"] += setup.student_sizes.parameters * compute.dtype.itemsize
     if prefill.peak >= last + logits:
-        cache = int(prefill.cache * setup.rollouts * setup.prompt)
+        cache = int(prefill.cache * setup.rollouts * before)
         parts["KV cache"] += cache
         parts["lm_heads and temporary"] = prefill.peak - cache
     else:
@@ -333,7 +344,7 @@ def _score(setup: Setup, parts: dict[str, int], cached: int) -> None:
     length = setup.prompt + setup.completion
     chunk = max(1, setup.scoring_tokens // length) if setup.scoring_tokens else setup.micro_batch
     chunk = min(chunk, setup.rollouts)
-    rows = chunk * setup.completion
+    rows = chunk * setup.written
     student = replay.forward(setup.computing(setup.student), chunk, length, setup.padded)
     own = rows * student.width
     moments = [student.peak]
@@ -346,7 +357,7 @@ def _score(setup: Setup, parts: dict[str, int], cached: int) -> None:
     widths = setup.student_sizes.width + setup.teacher_sizes.width
     dtype = torch.float32 if student.width == setup.student_sizes.width * 4 else torch.bfloat16
     moments.append(own + of_teacher + scoring_workspace(rows, vocabulary, widths, dtype, setup.device))
-    everything = setup.rollouts * setup.completion * _teacher_width(setup) if _caches(setup) else 0
+    everything = setup.rollouts * setup.written * _teacher_width(setup) if _caches(setup) else 0
     last = max(moments) + max(0, everything - of_teacher)
     chosen = everything + cached  # all rows, and copies of the kept ones, before the former go
     parts["teacher hidden states"] += max(0, everything - of_teacher) if last >= chosen else chosen
@@ -359,7 +370,7 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
     parts["KV cache"] = _vllm(setup, awake=False)
     compute = setup.computing(setup.student)
     length = setup.prompt + setup.completion
-    every = setup.micro_batch * setup.completion
+    every = setup.micro_batch * setup.written
     vocabulary = min(setup.student_sizes.vocabulary, setup.teacher_sizes.vocabulary)
     widths = setup.student_sizes.width + setup.teacher_sizes.width
     forward = replay.forward(compute, 1, 8)

@@ -10,6 +10,7 @@ import torch
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..documents import parse_yaml, read_yaml
+from ..environments import Limits
 from ..extras import EXTRAS, require
 from ..select import resolve_rule
 from ..teachers.named import SELF, NamedTeacher, named_teachers
@@ -27,6 +28,8 @@ def setup_of_recipe(
     sharding: str | None = None,
     teacher_place: str | None = None,
     prompt_tokens: int | None = None,
+    turns: int | None = None,
+    result_tokens: int | None = None,
 ) -> Setup:
     """What a recipe would run.
 
@@ -37,6 +40,8 @@ def setup_of_recipe(
         sharding: one of `SHARDING`; None: as accelerate_config has it.
         teacher_place: one of `TEACHERS`; None: as teacher_url, teacher_offload and the sharding have it.
         prompt_tokens: tokens of a prompt; None: max_prompt_length, else 1024.
+        turns, result_tokens: of an episode, where the recipe has an environment; None: as many as it may have, and of
+            its completion three quarters at most.
 
     Raises:
         ValueError: a value that `TIPConfig` would refuse, or that is not planned.
@@ -66,6 +71,7 @@ def setup_of_recipe(
     teacher, *others = sorted(teachers, key=lambda config: -sizes(config).parameters)
     dtype_of_teacher = (_as_dict(values.teacher_model_init_kwargs)).get("dtype", values.dtype)
     of_student = (_as_dict(values.model_init_kwargs)).get("dtype", values.dtype)
+    turns, results = _episode(values, turns, result_tokens)
     engine = ("colocate" if values.vllm_mode == "colocate" else "server") if values.use_vllm else "transformers"
     assert engine in ENGINES
     return setup_of(
@@ -88,6 +94,8 @@ def setup_of_recipe(
         accumulation=values.gradient_accumulation_steps,
         prompt=prompt_tokens or values.max_prompt_length or 1024,
         completion=values.max_completion_length,
+        turns=turns,
+        results=results,
         rule=values.selection_rule,
         retention=values.retention,
         scope=values.selection_scope or resolve_rule(values.selection_rule).scope,
@@ -124,6 +132,29 @@ def _teachers(values: Namespace) -> tuple[list[NamedTeacher], list[tuple[str, st
             "--teacher_lm_head (hidden states) or --teacher_model_name_or_path (log-probabilities)."
         )
     return named, list(dict.fromkeys(known))
+
+
+def _episode(values: Namespace, turns: int | None, result_tokens: int | None) -> tuple[int, int]:
+    """Turns of the student's in a rollout, and tokens of the tools' results in it."""
+    if getattr(values, "environment", None) is None:
+        if turns is not None or result_tokens is not None:
+            raise ValueError("--turns and --result_tokens are of a recipe with an environment, and this one has none.")
+        return 1, 0
+    completion = values.max_completion_length
+    turns = turns or (values.max_tool_calling_iterations or Limits.rounds) + 1
+    if result_tokens is None:
+        result_tokens = min((turns - 1) * values.max_tool_result_tokens, completion * 3 // 4)
+    if not 0 <= result_tokens < completion:
+        raise ValueError(
+            f"--result_tokens must leave tokens of the {completion:,} (max_completion_length) to the student, got "
+            f"{result_tokens:,}."
+        )
+    if turns > completion - result_tokens or (turns == 1 and result_tokens):
+        raise ValueError(
+            f"--turns {turns:,} and --result_tokens {result_tokens:,} do not go together: each turn has a token of the "
+            f"{completion:,} or more, and results stand between two turns."
+        )
+    return turns, result_tokens
 
 
 def _teacher_place(values: Namespace, named: list[NamedTeacher], sharding: str) -> str:

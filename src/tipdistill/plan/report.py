@@ -176,6 +176,17 @@ def assumptions(setup: Setup, machine: Machine) -> list[str]:
         "memory on the CPU is checked against measured steps (benchmarks/results/plan.md); on GPUs neither memory "
         "nor time has been measured",
     ]
+    if setup.turns > 1:
+        again = {
+            "transformers": "transformers computes the whole context anew before each turn",
+            "colocate": "vLLM's prefix cache keeps the context between turns",
+            "server": "the server writes the turns",
+        }
+        lines.append(
+            f"an episode has {setup.turns:,} turns of the student's (--turns) and {setup.results:,} tokens of results "
+            f"(--result_tokens): {setup.written:,} of a completion's {setup.completion:,} tokens are its own, and "
+            f"these alone are scored and trained on; {again[setup.engine]}; the tools take no time"
+        )
     if setup.engine == "colocate":
         lines.append(
             f"vLLM holds {setup.vllm_share:.0%} of the GPU"

@@ -73,18 +73,18 @@ def head_flops(setup: Setup) -> float:
     student, teacher = setup.student_sizes.width, setup.teacher_sizes.width
     if setup.teacher_place == "server":
         teacher = 0
-    tokens, kept = setup.rollouts * setup.completion, setup.accumulation * setup.kept
+    tokens, kept = setup.rollouts * setup.written, setup.accumulation * setup.kept
     scored = 0 if setup.rule == "all" else student + (teacher if needs_teacher(setup.rule) else 0)
     return 2.0 * vocabulary * (tokens * scored + kept * (3 * student + teacher))
 
 
-def _sequence_flops(sizes: Sizes, length: int) -> float:
+def _sequence_flops(sizes: Sizes, length: float) -> float:
     """Of a forward of the backbone over a sequence: a token attends to half of it on average."""
     return length * (2.0 * sizes.backbone + 2.0 * sizes.attention * length)
 
 
 def _rollout(setup: Setup, machine: Machine) -> float:
-    """Prefill, then one token after another until the longest rollout is done."""
+    """Prefill, then one token after another until the longest rollout is done; of an episode, turn by turn."""
     sizes = setup.student_sizes
     if setup.engine == "server":
         return 0.0  # on other machines, which are not planned here
@@ -101,12 +101,28 @@ def _rollout(setup: Setup, machine: Machine) -> float:
     else:
         rollouts_at_once = rollouts
     waves = rollouts / rollouts_at_once  # vLLM starts the next as soon as one is done
-    prefill = rollouts * _sequence_flops(sizes, setup.prompt) / rate
+    prefill = rollouts * _prefill_flops(setup) / rate
+    # on average over what is written, in however many turns
     context = setup.prompt + setup.completion / 2
     read = ((sizes.backbone + sizes.lm_head) * of_weight + rollouts_at_once * context * cache) / bandwidth
     work = rollouts_at_once * (2.0 * (sizes.backbone + sizes.lm_head) + 4.0 * sizes.attention * context) / rate
     launch = machine.kernel_launch * sizes.layers if setup.engine == "transformers" else 0.0
-    return prefill + waves * setup.completion * max(read, work, launch)
+    return prefill + waves * setup.written * max(read, work, launch)
+
+
+def _prefill_flops(setup: Setup) -> float:
+    """Of one rollout: its prompt, and before each further turn what transformers or vLLM has to compute of the context.
+
+    Turns and results are taken to be of one length each. transformers begins each turn with the whole context. vLLM's
+    prefix cache keeps it, so that the results alone are new; they attend to all before them.
+    """
+    own = setup.written / setup.turns
+    results = setup.results / max(1, setup.turns - 1)
+    contexts = [setup.prompt + turn * (own + results) for turn in range(setup.turns)]
+    whole = sum(_sequence_flops(setup.student_sizes, length) for length in contexts)
+    if setup.engine == "transformers":
+        return whole
+    return whole - sum(_sequence_flops(setup.student_sizes, length - results) for length in contexts[1:])
 
 
 def vllm_tokens(setup: Setup) -> int:

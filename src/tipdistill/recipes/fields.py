@@ -30,6 +30,7 @@ SECTIONS = {
         *("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "end_as_teacher"),
         *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_sync_tolerance"),
     ),
+    "tools": ("environment", "max_tool_calling_iterations", "max_tool_result_tokens", "tool_timeout"),
     "selection and loss": (
         *("selection_rule", "retention", "selection_scope", "normalization", "scoring_tokens", "beta"),
         *("mask_truncated_completions", "drift_factor", "drift_retention"),

@@ -98,6 +98,8 @@ def code_named(settings: Mapping[str, Any], where: str = "") -> list[str]:
     Example:
         >>> code_named({"selection_rule": "mine.rule", "retention": 0.5, "env": {"NCCL_DEBUG": "INFO"}})
         ['selection_rule: mine.rule', 'env: NCCL_DEBUG']
+        >>> code_named({"environment": "mine.World"}), code_named({"environment": "tipdistill.tasks.trip.Trip"})
+        (['environment: mine.World'], [])
         >>> code_named({"selection_rule": "soft_or", "eval_tasks": "math500,mine.jsonl"})
         []
     """
@@ -105,6 +107,9 @@ def code_named(settings: Mapping[str, Any], where: str = "") -> list[str]:
     rule, tasks = settings.get("selection_rule"), settings.get("eval_tasks")
     if is_code_of_rule(rule):
         named.append(f"selection_rule: {rule}")
+    acted_on = settings.get("environment")
+    if isinstance(acted_on, str) and not acted_on.startswith("tipdistill."):
+        named.append(f"environment: {acted_on}")
     listed = ",".join(map(str, tasks)) if isinstance(tasks, list | tuple) else tasks
     names = [name.strip() for name in listed.split(",")] if isinstance(listed, str) else []
     named += [f"eval_tasks: {name}" for name in names if is_code_of_task(name)]

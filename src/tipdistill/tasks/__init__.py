@@ -11,7 +11,8 @@ A task of your own is an entry of `TASKS`, or a mapping in a file of yours, my_t
     tipdistill eval --tasks my_tasks.SUMS --model ... --output_dir ...  # my_tasks.py's folder is on PYTHONPATH
 
 The mapping's keys are the fields of `Task` and where the problems come from. `load_task` reads files and slices too:
-`mine.jsonl`, `math500=copy.jsonl` (a local copy of a known task), `math500[:100]`. `reverse_kl=heldout.jsonl` has no
+`mine.jsonl`, `math500=copy.jsonl` (a local copy of a known task), `math500[:100]`, `deepplanning=DIR` (a task whose
+problems are in a directory). `reverse_kl=heldout.jsonl` has no
 answers: it measures how far a student that trains is from its teacher on what it writes to these prompts.
 """
 
@@ -27,6 +28,8 @@ from typing import Any
 from .. import dotted
 from ..arrow import as_written
 from ..data import load_rows
+from ..environments.deepplanning import prompts as deepplanning
+from ..environments.deepplanning.converter import named as named_converter
 from ..evaluate.task import DIVERGENCES, Problem, Task
 from ..text import nearest
 from . import instructions
@@ -39,12 +42,24 @@ WRITTEN_TASKS = ("arithmetic", "modular", "machine")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _OF_TASK = {field.name for field in fields(Task)} - {"name", "problems"}
 _SLICE = re.compile(r"(.+)\[(\d*):(\d*)\]")
-_OF_SOURCE = {"dataset", "config", "split", "problem", "answer", "reference", "problems"}
+_OF_SOURCE = {"dataset", "config", "split", "problem", "answer", "reference", "problems", "directory"}
 
 
 def _written(name: str) -> Callable[[], dict[str, Any]]:
     """An entry of `TASKS` for a `WrittenTask`, imported (with torch and transformers) when it is asked for."""
     return lambda: import_module(f".{name}", __name__).TASK.evaluation()
+
+
+def _deepplanning(language: str, split: str) -> dict[str, Any]:
+    """An entry of `TASKS` whose problems are in a directory of the user's: deepplanning=DIR."""
+
+    def read(directory: str) -> tuple[Problem, ...]:
+        rows = deepplanning.rows(directory, language, split)
+        # who reads the plans is told beside each problem, so that no samples of another are taken for these
+        converter = {"converter": list(named_converter() or [])}
+        return tuple(Problem(row["prompt"], row["id"], row | converter) for row in rows)
+
+    return {"directory": read, "prompt": "own", "environment": deepplanning.ENVIRONMENT}
 
 
 def _after_hashes(row: Mapping[str, Any]) -> str:
@@ -68,6 +83,10 @@ TASKS: dict[str, Mapping[str, Any] | Callable[[], Any] | Task] = {
     **{name: _written(name) for name in WRITTEN_TASKS},
     "use_word": instructions.use_word,
     "capitals": instructions.capitals,
+    "deepplanning": _deepplanning("en", "test"),
+    "deepplanning_zh": _deepplanning("zh", "test"),
+    "deepplanning_train": _deepplanning("en", "train"),
+    "deepplanning_zh_train": _deepplanning("zh", "train"),
 }
 
 
@@ -105,16 +124,18 @@ def load_task(name: str, limit: int | None = None, **changes: Any) -> Task:
             raise ValueError(f"{name} takes none of the {len(task.problems)} problems of {sliced[1]!r}.")
         return _changed(replace(task, name=name, problems=kept), limit, changes)
     key, equals, path = name.partition("=")
+    acts = {"environment": changes["environment"]} if changes.get("environment") else {}
     if equals and not path:
         raise ValueError(f"{name} names no file: {key}=FILE.jsonl is the task {key!r} with the problems of a file.")
     if equals:
-        task = _from_mapping(key, {**_mapping(key, TASKS.get(key, {})), "dataset": path, "split": "train"}, local=True)
+        source = {**_mapping(key, TASKS.get(key, {})), "dataset": path, "split": "train", **acts}
+        task = _from_mapping(key, source, local=True)
         if task.divergence is not None:  # held-out prompts and those for validation are measured side by side
             task = replace(task, name=f"{key}_{Path(path).stem}")
     elif key in TASKS:
         task = _from_object(key, TASKS[key])
     elif Path(key).suffix in _SUFFIXES:
-        task = _from_mapping(Path(key).stem, {"dataset": key, "split": "train"}, local=True)
+        task = _from_mapping(Path(key).stem, {"dataset": key, "split": "train", **acts}, local=True)
     else:
         task = _from_object(key, _imported(key))
     return _changed(task, limit, changes)
@@ -165,7 +186,11 @@ def _mapping(name: str, mapping: Any) -> Mapping[str, Any]:
 
 
 def _from_mapping(name: str, mapping: Mapping[str, Any], local: bool = False) -> Task:
-    if "dataset" in mapping:
+    if "directory" in mapping:
+        if not local:
+            raise ValueError(f"the task {name!r} needs a directory: {name}=DIR takes its problems from there.")
+        problems = mapping["directory"](mapping["dataset"])
+    elif "dataset" in mapping:
         rows = load_rows(mapping["dataset"], mapping.get("split", "test"), None if local else mapping.get("config"))
         problems = _of_rows(str(mapping["dataset"]), rows, mapping)
     elif "problems" in mapping:
@@ -183,6 +208,10 @@ def _of_rows(source: str, rows: Any, mapping: Mapping[str, Any]) -> tuple[Proble
     rows = as_written(rows, problem)
     if mapping.get("divergence"):
         return tuple(_problem(source, index, row[problem], "-") for index, row in enumerate(rows))
+    if mapping.get("environment"):
+        return tuple(
+            replace(_problem(source, index, row[problem], "-"), row=dict(row)) for index, row in enumerate(rows)
+        )
     answer = _column(source, columns, (mapping.get("answer"), "answer"))
     reference = mapping.get("reference")
     problems = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from ..chat import encode_prompts
-from ..evaluate.engines import Completion, Sampling, as_fed
+from ..environments import Acting, play_prompts
+from ..environments.play import Dialect, read_dialect
+from ..evaluate.engines import Completion, Sampling, as_fed, of_episode
+from ..evaluate.episodes import acting_of
 from ..evaluate.run import check_names, run, write_metrics
 from ..evaluate.task import Task
 from ..score.forward import evaluating
 from ..tasks import load_task
+from .episodes import in_step, no_longer_than, write_turns
 
 _LOGGED = ("mean_at_k", "mean", "standard_error", "maj_at_k", "mean_tokens", "truncated")
 
@@ -147,21 +151,27 @@ def _completions(trainer: Any, task: Task, num_samples: int) -> list[Completion]
     """Those of every problem and sample, in the order of (problem, sample), on every process."""
     accelerator, tokenizer = trainer.accelerator, trainer._tokenizer
     fed = [as_fed(tokenizer, task.prompt_of(problem), task.chat) for problem in task.problems]
-    prompts = encode_prompts(fed, tokenizer, trainer.chat_template_kwargs)
-    total = len(prompts) * num_samples
+    total = len(fed) * num_samples
     own = range(accelerator.process_index, total, accelerator.num_processes)
     # as many batches of the same size on every process: sharded engines generate together
     size = trainer.args.per_device_eval_batch_size
     most = -(-total // accelerator.num_processes)
     completions = []
+    acting = acting_of(task, [problem.row for problem in task.problems])
+    dialect = None if acting is None else read_dialect(tokenizer, trainer.chat_template_kwargs)
     for first in range(0, most, size):
         rows = [own[index] if index < len(own) else total - 1 for index in range(first, min(first + size, most))]
-        asked = [prompts[row // num_samples] for row in rows]
-        with _no_longer_than(trainer, task.max_new_tokens):
-            written = trainer._generate_single_turn(asked, None, {})
+        problems = [row // num_samples for row in rows]
+        asked = [fed[problem] for problem in problems]
+        if acting is not None and dialect is not None:
+            completions += _played(trainer, task, acting, dialect, rows, problems, asked)
+            continue
+        encoded = encode_prompts(asked, tokenizer, trainer.chat_template_kwargs)
+        with no_longer_than(trainer, task.max_new_tokens):
+            written = trainer._generate_single_turn(encoded, None, {})
         divergences: list[float] | list[None] = [None] * len(rows)
         if task.divergence is not None:
-            divergences = _divergences(trainer, asked, written, task.divergence)
+            divergences = _divergences(trainer, encoded, written, task.divergence)
         completions += [
             Completion(
                 row,
@@ -176,18 +186,26 @@ def _completions(trainer: Any, task: Task, num_samples: int) -> list[Completion]
     return [every[index] for index in range(total)]
 
 
-@contextmanager
-def _no_longer_than(trainer: Any, tokens: int | None) -> Iterator[None]:
-    """Completions of at most so many tokens meanwhile; None, or more than the run's own: as in the run."""
-    place, name = trainer.generation_config, "max_new_tokens"
-    if trainer.use_vllm:
-        place, name = trainer.vllm_generation, "max_completion_length"
-    own = getattr(place, name)
-    try:
-        setattr(place, name, min(own, tokens or own))
-        yield
-    finally:
-        setattr(place, name, own)
+def _played(
+    trainer: Any,
+    task: Task,
+    acting: Acting,
+    dialect: Dialect,
+    rows: Sequence[int],
+    problems: Sequence[int],
+    asked: Sequence[Any],
+) -> list[Completion]:
+    """Episodes of a task; the rows of the completions, and the problem of each with its prompt."""
+    _, episodes = play_prompts(
+        lambda contexts, rooms: write_turns(trainer, contexts, rooms),
+        dialect,
+        asked,
+        problems,
+        acting,
+        min(task.max_new_tokens or sys.maxsize, trainer.args.max_completion_length),
+        lambda active: in_step(trainer, active),
+    )
+    return [of_episode(row, episode, dialect.tokenizer) for row, episode in zip(rows, episodes, strict=True)]
 
 
 def _divergences(
@@ -230,5 +248,6 @@ class _Written:
         sampling: Sampling,
         chat: bool | None = None,
         special_tokens: bool = False,
+        acting: Acting | None = None,
     ) -> Iterator[list[Completion]]:
         yield self.completions

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..environments import Episode
 from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
 from ..records import About, Choice, RecordsWriter
 from ..score.forward import evaluating
@@ -50,7 +51,13 @@ def choice_of_rows(choice: Choice, mask: Tensor, rows: Tensor) -> Choice:
 
 
 def rollout_of_row(
-    batch: dict[str, Any], mask: Tensor, row: int, tokenizer: Any, num_generations: int, ends: Sequence[int]
+    batch: dict[str, Any],
+    mask: Tensor,
+    row: int,
+    tokenizer: Any,
+    num_generations: int,
+    ends: Sequence[int],
+    episodes: Sequence[Episode] | None = None,
 ) -> Rollout:
     """A rollout of the batch, as tokens and text.
 
@@ -61,21 +68,31 @@ def rollout_of_row(
         tokenizer: decodes the prompt.
         num_generations: rollouts per prompt.
         ends: token ids that end a completion.
+        episodes: of all rows, where the student calls tools.
     """
+    episode = None if episodes is None or not mask[row].any() else episodes[row]
     prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
-    completion_ids = batch["completion_ids"][row][mask[row]].tolist()
+    taken = mask if episode is None else batch["completion_mask"].bool()
+    completion_ids = batch["completion_ids"][row][taken[row]].tolist()
     return Rollout(
         prompt_id=row // num_generations,
         prompt=tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
         prompt_ids=tuple(prompt_ids),
         completion_ids=tuple(completion_ids),
         finished=bool(completion_ids) and completion_ids[-1] in ends,
+        turns=() if episode is None else tuple(episode.turns),
+        ending="" if episode is None else episode.ending,
+        verdict=None if episode is None else episode.verdict,
     )
 
 
 @torch.no_grad()
 def record_step(
-    trainer: Any, batch: dict[str, Any], choice: Choice | None, answers: Sequence[Any] | None = None
+    trainer: Any,
+    batch: dict[str, Any],
+    choice: Choice | None,
+    answers: Sequence[Any] | None = None,
+    episodes: Sequence[Episode] | None = None,
 ) -> None:
     """Write records/step-<n> with the tokens of `record_rollouts` rollouts. Changes nothing of the training.
 
@@ -88,6 +105,7 @@ def record_step(
         batch: its generation batch.
         choice: what the step kept of the tokens of all processes; None: the records choose as the step would.
         answers: the teacher's of every token of each rollout, where it was asked about them.
+        episodes: of all rows, where the student calls tools.
     """
     if any(key in batch for key in MULTIMODAL_KEYS):
         return
@@ -131,7 +149,7 @@ def record_step(
         with RecordsWriter(directory, tokenizer, about) as writer:
             writer.write(
                 [
-                    rollout_of_row(batch, mask, row, tokenizer, args.num_generations, trainer.eos_token_ids)
+                    rollout_of_row(batch, mask, row, tokenizer, args.num_generations, trainer.eos_token_ids, episodes)
                     for row in sample.tolist()
                 ],
                 joined(scored),

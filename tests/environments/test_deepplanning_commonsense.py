@@ -84,6 +84,14 @@ def test_a_day_from_one_place_to_the_next_is_of_departure_and_of_arrival():
             assert checks.enough_meals(Trip(Plan((away, day), None), QUERY, database())) is (count in counts)
 
 
+def test_a_departure_from_where_one_is_not_asks_for_nothing():
+    leg = line("travel_intercity_public", "16:30-23:00")
+    for cities, asked in (("BA", True), ("CA", False)):
+        plan = Plan((Day(("A", "B"), "", None, ()), Day(tuple(cities), "", None, (leg,))), None)
+        assert checks.enough_meals(Trip(plan, QUERY, database())) is not asked
+        assert checks.enough_attractions(Trip(plan, QUERY, database())) is not asked
+
+
 @pytest.mark.parametrize(
     ("lines", "enough"),
     [
@@ -251,6 +259,13 @@ def test_prices_are_compared_as_rounded_and_an_unknown_one_is_not():
     tables = database(attractions=[{"attraction_name": "X", "ticket_price": "5"}])
     assert not checks.attractions_exist(trip(line("attraction", None, "X"), tables=tables))
     assert not checks.attractions_exist(trip(line("attraction", None, "", cost=5), tables=tables))
+
+
+def test_a_hotel_that_is_not_known_costs_its_night_and_not_the_last_day():
+    hotels = database(hotels=[{"name": "Inn", "price": "30"}])
+    known, other = (Day(("B",), "", None, (line("hotel", None, name),)) for name in ("Inn", "Ruin"))
+    for days, exist in (((known, known), True), ((known, other), True), ((other, known), False)):
+        assert checks.hotels_exist(Trip(Plan(days, None), QUERY, hotels)) is exist
 
 
 def test_a_station_of_several_cities_and_a_chinese_one_that_is_not_known():

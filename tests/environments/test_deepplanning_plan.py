@@ -227,6 +227,11 @@ def test_a_large_answer_takes_bounded_time(judge, text):
     judge(text)
 
 
+def test_a_long_line_is_cut():
+    (meal,) = lines("09:00-10:00 | meal | " + "x" * 5000 + " | 30").activities
+    assert (len(meal.name) < grammar.LONGEST_LINE, meal.cost) == (True, None)
+
+
 def test_numbers_that_no_price_has_are_none():
     for text in ("9" * 13, "9" * 100_000, "x", "", "-5", "−5", "1e400"):
         assert cost_in(text) in (None, 1.0)

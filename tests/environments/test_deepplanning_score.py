@@ -1,5 +1,7 @@
 """A perfect plan holds everything, and each change to it loses exactly the check or the constraint that it is about."""
 
+from dataclasses import replace
+
 import pytest
 import travel
 
@@ -84,6 +86,15 @@ def test_five_people_take_two_cars_and_of_a_journey_with_changes_the_first_leg_i
     assert trip_cost(parse_plan(text), people=4, rooms=3) == 4 * 60 + 7 + 3 * 100
 
 
+def test_a_number_counts_for_its_mode_alone_and_a_budget_may_be_spent_in_full(benchmark_dir):
+    query = read_queries(benchmark_dir, "en")["0"]
+    by_plane = parse_plan(travel.plan("0", changes=[("train G12", "flight G12")]))
+    assert not hard_constraints(by_plane, query)["train_cheapest_direct"]
+    for budget, kept in ((travel.COSTS["0"], True), (travel.COSTS["0"] - 1, False)):
+        asked = replace(query, constraints={"budget_constraint": {"max_budget": budget}})
+        assert hard_constraints(parse_plan(travel.plan("0")), asked) == {"budget_constraint": kept}
+
+
 def test_a_plan_that_is_not_delivered_holds_nothing(benchmark_dir):
     query = read_queries(benchmark_dir, "en")["0"]
     scores = score(None, query, read_database(database_path(benchmark_dir, "en", "0")))
@@ -104,8 +115,6 @@ def test_the_verdict_names_constraints_and_dimensions_and_whose_parser_it_was(ju
 
 
 def test_a_constraint_of_an_unknown_kind_is_left_out_and_told(benchmark_dir, caplog):
-    from dataclasses import replace
-
     query = replace(read_queries(benchmark_dir, "en")["0"], constraints={"weather_sunny": {}})
     plan = parse_plan(travel.plan("0"))
     assert hard_constraints(plan, query) == {}
@@ -117,8 +126,6 @@ def test_a_constraint_of_an_unknown_kind_is_left_out_and_told(benchmark_dir, cap
     "asked", [{}, {"hotel_name": None}, {"attraction_names": "Old Mill"}, {"attraction_names": []}, {"max_budget": "-"}]
 )
 def test_a_constraint_that_names_nothing_holds_for_no_plan(benchmark_dir, asked):
-    from dataclasses import replace
-
     plan = parse_plan(travel.plan("0"))
     for kind in ("hotel_", "attraction_", "budget_constraint"):
         query = replace(read_queries(benchmark_dir, "en")["0"], constraints={kind: asked})

@@ -120,6 +120,13 @@ def test_the_distribution_is_the_student_s_own(student, tiny_tokenizer):
     assert student.generation_config.top_k == 1
 
 
+def test_top_k_samples_from_the_likeliest_alone(student, tiny_tokenizer):
+    greedy = all_of(generate(student, tiny_tokenizer, PROMPTS, max_new_tokens=6, temperature=0.0))
+    likeliest = all_of(generate(student, tiny_tokenizer, PROMPTS, max_new_tokens=6, top_k=1, seed=3))
+    everything = all_of(generate(student, tiny_tokenizer, PROMPTS, max_new_tokens=6, seed=3))
+    assert likeliest == greedy != everything
+
+
 def test_forbidden_tokens_are_never_sampled(student, tiny_tokenizer):
     forbidden = list(range(100, student.vocab_size))
     rollouts = all_of(generate(student, tiny_tokenizer, PROMPTS, samples=4, max_new_tokens=20, forbidden=forbidden))
@@ -139,6 +146,7 @@ def test_a_model_in_training_is_sampled_in_eval_mode_and_left_in_training(studen
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": -1}, "temperature must be ≥ 0"),
         ({"top_p": 0}, "top_p in"),
+        ({"top_k": -1}, "top_k must be 0"),
     ],
     ids=str,
 )
@@ -170,7 +178,9 @@ def test_vllm_gets_tokens_and_one_seed_per_rollout(monkeypatch, tiny_tokenizer):
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=SamplingParams))
     engine = Engine()
     rollouts = all_of(
-        generate(engine, tiny_tokenizer, PROMPTS[:2], samples=2, max_new_tokens=9, top_p=0.9, seed=4, forbidden=[7])
+        generate(
+            engine, tiny_tokenizer, PROMPTS[:2], samples=2, max_new_tokens=9, top_p=0.9, top_k=3, seed=4, forbidden=[7]
+        )
     )
     assert [rollout.completion_ids for rollout in rollouts] == [(5, 0), (5, 1), (5, 2), (5, 3)]
     assert [rollout.finished for rollout in rollouts] == [True, False, True, False]
@@ -179,7 +189,8 @@ def test_vllm_gets_tokens_and_one_seed_per_rollout(monkeypatch, tiny_tokenizer):
     ]
     options = [sampling.options for sampling in engine.parameters]
     assert len({option["seed"] for option in options}) == 4
-    assert {(option["temperature"], option["top_p"], option["max_tokens"]) for option in options} == {(1.0, 0.9, 9)}
+    asked = {tuple(option[name] for name in ("temperature", "top_p", "top_k", "max_tokens")) for option in options}
+    assert asked == {(1.0, 0.9, 3, 9)}
     assert options[0]["logit_bias"] == {7: -100.0}
 
 

@@ -31,6 +31,7 @@ def generate(
     max_new_tokens: int = 512,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
     batch_size: int = 32,
     first_batch: int = 0,
@@ -40,8 +41,8 @@ def generate(
 ) -> Iterator[list[Rollout]]:
     """Sample completions, batch by batch: y ~ P_S(· | x) at the given temperature.
 
-    Sampling is the temperature and top_p alone: what a model's own generation_config adds (top_k, repetition penalties)
-    is left out, since on-policy means the student's own distribution. A batch is seeded by (seed, its number), so that
+    Sampling is what is asked for and no more: what a model's own generation_config adds (top_k, repetition penalties) is
+    left out, since on-policy means the student's own distribution. A batch is seeded by (seed, its number), so that
     a later call with `first_batch` goes on as if there had been no break; another batch size is another draw. The
     process's random state stays as it is.
 
@@ -53,6 +54,7 @@ def generate(
         max_new_tokens: tokens of a completion, at most.
         temperature: of the sampling; 0 takes the likeliest token.
         top_p: samples from the likeliest tokens that together have this probability.
+        top_k: samples from so many of the likeliest tokens; 0: from all.
         seed: of the sampling.
         batch_size: completions per batch. vLLM schedules within it, so give it many.
         first_batch: leave out the batches before this one.
@@ -81,11 +83,13 @@ def generate(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (all tokens) or a number of them, got {top_k}.")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"temperature must be ≥ 0 and top_p in (0, 1], got {temperature} and {top_p}.")
     sample = _sample_with_vllm if hasattr(model, "llm_engine") else _sample
     sampled = partial(
-        sample, model, tokenizer, temperature=temperature, top_p=top_p, forbidden=forbidden
+        sample, model, tokenizer, temperature=temperature, top_p=top_p, top_k=top_k, forbidden=forbidden
     )  # contexts, tokens of each at most, seed
     if acting is not None:
         check_conversational(prompts)
@@ -166,6 +170,7 @@ def _sample(
     *,
     temperature: float,
     top_p: float,
+    top_k: int,
     forbidden: Sequence[int],
 ) -> list[tuple[list[int], bool]]:
     ends = end_tokens(model.generation_config, tokenizer)
@@ -176,7 +181,7 @@ def _sample(
         eos_token_id=ends or None,
         pad_token_id=pad,
         suppress_tokens=list(forbidden) or None,
-        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}),
+        **({"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature else {}),
     )
     longest = max(map(len, prompts))
     device = model.get_input_embeddings().weight.device
@@ -207,6 +212,7 @@ def _sample_with_vllm(
     *,
     temperature: float,
     top_p: float,
+    top_k: int,
     forbidden: Sequence[int],
 ) -> list[tuple[list[int], bool]]:
     from vllm import SamplingParams
@@ -215,6 +221,7 @@ def _sample_with_vllm(
         SamplingParams(
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k or -1,
             max_tokens=most[row],
             seed=(seed + row) % 2**31,
             logit_bias=dict.fromkeys(forbidden, -100.0) or None,

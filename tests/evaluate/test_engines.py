@@ -108,6 +108,15 @@ def test_a_server_is_asked_for_nothing_but_temperature_and_top_p(stub_server, ca
     assert len([record for record in caplog.records if "takes no top_k, min_p" in record.getMessage()]) == 1
 
 
+def test_a_server_that_knows_no_top_k_refuses_it_where_it_is_asked_for(stub_server):
+    server, asked = Server(stub_server.url, "m", concurrency=1), Sampling(max_new_tokens=9, top_k=20)
+    assert len(list(server.generate(sums(1), [0], asked))) == 1
+    assert stub_server.bodies[0]["top_k"] == 20
+    stub_server.unknown = "top_k"
+    with pytest.raises(ServerError, match="top_k"):
+        list(server.generate(sums(1), [0], asked))
+
+
 def test_a_server_goes_on_with_an_assistants_turn(stub_server):
     begun = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "1 + 1 ="}]
     next(Server(stub_server.url, "m").generate([begun], [0], SHORT))

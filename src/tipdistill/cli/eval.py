@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
             ),
             flags.output_dir,
             flags.num_samples,
-            Sampling(flags.temperature, flags.top_p),
+            Sampling(flags.temperature, flags.top_p, top_k=flags.top_k),
             flags.seed,
             flags.pass_k,
             {"model": flags.model, "chat_template_kwargs": flags.chat_template_kwargs},
@@ -172,6 +172,7 @@ def parser() -> Parser:
     add("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")
     add("--temperature", type=float, default=1.0, help="of the sampling; 0 is greedy (default 1)")
     add("--top_p", type=float, default=1.0, help="nucleus (default 1)")
+    add("--top_k", type=int, default=0, help="sample from so many of the likeliest tokens (default 0: all)")
     add(
         "--max_completion_length",
         "--max_new_tokens",

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,6 +41,7 @@ class Sampling:
         temperature: divides the logits; 0 takes the most probable token.
         top_p: nucleus, in (0, 1].
         max_new_tokens: longest completion, in tokens.
+        top_k: so many of the likeliest tokens; 0: all.
 
     Raises:
         ValueError: a number out of range.
@@ -49,6 +50,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 8192
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -57,6 +59,12 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or a number of them, got {self.top_k}.")
+
+    def described(self) -> dict[str, Any]:
+        """What an evaluation writes down; a top_k only where there is one, as before there was any."""
+        return {name: value for name, value in asdict(self).items() if name != "top_k" or value}
 
 
 @dataclass(frozen=True)
@@ -215,6 +223,7 @@ class Local:
                 max_new_tokens=min(sampling.max_new_tokens, self._longest(batch, tools)),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                top_k=sampling.top_k,
                 seed=seeds[start],
                 batch_size=len(batch),
                 chat_template_kwargs=self.chat_template_kwargs,
@@ -377,6 +386,7 @@ class Server:
             "prompt": context,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            **({"top_k": sampling.top_k} if sampling.top_k else {}),
             "max_tokens": room,
             "seed": seed,
             "return_token_ids": True,
@@ -390,6 +400,7 @@ class Server:
             "model": self.model,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            **({"top_k": sampling.top_k} if sampling.top_k else {}),
             "max_tokens": sampling.max_new_tokens,
             "seed": seed,
         }
@@ -409,10 +420,10 @@ class Server:
         return Completion(index, *self._sample(path, asked, lambda reply: replies.written(reply, as_chat, most)))
 
     def _sample(self, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
-        """Ask for sampling by temperature and top_p alone; in their own words where a server knows no others."""
+        """Ask for the sampling that is asked for and no more; in its own words where a server knows no others."""
         given = self._nothing_else
         try:
-            return self._post(path, {**body, **given}, read)
+            return self._post(path, {**given, **body}, read)
         except ServerRefusedError as error:
             if not any(name in str(error) for name in given):
                 raise

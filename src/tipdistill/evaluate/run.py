@@ -12,7 +12,7 @@ import math
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -96,7 +96,7 @@ def _run(
 ) -> dict[str, Any]:
     asked = {
         **(settings or {}),
-        "sampling": asdict(sampling),
+        "sampling": sampling.described(),
         "seed": seed,
         "tasks": {task.name: task.fingerprint() for task in tasks},
     }
@@ -362,7 +362,7 @@ def _sample(
     with the same others, from the same seed, whatever was sampled before a kill.
     """
     if task.max_new_tokens is not None:
-        sampling = Sampling(sampling.temperature, sampling.top_p, task.max_new_tokens)
+        sampling = replace(sampling, max_new_tokens=task.max_new_tokens)
     every = [(problem, sample) for problem in range(len(task.problems)) for sample in range(num_samples)]
     total, size, needed = len(every), getattr(engine, "batch_size", 1), set(missing)
     done = total - len(missing)

@@ -41,8 +41,8 @@ def generate(
 ) -> Iterator[list[Rollout]]:
     """Sample completions, batch by batch: y ~ P_S(· | x) at the given temperature.
 
-    Sampling is what is asked for and no more: what a model's own generation_config adds (top_k, repetition penalties) is
-    left out, since on-policy means the student's own distribution. A batch is seeded by (seed, its number), so that
+    Sampling is what is asked for and no more: what a model's own generation_config adds (top_k, repetition penalties)
+    is left out, since on-policy means the student's own distribution. A batch is seeded by (seed, its number), so that
     a later call with `first_batch` goes on as if there had been no break; another batch size is another draw. The
     process's random state stays as it is.
 

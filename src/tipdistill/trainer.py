@@ -147,9 +147,8 @@ class TIPTrainer(ResumableTrainer):
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
         train_dataset = prepared(train_dataset, "train_dataset", args, processing_class)
         eval_dataset = prepared(eval_dataset, "eval_dataset", args, processing_class)
-        if environment_factory is None and args.environment is not None:
-            environment_factory = args.environment  # type: ignore[assignment]
-        factory = None if environment_factory is None else read_environment(environment_factory)
+        environment = args.environment if environment_factory is None else environment_factory
+        factory = None if environment is None else read_environment(environment)
         self._run_tools = read_tools(args, processing_class, tools, factory, train_dataset, eval_dataset)
         teacher_prompts = teacher_prompt_column(teacher_model, args, train_dataset, eval_dataset)
         limits = position_limits(model, teacher_model, args)

@@ -67,8 +67,8 @@ def test_scores_and_the_loss_are_of_the_students_tokens_alone(episodes):
     heads = 2 * vocabulary * (rollouts * written * (student + teacher) + kept * (3 * student + teacher))
     rate = MACHINE.flops * MACHINE.head_utilization
     assert step_time(episodes, MACHINE)["lm_heads"] == pytest.approx(heads / rate)
-    found = memory(episodes)["loss"]["teacher hidden states"]
-    assert found == kept * teacher * 2
+    planned = memory(episodes)["loss"]["teacher hidden states"]
+    assert planned == kept * teacher * 2
 
 
 def test_both_models_read_the_results_too(episodes):

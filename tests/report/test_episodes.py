@@ -62,12 +62,12 @@ def played_records(tmp_path_factory):
 
 def test_groups_are_counted_over_all_tokens_whatever_is_in_view(played_records, unpack):
     dataset, payload, pack = payload_of(played_records, max_tokens=40)
-    found = payload["episodes"]
+    played = payload["episodes"]
     table = played_records.read(["turn", "kind"]).to_pandas()
     table["quadrant"], table["mass"] = dataset.quadrant.numpy(), dataset.scores.reverse_kl.numpy()
     groups = {kind: table[table.kind == kind] for kind in KINDS}
     groups |= {f"turn {number}": table[table.turn == number] for number in range(5)}
-    rows = [*found["kinds"], *found["by_turn"]]
+    rows = [*played["kinds"], *played["by_turn"]]
     assert [row["name"] for row in rows] == list(groups)
     for row, group in zip(rows, groups.values(), strict=True):
         assert row["tokens"] == len(group)
@@ -77,10 +77,10 @@ def test_groups_are_counted_over_all_tokens_whatever_is_in_view(played_records, 
             for retention, number in zip(dataset.retentions, kept, strict=True):
                 mask = dataset.selection(rule.name, retention).mask.numpy()
                 assert number == mask[group.index].sum()
-    assert (found["count"], found["judged"], found["correct"]) == (4, 4, 2)
-    assert (found["turns"], found["calls"]) == (12, 9)
-    assert sorted(name for name, _ in found["failures"]) == ["bad arguments", "malformed", "raised", "unknown tool"]
-    assert found["endings"] == [["answered", 3], ["cut", 1]]
+    assert (played["count"], played["judged"], played["correct"]) == (4, 4, 2)
+    assert (played["turns"], played["calls"]) == (12, 9)
+    assert sorted(name for name, _ in played["failures"]) == ["bad arguments", "malformed", "raised", "unknown tool"]
+    assert played["endings"] == [["answered", 3], ["cut", 1]]
     assert unpack(pack, payload["view"]["turn"]).max() <= 5
 
 

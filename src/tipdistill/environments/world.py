@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from typing import Any
 
 from .. import dotted
@@ -231,11 +232,11 @@ class World:
             return None
         judge = getattr(self._environment, "_verdict", None)
         reward = getattr(self._environment, "get_reward", None)
-        if judge is None and reward is None:
+        ask = reward if judge is None else partial(judge, response)
+        if ask is None:
             return None
         try:
-            call = self._do(lambda: _awaited(judge(response) if judge is not None else reward()))  # type: ignore[misc]
-            said = call.result(seconds)
+            said = self._do(lambda: _awaited(ask())).result(seconds)
         except FutureTimeoutError:
             self._abandon()
             raise ValueError(f"the environment's verdict did not come within {seconds:g} s.") from None

@@ -91,24 +91,24 @@ function verdictOf(episode) {
 // Where the signals sit.
 
 function drawEpisodes() {
-  const found = current().episodes, section = $("episodes");
+  const played = current().episodes, section = $("episodes");
   if (!section) return;
-  section.hidden = !found;
-  document.querySelector('a[href="#episodes"]').hidden = !found;
-  if (!found) return;
+  section.hidden = !played;
+  document.querySelector('a[href="#episodes"]').hidden = !played;
+  if (!played) return;
   const listed = (pairs) => pairs.map(([name, number]) => `${visible(name)} ${count(number)}`).join(", ");
-  const failed = found.failures.reduce((sum, [, number]) => sum + number, 0);
+  const failed = played.failures.reduce((sum, [, number]) => sum + number, 0);
   $("episodes-note").textContent = [
-    `${many(found.count, "episode")}, of ${short(found.turns / found.count)} turns and ${short(found.calls / found.count)} calls each.`,
-    found.judged ? `Correct: ${percent(found.correct / found.judged)} of ${count(found.judged)}.` : "",
-    failed ? `Failed calls: ${percent(failed / found.calls)} (${listed(found.failures)}).` : found.calls ? "No call failed." : "",
-    `Endings: ${listed(found.endings)}.`,
+    `${many(played.count, "episode")}, of ${short(played.turns / played.count)} turns and ${short(played.calls / played.count)} calls each.`,
+    played.judged ? `Correct: ${percent(played.correct / played.judged)} of ${count(played.judged)}.` : "",
+    failed ? `Failed calls: ${percent(failed / played.calls)} (${listed(played.failures)}).` : played.calls ? "No call failed." : "",
+    `Endings: ${listed(played.endings)}.`,
   ].filter((sentence) => sentence).join(" ");
   const rule = current().rules[state.rule], head = element("tr");
   const columns = ["the student's", "tokens", "share", "Q1", "Q2", "Q3", "Q4", `kept by ${ruleAt(rule, current().retentions[state.level])}`, "nats a token", "of the divergence"];
   columns.forEach((name, place) => { const cell = words("th", place ? "number" : "", name); cell.scope = "col"; head.append(cell); });
-  const total = found.kinds.reduce((sum, row) => sum + row.tokens, 0), mass = found.kinds.reduce((sum, row) => sum + row.mass, 0) || 1;
-  const bodies = [found.kinds, found.by_turn].map((rows) => element("tbody", {}, ...rows.map((row) => {
+  const total = played.kinds.reduce((sum, row) => sum + row.tokens, 0), mass = played.kinds.reduce((sum, row) => sum + row.mass, 0) || 1;
+  const bodies = [played.kinds, played.by_turn].map((rows) => element("tbody", {}, ...rows.map((row) => {
     const name = words("th", "", KIND_NAMES[row.name] ?? row.name);
     name.scope = "row";
     const figures = [

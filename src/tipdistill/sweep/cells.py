@@ -247,6 +247,9 @@ def _of_seed(value: Any, seed: int) -> Any:
 def fingerprint(name: str) -> str:
     """A hash of a local file or directory (of large files the size, the beginning and the end); a hub id as it is.
 
+    What a pruned model says of its layers is left out: these figures differ in their last digits by processor, where
+    the model does not.
+
     Example:
         >>> fingerprint("Qwen/Qwen3-8B")
         'Qwen/Qwen3-8B'
@@ -254,7 +257,7 @@ def fingerprint(name: str) -> str:
     path = Path(name).expanduser()
     if not path.exists():
         return name
-    files = [path] if path.is_file() else sorted(inside for inside in path.rglob("*") if inside.is_file())
+    files = [path] if path.is_file() else sorted(inside for inside in path.rglob("*") if _counts(inside))
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -264,6 +267,10 @@ def fingerprint(name: str) -> str:
             opened.seek(max(0, size - _HEAD))
             digest.update(opened.read())
     return digest.hexdigest()[:16]
+
+
+def _counts(path: Path) -> bool:
+    return path.is_file() and path.name != "prune.json"
 
 
 @cache

@@ -114,6 +114,13 @@ def test_a_dry_run_says_what_is_wrong_with_an_environment_and_imports_none(model
     assert train(models, tmp_path, {"environment": "no_such_module.World"}, "--dry_run") == 2
     assert "there is no module no_such_module" in capsys.readouterr().err
     assert train(models, tmp_path, {"environment": "acting.Shop"}, "--dry_run") == 0
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "Buy an apple."}\n' * 8)
+    plain = {"environment": "acting.Shop", "dataset_name": str(tmp_path / "plain.jsonl")}
+    assert train(models, tmp_path, plain, "--dry_run") == 2
+    assert "plain text, and tools are called in conversations" in capsys.readouterr().err
+    (tmp_path / "student" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert train(models, tmp_path, {"environment": "acting.Shop"}, "--dry_run") == 2
+    assert "cannot render a conversation with tools" in capsys.readouterr().err
 
 
 def test_score_probe_and_eval_play_the_episodes_of_an_environment(models, tmp_path, capsys):

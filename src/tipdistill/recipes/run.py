@@ -23,6 +23,7 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 from ..chat import check_chat_template_kwargs, is_conversational
 from ..data import as_conversations, drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 from ..dotted import names_only
+from ..environments.play import check_conversational, read_dialect
 from ..model_files import check_chat_template, check_models, compare_models, of_one, read_models
 from ..positions import check_positions
 from ..signals import end_with_parent
@@ -145,6 +146,10 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     if config.push_to_hub and main_process:
         described["hub"] = check_hub(config)
     if script.dry_run:  # a run's trainer does the same
+        if config.environment is not None:
+            read_dialect(getattr(tokenizer, "tokenizer", tokenizer), _as_dict(config.chat_template_kwargs))
+            if isinstance(train_dataset, Dataset):
+                check_conversational(train_dataset["prompt"][:1])
         limits = position_limits(model.model_name_or_path, config.teacher_model_name_or_path, config)
         check_prompts_fit(limits, eval_dataset, tokenizer, config, "the evaluation set")
         tasks = load_tasks(config.task_names(), config)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from tipdistill.files import write_text
@@ -22,7 +23,7 @@ from .head import shown
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
-    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/smollm2.md", "docs/vllm.md"),
+    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/rules.md", "docs/smollm2.md", "docs/vllm.md"),
     *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
 )
 WHOLE = ".whole"  # behind a result's name: every column of it
@@ -343,6 +344,32 @@ def _wire(result: dict[str, Any]) -> str:
     return markdown_table(["what the teacher sends", "bytes per token"], rows)
 
 
+def _running(result: dict[str, Any]) -> str:
+    """A row for each way to normalise; the last column is paired with "batch" by seed."""
+    (task,) = result["test"]
+    by_seed = {row["name"]: row["tasks"][task]["by_seed"] for row in result["rows"]}
+    rows = []
+    for row in result["rows"]:
+        outcome = row["tasks"][task]
+        rule, _, normalization = row["name"].partition(", ")
+        paired = ""
+        if normalization == "running":
+            beside = by_seed[f"{rule}, batch"]
+            differences = [outcome["by_seed"][seed] - value for seed, value in beside.items()]
+            error = stdev(differences) / len(differences) ** 0.5
+            paired = f"{fmean(differences):+.3f} ± {error:.3f}".replace("-", "−")
+        rows.append(
+            [
+                f"`{row['rule']}`",
+                f"{row['retention']:.0%}".replace("%", " %"),
+                f"`{normalization}`" if normalization else "",
+                f"{outcome['mean']:.3f} [{', '.join(f'{bound:.3f}' for bound in outcome['interval'])}]",
+                paired,
+            ]
+        )
+    return markdown_table(["rule", "kept", "`normalization`", "accuracy", "against `batch`"], rows)
+
+
 def _positions(result: dict[str, Any]) -> str:
     rows = [
         [
@@ -491,6 +518,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "select-cuda": _select,
     "targets-cpu": _cpu_targets,
     "positions-smollm2": _positions,
+    "running-modular": _running,
     "wire-smollm2": _wire,
     "students-smollm2": _students,
     "step-tiny": _step,

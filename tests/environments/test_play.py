@@ -6,6 +6,8 @@ from importlib import import_module
 
 import pytest
 from acting import HOSTILE, SPECIAL, Counter, Shop, called, scripted, tool_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tipdistill.chat import encode_prompts
 from tipdistill.environments import Limits, Worlds, play
@@ -300,6 +302,65 @@ def test_a_way_to_read_calls_that_reads_none_is_refused():
     tokenizer.response_template = {**tokenizer.response_template, "fields": {**fields, "tool_calls": calls}}
     with pytest.raises(ValueError, match=r"is not read back as one.*<tool_call>"):
         read_dialect(tokenizer)
+
+
+def closed_vocabulary():
+    """A word a token, as small tasks have it; what is not known is `<unk>`."""
+    words = [
+        "<pad>",
+        "<end>",
+        "<unk>",
+        "<user>",
+        "<assistant>",
+        "<tool>",
+        "<call>",
+        "</call>",
+        "price",
+        "item",
+        "apple",
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+    fast.chat_template = (
+        "{% for m in messages %} <{{ m.role }}> {{ m.content }}{% for c in m.tool_calls or [] %} <call> "
+        "{{ c.function.name }}{% for k, v in c.function.arguments.items() %} {{ k }} {{ v }}{% endfor %} </call>"
+        "{% endfor %} <end>{% endfor %}{% if add_generation_prompt %} <assistant>{% endif %}"
+    )
+    fast.response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<assistant>",
+        "fields": {
+            "tool_calls": {
+                "open_pattern": r"<call>\s+(?P<name>[^\s<]+)",
+                "close_pattern": r"</call>\s*",
+                "repeats": True,
+                "content": "xml-inline",
+                "content_args": {
+                    "tag_pattern": r"(?P<key>[^\s<]+)\s+(?P<value>[^\s<]+)",
+                    "value_parser": {"name": "text"},
+                },
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {"close_pattern": r"<end>\s*", "content": "text"},
+        },
+    }
+    return fast
+
+
+def test_a_closed_vocabulary_is_spoken_and_its_results_may_hold_unknown_words():
+    tokenizer = closed_vocabulary()
+    dialect = read_dialect(tokenizer)
+    ids = result_ids(dialect, [ToolResult("price", "{}", "ok", "apple costs much")])
+    assert tokenizer.decode(ids) == "<tool> apple <unk> <unk> <end> <assistant>"
+
+
+@pytest.mark.parametrize(
+    ("turn", "outcome"), [("<call> price item apple </call> <end>", "ok"), ("<call> </call> <end>", "malformed")]
+)
+def test_calls_that_begin_by_a_pattern_are_read_and_malformed_ones_told(turn, outcome):
+    (episode,), _, _ = played(closed_vocabulary(), [turn, "apple <end>"])
+    assert [result.outcome for result in episode.results] == [outcome]
 
 
 def test_plain_prompts_are_refused_with_their_number():

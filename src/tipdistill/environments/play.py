@@ -174,6 +174,8 @@ def _check_reads_back(dialect: Dialect) -> None:
     turn = whole[common:]
     if tokenizer.eos_token_id in turn:
         turn = turn[: turn.index(tokenizer.eos_token_id) + 1]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in turn:
+        return  # a vocabulary without these words: nothing can be told by them
     calls = [_call_of(call) for call in parsed_turn(tokenizer, turn, prefix=prompt).get("tool_calls") or []]
     if calls != [look]:
         raise ValueError(
@@ -340,7 +342,10 @@ def _call_of(call: dict[str, Any]) -> _Call:
 def _opens_call(tokenizer: Any, text: str) -> bool:
     """Whether a text that was parsed as no call begins one, after its thoughts."""
     fields = (getattr(tokenizer, "response_template", None) or {}).get("fields", {})
-    opening, thought = fields.get("tool_calls", {}).get("open"), fields.get("reasoning_content", {})
+    of_calls, thought = fields.get("tool_calls", {}), fields.get("reasoning_content", {})
+    # of a pattern, the text that it begins with: what follows, such as a name, may be what is malformed
+    literal = re.match(r"(?:[^\\\[\](){}.*+?^$|]|\\[^\w\s])+", of_calls.get("open_pattern") or "")
+    opening = of_calls.get("open") or (re.sub(r"\\(.)", r"\1", literal[0]) if literal else "")
     if not opening:
         return False
     if thought.get("close_pattern"):
@@ -497,5 +502,5 @@ def broken_up(tokenizer: Any, text: str) -> str:
 
 
 def _added(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    added = set(tokenizer.get_added_vocab().values())
+    added = set(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}  # which a text may hold
     return [index for index in ids if index in added]

@@ -148,6 +148,12 @@ def test_tools_are_shared_functions_beside_an_environment():
     worlds.close()
 
 
+def test_the_tools_are_described_by_one_object_however_often_they_are_asked_for():
+    made, worlds = Shop.made, Worlds(factory=Shop)
+    assert worlds.schemas() is worlds.schemas() is worlds.apart().schemas()
+    assert Shop.made == made + 1
+
+
 def test_an_observation_ends_the_last_message_and_leaves_the_row_alone():
     prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "Go."}]}]
     seen = observed(prompt, "A door.")

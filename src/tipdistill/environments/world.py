@@ -298,10 +298,19 @@ class Worlds:
     ) -> None:
         self.tools, self.factory, self.seconds = list(tools), factory, seconds
         self._pool: list[World] = []
+        self._schemas: list[Callable[..., Any]] | None = None
 
     def schemas(self) -> list[Callable[..., Any]]:
-        """The tools, as a chat template takes them."""
-        return [*self.tools, *([] if self.factory is None else tools_of(self.factory()))]
+        """The tools, as a chat template takes them; an object is made for them once."""
+        if self._schemas is None:
+            self._schemas = [*self.tools, *([] if self.factory is None else tools_of(self.factory()))]
+        return self._schemas
+
+    def apart(self) -> Worlds:
+        """Others of the same tools, for a thread that plays beside this one."""
+        others = Worlds(self.tools, self.factory, self.seconds)
+        others._schemas = self.schemas()
+        return others
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[World], list[str | None]]:
         """A world for each row, reset, and what each has to say.

@@ -17,7 +17,7 @@ import torch
 
 from .. import http, replies
 from ..chat import check_chat_template_kwargs, encode_prompts
-from ..environments import Acting, Episode, Worlds, play_prompts
+from ..environments import Acting, Episode, play_prompts
 from ..environments.play import check_conversational, read_dialect
 from ..positions import position_limit
 from ..rollout import generate
@@ -362,6 +362,7 @@ class Server:
         dialect = read_dialect(tokenizer, self.chat_template_kwargs)
         dressed = [as_fed(tokenizer, prompt, chat) for prompt in prompts]
         check_conversational(dressed[:1])
+        acting.worlds.schemas()  # before threads ask for them
 
         def episode(index: int, prompt: Any, seed: int) -> Completion:
             turns = itertools.count()
@@ -371,7 +372,7 @@ class Server:
                 return [self._turn(context, room, (seed + next(turns)) % 2**31, sampling)]
 
             # threads play at the same time: each has a world of its own
-            own = replace(acting, worlds=Worlds(acting.worlds.tools, acting.worlds.factory, acting.seconds))
+            own = replace(acting, worlds=acting.worlds.apart())
             try:
                 _, (played,) = play_prompts(write, dialect, [dressed[index]], [index], own, sampling.max_new_tokens)
             finally:

@@ -50,6 +50,11 @@ def _written(name: str) -> Callable[[], dict[str, Any]]:
     return lambda: import_module(f".{name}", __name__).TASK.evaluation()
 
 
+def _trip() -> Task:
+    """The planning task, imported (with torch and transformers) when it is asked for."""
+    return import_module(".trip", __name__).evaluation()
+
+
 def _deepplanning(language: str, split: str) -> dict[str, Any]:
     """An entry of `TASKS` whose problems are in a directory of the user's: deepplanning=DIR."""
 
@@ -81,6 +86,7 @@ TASKS: dict[str, Mapping[str, Any] | Callable[[], Any] | Task] = {
     # with prompts of your own: reverse_kl=heldout.jsonl
     **{name: {"divergence": name, "prompt": "own"} for name in DIVERGENCES},
     **{name: _written(name) for name in WRITTEN_TASKS},
+    "trip": _trip,
     "use_word": instructions.use_word,
     "capitals": instructions.capitals,
     "deepplanning": _deepplanning("en", "test"),

@@ -24,7 +24,7 @@ from . import WRITTEN_TASKS, smollm2
 def main(argv: list[str] | None = None) -> int:
     """Make a task's teacher and student and write its training prompts; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tipdistill.tasks", description=__doc__)
-    parser.add_argument("task", choices=(*WRITTEN_TASKS, "smollm2", "deepplanning"))
+    parser.add_argument("task", choices=(*WRITTEN_TASKS, "trip", "smollm2", "deepplanning"))
     parser.add_argument("directory", nargs="?", help="of deepplanning: the benchmark, see docs/deepplanning.md")
     parser.add_argument("--output_dir", type=Path, help="default: runs/<task>; what is there already is kept")
     parser.add_argument("--prompts", type=int, default=8192, help="how many, distinct, none of them held out")
@@ -48,13 +48,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # one thread: at this size more of them are slower, and the weights are the same on every machine of a kind
     torch.set_num_threads(1)
-    task = import_module(f".{options.task}", __package__).TASK
+    task = import_module(f".{options.task}", __package__)
+    prepare = task.prepare if options.task == "trip" else task.TASK.prepare
 
     def report(name: str, step: int, loss: float) -> None:
         if step % 100 == 0:
             print(f"{name}: step {step}, loss {loss:.4f}", flush=True)
 
-    task.prepare(root, options.prompts, report)
+    prepare(root, options.prompts, report)
     say(f"{root / 'models'} and {root / 'prompts.jsonl'} are ready for `tipdistill train`.")
     return 0
 

@@ -197,27 +197,13 @@ class WrittenTask:
             torch.manual_seed(training.seed)
             model = Qwen3ForCausalLM(self.model_config(training.layers, training.width))
         draw = random.Random(training.seed)
-        # β₂ = 0.95 and a linear decay to 0 halve the excess held-out loss of 0.999 and a cosine to a tenth
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
-        )
-        warmup = max(1, training.steps // 20)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup))
-        )
-        model.train()
-        for step in range(training.steps if training.stop is None else min(training.stop, training.steps)):
+
+        def loss() -> Tensor:
             tokens = self._solutions(training.batch, draw, training.corruption)
             logits = model(input_ids=tokens, use_cache=False).logits[:, self.prompt_tokens - 1 : -1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, self.prompt_tokens :].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if on_step is not None:
-                on_step(step + 1, loss.item())
-        return model.eval()
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, self.prompt_tokens :].flatten())
+
+        return fit(model, loss, training, on_step)
 
     def _solutions(self, count: int, draw: random.Random, corruption: Any = None) -> Tensor:
         """Token ids of random training problems with their solutions, int64 [count, prompt + completion]."""
@@ -244,29 +230,13 @@ class WrittenTask:
             root: where the directories live.
             on_step: see `teach`.
         """
-        settings = {
-            **asdict(training),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "source": hashlib.sha256(Path(__file__).read_bytes() + Path(self.source).read_bytes()).hexdigest(),
-        }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        final = Path(root) / f"{name}-{digest}"
-        if final.exists():
-            return final
-        partial = final.with_name(f".{final.name}.{os.getpid()}")
-        model = self.teach(training, on_step)
-        model.save_pretrained(partial)
-        self.build_tokenizer().save_pretrained(partial)
-        (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        try:
-            partial.rename(final)
-        except OSError:
-            shutil.rmtree(partial)
-            if not final.exists():
-                raise
-            # another process finished the same model first
-        return final
+        return taught_once(
+            name,
+            asdict(training),
+            root,
+            (__file__, self.source),
+            lambda: (self.teach(training, on_step), self.build_tokenizer()),
+        )
 
     def prepare(
         self, root: str | Path, prompts: int = 8192, report: Callable[[str, int, float], None] | None = None
@@ -356,6 +326,80 @@ class WrittenTask:
         texts = self.sample(model, prompts, seed)
         right = [self.is_correct(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         return mean_at_k([right[first : first + samples] for first in range(0, len(right), samples)])
+
+
+def taught_once(
+    name: str,
+    settings: dict[str, Any],
+    root: str | Path,
+    sources: Sequence[str],
+    teach: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerFast]],
+) -> Path:
+    """The directory of a model with its tokenizer, taught on the first call and found again afterwards.
+
+    Args:
+        name: what to call it, "teacher" or "student".
+        settings: how it is taught; with a hash of the sources and the versions that matter they are its key.
+        root: where the directories live; one appears only when it is complete.
+        sources: files that say how it is taught.
+        teach: makes the model and its tokenizer.
+    """
+    content = b"".join(Path(source).read_bytes() for source in sources)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    settings = {**settings, **versions, "source": hashlib.sha256(content).hexdigest()}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    final = Path(root) / f"{name}-{digest}"
+    if final.exists():
+        return final
+    partial = final.with_name(f".{final.name}.{os.getpid()}")
+    model, tokenizer = teach()
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "training.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    try:
+        partial.rename(final)
+    except OSError:
+        shutil.rmtree(partial)
+        if not final.exists():
+            raise
+        # another process finished the same model first
+    return final
+
+
+def fit(
+    model: PreTrainedModel,
+    loss_of_batch: Callable[[], Tensor],
+    training: Training,
+    on_step: Callable[[int, float], None] | None = None,
+) -> PreTrainedModel:
+    """Train a model with AdamW, its gradient's norm clipped at 1.
+
+    Args:
+        model: its weights change.
+        loss_of_batch: of the next batch, a scalar.
+        training: steps and learning rate.
+        on_step: called with the step and its loss.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    # β₂ = 0.95 and a linear decay to 0 halve the excess held-out loss of 0.999 and a cosine to a tenth
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = max(1, training.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup))
+    )
+    model.train()
+    for step in range(training.steps if training.stop is None else min(training.stop, training.steps)):
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(step + 1, loss.item())
+    return model.eval()
 
 
 def ends_with(completion: str, answer: str) -> bool:

@@ -1,0 +1,463 @@
+"""Trips planned with four tools: a task of several turns, small enough for one CPU core, with no planted error.
+
+The user asks for a trip of two or three days. The student asks for trains, hotels, places and meals, turn by turn,
+reads rows out of a database of the problem's own, and ends with a plan and its total:
+
+    <user> 2 days in paris from madrid for 2 people , budget 20 each , fast train , see castle <end>
+    <assistant> <call> trains origin madrid destination paris </call> <end>
+    <tool> t1 slow 4-free 1 t2 fast 3-free 2 t3 fast 5-free 4 <end>
+    <assistant> <think> t1 slow 4-free 1 t2 fast 3-free 2 train t2 = 2 </think> <call> hotels city paris </call> <end>
+    ...
+    <assistant> <think> ... </think> train t2 sleep h1 see-1 p4 ... total 17 <end>
+
+All words are known beforehand, and each is a token. Code checks the plan against the database: see `trip_world.check`.
+Both models are taught from scratch on what a solver does: it looks at rows, the cheapest first, and takes the first
+that fits. In a fifth of its episodes a call fails, and it goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from ..environments.world import World, tools_of
+from ..evaluate import task as evaluated
+from ..files import write_text
+from ..types import Verdict
+from . import trip_world, written
+from .trip_world import (
+    CITIES,
+    CUISINES,
+    MOST_DAYS,
+    MOST_SEATS,
+    MOST_SLACK,
+    MOST_TOTAL,
+    ROWS,
+    SIGHTS,
+    SLOTS,
+    SPEEDS,
+    STARS,
+    Hotel,
+    Place,
+    Problem,
+    Train,
+    check,
+    looked_at,
+    plan_text,
+    problem_of,
+)
+from .written import Training, fit, point_to, taught_once
+
+# seeds of problems, which never meet: measured, trained on by a recipe, and taught before
+HELD_OUT, TRAINED_ON, TAUGHT = range(256), range(1 << 10, 1 << 20), (1 << 20, 1 << 31)
+# longest episode and result, in tokens, and turns: half as much again as the solver's
+EPISODE_TOKENS, RESULT_TOKENS, MOST_ROUNDS = 384, 64, 8
+SECONDS = 60.0
+NOTHING = "none"
+
+
+class Trip:
+    """The environment: a database, four tools that ask it, and the check of the plan."""
+
+    def __init__(self) -> None:
+        self._problem: Problem | None = None
+        self._database: sqlite3.Connection | None = None
+
+    def reset(self, seed: int, **row: Any) -> None:
+        """Begin with a problem.
+
+        Args:
+            seed: of the problem.
+            row: what else the dataset has.
+        """
+        self._problem = problem_of(seed)
+        if self._database is not None:
+            self._database.close()
+        self._database = sqlite3.connect(":memory:", check_same_thread=False)  # an object may be reset in another
+        for table in ("trains", "hotels", "places", "meals"):
+            rows = getattr(self._problem, table)
+            self._database.execute(f"CREATE TABLE {table} ({', '.join(rows[0]._fields)})")
+            self._database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+
+    def trains(self, origin: str, destination: str) -> str:
+        """Trains between two cities, there and back.
+
+        Args:
+            origin: city that they leave.
+            destination: city that they reach.
+
+        Returns:
+            Codes, speeds, free seats and prices, the cheapest first.
+        """
+        columns = "code, speed, seats || '-free', price"
+        return self._listed(f"SELECT {columns} FROM trains WHERE origin = ? AND city = ?", origin, destination)
+
+    def hotels(self, city: str) -> str:
+        """Hotels of a city.
+
+        Args:
+            city: where.
+
+        Returns:
+            Codes, stars, free beds and prices of the whole stay, the cheapest first.
+        """
+        return self._listed("SELECT code, stars || '-stars', beds || '-free', price FROM hotels WHERE city = ?", city)
+
+    def places(self, city: str) -> str:
+        """Places to see in a city.
+
+        Args:
+            city: where.
+
+        Returns:
+            Codes, kinds, the day that each is closed on (0: none) and prices, the cheapest first.
+        """
+        return self._listed("SELECT code, kind, 'closed-' || closed, price FROM places WHERE city = ?", city)
+
+    def meals(self, city: str) -> str:
+        """Restaurants of a city.
+
+        Args:
+            city: where.
+
+        Returns:
+            Codes, cuisines and prices, the cheapest first.
+        """
+        return self._listed("SELECT code, cuisine, price FROM meals WHERE city = ?", city)
+
+    def _listed(self, query: str, *values: Any) -> str:
+        assert self._database is not None, "reset comes first"
+        rows = self._database.execute(f"{query} ORDER BY price, code", values).fetchall()
+        return " ".join(str(value) for row in rows for value in row) or NOTHING
+
+    def _verdict(self, response: str) -> Verdict:
+        """What is right about the plan."""
+        assert self._problem is not None, "reset comes first"
+        return check(response, self._problem)
+
+
+# How it is written.
+
+WORDS = (
+    *map(str, range(MOST_TOTAL + MOST_SLACK + 1)),
+    *CITIES,
+    *SPEEDS,
+    *SIGHTS,
+    *CUISINES,
+    *(f"{number}-free" for number in range(1, MOST_SEATS + 1)),  # seats or beds
+    *(f"{number}-stars" for number in STARS),
+    *(f"closed-{day}" for day in range(MOST_DAYS + 1)),
+    *(f"{letter}{number}" for letter in "thpm" for number in range(1, ROWS + 1)),
+    *SLOTS,
+    *("trains", "hotels", "places", "meals", "origin", "destination", "city"),  # tools, and what they take
+    *("flights", "rooms", "sights", "food", "start", "town"),  # what is mistaken for them
+    *("days", "in", "from", "for", "people", "budget", "each", "hotel", "with", "see", "eat", ","),  # the user's
+    *(NOTHING, '{"error":', "again", "=", "total"),
+)
+ROLES = ("<user>", "<assistant>", "<tool>", "<tools>")
+MARKS = ("<think>", "</think>", "<call>", "</call>")
+
+CHAT_TEMPLATE = """
+{%- if tools %}<tools>{% for tool in tools %} {{ tool.function.name }}{% endfor %} <end> {% endif %}
+{%- for message in messages %}
+{%- if message.role == "assistant" %} <assistant>
+{%- if message.reasoning_content %} <think> {{ message.reasoning_content }} </think>{% endif %}
+{%- if message.content %} {{ message.content }}{% endif %}
+{%- for call in message.tool_calls or [] %} <call> {{ call.function.name }}
+{%- for key, value in call.function.arguments.items() %} {{ key }} {{ value }}{% endfor %} </call>
+{%- endfor %} <end>
+{%- elif message.role == "tool" %} <tool> {{ message.content }} <end>
+{%- else %} <user> {{ message.content }} <end>
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %} <assistant>{% endif %}"""
+
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<assistant>",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"<call>\s+(?P<name>[^\s<]+)",
+            "close_pattern": r"</call>\s*",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {
+                "tag_pattern": r"(?P<key>[^\s<]+)\s+(?P<value>[^\s<]+)",
+                "value_parser": {"name": "text"},
+            },
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"close_pattern": r"<end>\s*", "content": "text"},
+    },
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, words parted by blanks; `<end>` ends a turn, and a word that is not known is `<unk>`."""
+    words = ("<pad>", "<end>", "<unk>", *ROLES, *MARKS, *WORDS)
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(ROLES))
+    # thoughts are told from the plan in a text without special tokens
+    tokenizer.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in MARKS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=list(ROLES),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.response_template = RESPONSE_TEMPLATE
+    return fast
+
+
+# How it is solved.
+
+MISTAKEN = {
+    "trains": "flights",
+    "hotels": "rooms",
+    "places": "sights",
+    "meals": "food",
+    "origin": "start",
+    "city": "town",
+}
+FAILURES = ("unknown tool", "bad arguments", "nothing there")
+FAILURE_SHARE = 1 / 5
+Call = tuple[str, dict[str, Any]]
+
+
+def solve(problem: Problem, draw: random.Random, world: World) -> list[dict[str, Any]]:
+    """The solver's episode, as messages from the request to the plan.
+
+    Args:
+        problem: what is asked.
+        draw: decides whether a call fails, which and how.
+        world: of the problem, reset; it answers the calls.
+
+    Returns:
+        Messages; a turn whose call is mistaken says so in "mistaken".
+    """
+    looked = looked_at(problem)
+    assert looked is not None, "every problem has a plan"
+    thoughts = _thoughts(looked)
+    there = {"city": problem.destination}
+    calls: list[Call] = [
+        ("trains", {"origin": problem.origin, "destination": problem.destination}),
+        ("hotels", there),
+        ("places", there),
+        ("meals", there),
+    ]
+    failing = draw.choice(calls) if draw.random() < FAILURE_SHARE else None
+    messages: list[dict[str, Any]] = [{"role": "user", "content": problem.request}]
+    for thought, call in zip(("", *thoughts[:-1]), calls, strict=True):
+        if call is failing:
+            turn, result = _turn(thought, _mistaken(call, draw.choice(FAILURES), problem), world)
+            messages += [{**turn, "mistaken": True}, result]
+            thought = "again"
+        messages += _turn(thought, call, world)
+    plan = {slot: rows[-1] for slot, rows in looked.items()}
+    return [*messages, {"role": "assistant", "reasoning_content": thoughts[-1], "content": plan_text(plan)}]
+
+
+def _thoughts(looked: dict[str, list[Any]]) -> list[str]:
+    """What is thought of each result: its rows are read, up to one that fits, which goes into the sum."""
+    words: dict[str, list[str]] = {"train": [], "sleep": [], "see": [], "eat": []}
+    total = 0
+    for slot, rows in looked.items():
+        total += rows[-1].price
+        words[slot.partition("-")[0]] += [*map(_listing, rows), f"{slot} {rows[-1].code} = {total}"]
+    return [" ".join(of_verb) for of_verb in words.values()]
+
+
+def _listing(row: Any) -> str:
+    """A row as its tool lists it."""
+    match row:
+        case Train():
+            return f"{row.code} {row.speed} {row.seats}-free {row.price}"
+        case Hotel():
+            return f"{row.code} {row.stars}-stars {row.beds}-free {row.price}"
+        case Place():
+            return f"{row.code} {row.kind} closed-{row.closed} {row.price}"
+        case _:
+            return f"{row.code} {row.cuisine} {row.price}"
+
+
+def _mistaken(call: Call, failure: str, problem: Problem) -> Call:
+    """A call that fails in one of the `FAILURES`."""
+    name, arguments = call
+    if failure == "unknown tool":
+        return MISTAKEN[name], arguments
+    if failure == "bad arguments":
+        return name, {MISTAKEN.get(key, key): value for key, value in arguments.items()}
+    return name, {key: problem.origin if value == problem.destination else value for key, value in arguments.items()}
+
+
+def _turn(thought: str, call: Call, world: World) -> list[dict[str, Any]]:
+    """A turn with a call, and its result as the loop gives it."""
+    name, arguments = call
+    called = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    turn = {"role": "assistant", "reasoning_content": thought, "content": "", "tool_calls": [called]}
+    return [turn, {"role": "tool", "name": name, "content": _result(world, call)}]
+
+
+def _result(world: World, call: Call) -> str:
+    try:
+        return world.answer(world.call(*call), 60.0)
+    except (LookupError, TypeError) as error:
+        return json.dumps({"error": error.args[0]}, ensure_ascii=False)
+
+
+# How both models are taught.
+
+TEACHER = Training(layers=2, width=64, steps=1500, learning_rate=3e-3, batch=16)
+STUDENT = Training(layers=2, width=48, steps=1500, learning_rate=3e-3, batch=16, seed=1, stop=500)
+
+
+def transcript(
+    seed: int, draw: random.Random, world: World, tokenizer: PreTrainedTokenizerFast, tools: Sequence[Any]
+) -> tuple[list[int], list[bool]]:
+    """The solver's episode of a problem as token ids, and which of them are taught.
+
+    What the tools wrote is not taught, and neither is a call that fails: only how to go on from it.
+
+    Args:
+        seed: of the problem.
+        draw: see `solve`.
+        world: is reset to the problem.
+        tokenizer: of the task.
+        tools: as the chat template takes them.
+
+    Returns:
+        Token ids, and for each whether it is taught.
+    """
+    world.reset({"seed": seed}, SECONDS)
+    messages = solve(problem_of(seed), draw, world)
+    text = tokenizer.apply_chat_template(messages, tools=list(tools), tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    turns = iter([message for message in messages if message["role"] == "assistant"])
+    begins, calls, ends = tokenizer.convert_tokens_to_ids(["<assistant>", "<call>", "<end>"])
+    taught, writing, turn = [], False, {}
+    for token in ids:
+        writing = writing and not (token == calls and "mistaken" in turn)
+        taught.append(writing)
+        if token == begins:
+            writing, turn = True, next(turns)
+        elif token == ends:
+            writing = False
+    return ids, taught
+
+
+def model_config(layers: int, width: int) -> Qwen3Config:
+    """A Qwen3 configuration for this task: a head of 32 for each 16 of width, tied embeddings.
+
+    Args:
+        layers: decoder layers.
+        width: hidden size, a multiple of 16.
+    """
+    tokenizer = build_tokenizer()
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16,
+        num_key_value_heads=width // 16,
+        head_dim=32,
+        tie_word_embeddings=True,
+        rope_theta=10_000.0,
+        initializer_range=0.05,
+        max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+
+
+def teach(training: Training, on_step: Callable[[int, float], None] | None = None) -> PreTrainedModel:
+    """Train a model from scratch on the solver's episodes.
+
+    L = −(1 / n) Σ log P(y_t | c_t), the cross-entropy of the n tokens of a batch that are taught (see `transcript`).
+
+    Args:
+        training: architecture, data and schedule.
+        on_step: called with the step and its loss (nats per token).
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        model = Qwen3ForCausalLM(model_config(training.layers, training.width))
+    draw, tokenizer = random.Random(training.seed), build_tokenizer()
+    world, tools = World((), Trip), tools_of(Trip())
+
+    def loss() -> Tensor:
+        rows = [transcript(draw.randrange(*TAUGHT), draw, world, tokenizer, tools) for _ in range(training.batch)]
+        longest = max(len(ids) for ids, _ in rows)
+        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
+        taught = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in rows])[:, 1:]
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+        return torch.nn.functional.cross_entropy(model.lm_head(hidden[taught]), tokens[:, 1:][taught])
+
+    try:
+        return fit(model, loss, training, on_step)
+    finally:
+        world.close()
+
+
+def prepare(root: str | Path, prompts: int, report: Callable[[str, int, float], None] | None = None) -> None:
+    """Both models under `root`/models and training prompts in `root`/prompts.jsonl, where the recipe finds them.
+
+    Args:
+        root: what is there already is kept.
+        prompts: how many; none of them held out.
+        report: called with the model's name, the step and its loss.
+    """
+    sources = [__file__, *(module.__file__ for module in (trip_world, written))]
+    for name, training in (("teacher", TEACHER), ("student", STUDENT)):
+        on_step = report and (lambda *step, name=name: report(name, *step))
+        made = taught_once(
+            name,
+            asdict(training),
+            Path(root) / "models",
+            sources,
+            lambda training=training, on_step=on_step: (teach(training, on_step), build_tokenizer()),
+        )
+        point_to(made)
+    if not 1 <= prompts <= len(TRAINED_ON):
+        raise ValueError(f"prompts must be in 1..{len(TRAINED_ON):,}, got {prompts}.")
+    lines = (json.dumps(row_of(seed)) for seed in TRAINED_ON[:prompts])
+    write_text(Path(root) / "prompts.jsonl", "\n".join(lines) + "\n")
+
+
+def row_of(seed: int) -> dict[str, Any]:
+    """A row of a dataset of this task: the request, and the seed that its environment begins from."""
+    return {"prompt": [{"role": "user", "content": problem_of(seed).request}], "seed": seed}
+
+
+def evaluation() -> evaluated.Task:
+    """The task as an entry of `tipdistill.tasks.TASKS`: 256 held-out problems."""
+    rows = [row_of(seed) for seed in HELD_OUT]
+    return evaluated.Task(
+        "trip",
+        tuple(evaluated.Problem(row["prompt"], "-", row) for row in rows),
+        prompt="own",
+        environment=Trip,
+        max_new_tokens=EPISODE_TOKENS,
+        max_tool_calling_iterations=MOST_ROUNDS,
+        max_tool_result_tokens=RESULT_TOKENS,
+    )

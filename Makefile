@@ -17,8 +17,8 @@ demo-lm: $(VENV)/.installed-lm
 
 # docs/replication.md and benchmarks/results/replication.md from nothing; hours on a core, and it goes on where it was stopped.
 replicate: runs/demo/results.json
-	for task in modular machine; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
-	failed=; for grid in benchmarks/replication/*.yaml benchmarks/replication/teacher/*.yaml benchmarks/replication/rates/*.yaml; do \
+	for task in modular machine trip; do $(BIN)/python -m tipdistill.tasks $$task || exit 1; done
+	failed=; for grid in benchmarks/replication/*.yaml benchmarks/replication/teacher/*.yaml benchmarks/replication/rates/*.yaml benchmarks/replication/trip/*.yaml; do \
 		PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/tipdistill sweep $$grid --trust_recipe || failed=1; done; test -z "$$failed"
 	sh benchmarks/replication/tokens_before.sh $(BIN)
 	$(BIN)/python -m benchmarks.replication --collect runs/replication

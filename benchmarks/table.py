@@ -23,8 +23,8 @@ from .head import shown
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
-    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/rules.md", "docs/smollm2.md", "docs/vllm.md"),
-    *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
+    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/rules.md", "docs/smollm2.md", "docs/trip.md"),
+    *("docs/vllm.md", "benchmarks/results/engine.md", "benchmarks/results/plan.md"),
 )
 WHOLE = ".whole"  # behind a result's name: every column of it
 
@@ -492,6 +492,25 @@ def _students(result: dict[str, Any]) -> str:
     return markdown_table(["student", "reverse KL", "entropy", *borders], rows)
 
 
+def _signals(result: dict[str, Any]) -> str:
+    """Kinds of tokens and turns down; of each its tokens, means, quadrants, and the share that each rule keeps."""
+    groups = result["groups"]
+    rules = list(groups["all"]["kept"])
+    rows = [
+        [
+            group,
+            f"{entry['share']:.0%}".replace("%", " %"),
+            f"{entry['entropy']:.2f}",
+            f"{entry['reverse_kl']:.2f}",
+            " / ".join(f"{100 * share:.0f}" for share in entry["quadrants"]),
+            *(f"{entry['kept'][rule]:.0%}".replace("%", " %") for rule in rules),
+        ]
+        for group, entry in groups.items()
+    ]
+    heading = ["", "of the tokens", "entropy", "reverse KL", "Q1 / Q2 / Q3 / Q4, %"]
+    return markdown_table([*heading, *(f"`{rule}` keeps" for rule in rules)], rows)
+
+
 # Of each benchmarks/results/gpu-CARD.json, as benchmarks/gpu_lease.py writes it.
 OF_GPUS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu": _gpu_lines,
@@ -520,6 +539,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "positions-smollm2": _positions,
     "running-modular": _running,
     "wire-smollm2": _wire,
+    "signals-trip": _signals,
     "students-smollm2": _students,
     "step-tiny": _step,
     "step-smollm2": _step,

@@ -15,6 +15,7 @@ DOCUMENTS = (
     measure.ROOT / "docs" / "replication.md",
     measure.RESULTS / "replication.md",
     measure.ROOT / "docs" / "smollm2.md",
+    measure.ROOT / "docs" / "trip.md",
 )
 
 

@@ -44,33 +44,42 @@ def rows(results: Results) -> str:
         if grid not in results:
             continue
         result = results[grid]
-        outcome, *beside = result["test"]
-        before = result["before"]
-        lines = [
-            [
-                "before",
-                "",
-                *(with_interval(before[outcome]), "", "", ""),
-                *(f"{before[task]['mean']:.2f}" for task in beside),
-            ]
-        ]
-        for row in result["rows"]:
-            figure = row["tasks"].get(outcome)
-            if figure is None:
-                continue
-            lines.append(
-                [
-                    row_name(row["name"]),
-                    percent(row["retention"]),
-                    with_interval(figure),
-                    *(_signed(figure[name]) for name in ("to_all", "to_random")),
-                    _share(figure["gain_share"]),
-                    *(f"{row['tasks'][task]['mean']:.2f}" for task in beside),
-                ]
-            )
-        headings = ["", "", "reverse KL, nats", "− all tokens", "− random", "share of the gain", *beside]
-        parts.append(f"**{title}**, {len(result['seeds'])} seeds\n\n{markdown_table(headings, lines)}")
+        parts.append(f"**{title}**, {len(result['seeds'])} seeds\n\n{row_table(result, 'reverse KL, nats')}")
     return "\n\n".join(parts) or "*Not run yet.*"
+
+
+def row_table(result: Mapping[str, Any], heading: str) -> str:
+    """The rows of a sweep: the outcome, its differences, the share of the gain, and the other tasks beside it.
+
+    Args:
+        result: of `tipdistill sweep`; its first test is the outcome.
+        heading: of the outcome's column.
+    """
+    outcome, *beside = result["test"]
+    before = result["before"]
+    lines = [
+        [
+            "before",
+            "",
+            *(with_interval(before[outcome]), "", "", ""),
+            *(f"{before[task]['mean']:.2f}" for task in beside),
+        ]
+    ]
+    for row in result["rows"]:
+        figure = row["tasks"].get(outcome)
+        if figure is None:
+            continue
+        lines.append(
+            [
+                row_name(row["name"]),
+                percent(row["retention"]),
+                with_interval(figure),
+                *(_signed(figure[name]) for name in ("to_all", "to_random")),
+                _share(figure["gain_share"]),
+                *(f"{row['tasks'][task]['mean']:.2f}" for task in beside),
+            ]
+        )
+    return markdown_table(["", "", heading, "− all tokens", "− random", "share of the gain", *beside], lines)
 
 
 def _signed(figure: Mapping[str, Any] | None) -> str:

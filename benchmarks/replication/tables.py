@@ -29,6 +29,7 @@ from .claims import (
     verdicts,
 )
 from .language_model import BLOCKS as OF_LANGUAGE_MODEL
+from .planning import BLOCKS as OF_PLANNING
 from .results import RATES, RESULTS, TASKS, TEACHER, At, Results, difference, figure_of, row_of
 from .wording import brackets, percent, row_name, signed, signed_with_interval, with_interval
 
@@ -425,6 +426,7 @@ def whole(name: str) -> Callable[[Results], str]:
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     **OF_LANGUAGE_MODEL,
+    **OF_PLANNING,
     "runs": runs,
     "table3": of_the_paper(
         *[("all", 1.0), *(("entropy_sampling", share) for share in (0.5, 0.2, 0.1))],

@@ -35,7 +35,7 @@ def by_name(recipe):
 
 def test_the_packaged_recipes_are_among_them():
     maths = {"llama-70b-8b", "qwen2.5-14b-1.5b", "qwen3-8b-4b"}
-    assert {"laptop", "machine", "modular", "smollm2", *maths, *AGENTS} == set(recipe_names())
+    assert {"laptop", "machine", "modular", "smollm2", "trip", *maths, *AGENTS} == set(recipe_names())
     assert set(recipe_names()) <= {recipe.stem for recipe in RECIPES}
 
 
@@ -98,10 +98,13 @@ def test_the_papers_settings_of_agents(name):
     assert recipe["vllm_max_model_length"] == recipe["max_prompt_length"] + recipe["max_completion_length"]
 
 
-def acting_on(folder, student):
-    """What stands in for a benchmark that the user brings: two trips and short prompts, and a template for tools."""
-    root = travel.write_benchmark(folder / "benchmark")
-    rows = [{"directory": str(root), "language": language, "id": "0"} for language in ("en", "zh")]
+def acting_on(environment, folder, student):
+    """What stands in for the prompts of an environment: trips and short prompts, and a template for tools."""
+    if "deepplanning" in environment:
+        root = travel.write_benchmark(folder / "benchmark")
+        rows = [{"directory": str(root), "language": language, "id": "0"} for language in ("en", "zh")]
+    else:
+        rows = [{"seed": seed} for seed in range(16)]
     prompts = folder / "train.jsonl"
     prompts.write_text(
         "".join(json.dumps({"prompt": [{"role": "user", "content": "Plan."}], **row}) + "\n" for row in rows)
@@ -134,7 +137,7 @@ def test_two_steps_with_tiny_models(recipe, tiny_model_dir, word_problems, tmp_p
         "save_strategy": "steps",
     }
     if written.get("environment"):
-        small |= acting_on(tmp_path, small["model_name_or_path"])
+        small |= acting_on(written["environment"], tmp_path, small["model_name_or_path"])
     if written.get("chat_template_kwargs"):  # a template that reads none of them is refused
         student = Path(shutil.copytree(small["model_name_or_path"], tmp_path / "student"))
         template = student / "chat_template.jinja"

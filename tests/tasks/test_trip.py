@@ -14,6 +14,7 @@ from tipdistill.tasks import trip as module
 from tipdistill.tasks.trip import FAILURE_SHARE, MARKS, Trip, build_tokenizer, prepare, row_of, solve, transcript
 from tipdistill.tasks.trip_world import (
     MOST_SLACK,
+    ROWS_THERE,
     Hotel,
     Meal,
     Place,
@@ -26,7 +27,7 @@ from tipdistill.tasks.trip_world import (
 )
 from tipdistill.tasks.written import Training
 
-# a problem small enough to see every plan of it: two days for two people, five castles apart
+# a problem small enough to see every plan of it: two days for two people, each table a few rows
 PROBLEM = Problem(
     "rome",
     "oslo",
@@ -38,13 +39,13 @@ PROBLEM = Problem(
         Train("t3", "rome", "oslo", "fast", 2, 3),
         Train("t1", "rome", "paris", "fast", 5, 1),
     ),
-    (Hotel("h1", "oslo", 2, 4, 1), Hotel("h2", "oslo", 4, 1, 2), Hotel("h3", "oslo", 3, 2, 2)),
-    (Place("p1", "oslo", "park", 0, 1), Place("p2", "oslo", "castle", 1, 1), Place("p3", "oslo", "castle", 2, 2)),
-    (Meal("m1", "oslo", "thai", 1), Meal("m2", "oslo", "greek", 1), Meal("m3", "oslo", "greek", 6)),
-    True,
-    3,
-    "castle",
-    "greek",
+    (Hotel("h1", "oslo", "lively", 4, 1), Hotel("h2", "oslo", "quiet", 1, 2), Hotel("h3", "oslo", "quiet", 2, 2)),
+    (Place("p1", "oslo", "lively", 0, 1), Place("p2", "oslo", "modern", 1, 1), Place("p3", "oslo", "modern", 2, 2)),
+    (Meal("m1", "oslo", "lively", 1), Meal("m2", "oslo", "classic", 1), Meal("m3", "oslo", "classic", 6)),
+    fast=True,
+    sleep="quiet",
+    see="modern",
+    eat="classic",
     budget=10,
 )
 # 3 + 2 + 2 + 1 + 1 + 1 = 10
@@ -62,7 +63,7 @@ def lost(text, problem=PROBLEM):
     "plan",
     [
         PLAN,
-        "train t3 sleep h3 see-1 p1 see-2 p2 eat-1 m2 eat-2 m1 total 9",  # another castle, on the other day
+        "train t3 sleep h3 see-1 p1 see-2 p2 eat-1 m2 eat-2 m1 total 9",  # another modern place, on the other day
         "train t3 sleep h3 see-1 p3 see-2 p2 eat-1 m1 eat-2 m2 total 10",  # the other meal first
         "eat-2 m1 eat-1 m2 sleep h3 train t3 see-2 p1 see-1 p3 total 10",  # in another order
         f"<think> train t1 total 99 </think> {PLAN}",
@@ -78,7 +79,7 @@ def test_any_plan_that_satisfies_everything_is_right(plan):
         ("t3", "t2", {"seats", "total"}),
         ("t3", "t1", {"fast", "total"}),
         ("h3", "h2", {"beds"}),
-        ("h3", "h1", {"stars", "total"}),
+        ("h3", "h1", {"sleep", "total"}),
         ("see-1 p3", "see-1 p2", {"open", "total"}),
         ("see-1 p3", "see-1 p1", {"nothing twice", "see", "total"}),
         ("eat-1 m2", "eat-1 m1", {"nothing twice", "eat"}),
@@ -132,7 +133,7 @@ def test_every_problem_can_be_solved_within_its_budget_but_not_for_much_less(see
     assert lost(plan_text(plan_of(problem)), problem) == set()
     assert problem.budget - sum(row.price for row in plan_of(problem).values()) in range(MOST_SLACK + 1)
     assert len(problem.trains) == len(problem.hotels) == len(problem.places) == len(problem.meals) == 10
-    assert sum(map(bool, (problem.fast, problem.stars, problem.see, problem.eat))) in (2, 3)
+    assert sum(map(bool, (problem.fast, problem.sleep, problem.see, problem.eat))) in (2, 3)
 
 
 def test_tools_tell_what_the_database_holds_of_the_city_that_is_asked_for():
@@ -141,7 +142,7 @@ def test_tools_tell_what_the_database_holds_of_the_city_that_is_asked_for():
     problem = problem_of(7)
     there = [row for row in problem.meals if row.city == problem.destination]
     listed = environment.meals(problem.destination).split()
-    assert listed == [word for row in there for word in (row.code, row.cuisine, str(row.price))]
+    assert listed == [word for row in there for word in (row.code, row.style, str(row.price))]
     assert listed[2::3] == sorted(listed[2::3])
     assert environment.trains(problem.destination, problem.origin) == environment.hotels("atlantis") == "none"
     for tool, rows in (("hotels", problem.hotels), ("places", problem.places)):
@@ -163,7 +164,7 @@ def test_every_word_of_a_task_is_a_token_and_its_template_is_one_that_calls_can_
     read_dialect(tokenizer)  # raises
     world, tools = World((), Trip), tools_of(Trip())
     for seed in range(60):
-        ids, taught = transcript(seed, random.Random(seed), world, tokenizer, tools)
+        ids, taught = transcript((seed, ROWS_THERE), random.Random(seed), world, tokenizer, tools)
         written = [token for token, is_taught in zip(ids, taught, strict=True) if is_taught]
         assert tokenizer.unk_token_id not in written
         assert tokenizer.unk_token_id not in tokenizer(problem_of(seed).request)["input_ids"]
@@ -197,7 +198,7 @@ def test_what_is_taught_is_what_the_student_writes_but_for_calls_that_fail():
     tokenizer, world, tools = build_tokenizer(), World((), Trip), tools_of(Trip())
     failing = 0
     for seed in range(40):
-        ids, taught = transcript(seed, random.Random(seed), world, tokenizer, tools)
+        ids, taught = transcript((seed, ROWS_THERE), random.Random(seed), world, tokenizer, tools)
         world.reset({"seed": seed}, 60)
         expected = []
         for message in solve(problem_of(seed), random.Random(seed), world):

@@ -3,12 +3,12 @@
 The user asks for a trip of two or three days. The student asks for trains, hotels, places and meals, turn by turn,
 reads rows out of a database of the problem's own, and ends with a plan and its total:
 
-    <user> 2 days in paris from madrid for 2 people , budget 20 each , fast train , see castle <end>
-    <assistant> <call> trains origin madrid destination paris </call> <end>
-    <tool> t1 slow 4-free 1 t2 fast 3-free 2 t3 fast 5-free 4 <end>
-    <assistant> <think> t1 slow 4-free 1 t2 fast 3-free 2 train t2 = 2 </think> <call> hotels city paris </call> <end>
+    <user> 2 days in madrid from rome for 4 people , budget 18 each , fast train , see modern <end>
+    <assistant> <call> trains origin rome destination madrid </call> <end>
+    <tool> t1 slow 1-free 3 t2 slow 3-free 4 t3 fast 5-free 4 t4 fast 2-free 4 t5 fast 5-free 5 <end>
+    <assistant> <think> t1 slow 1-free 3 ... train t3 = 4 </think> <call> hotels city madrid </call> <end>
     ...
-    <assistant> <think> ... </think> train t2 sleep h1 see-1 p4 ... total 17 <end>
+    <assistant> <think> ... </think> train t3 sleep h2 see-1 p2 ... total 15 <end>
 
 All words are known beforehand, and each is a token. Code checks the plan against the database: see `trip_world.check`.
 Both models are taught from scratch on what a solver does: it looks at rows, the cheapest first, and takes the first
@@ -37,16 +37,15 @@ from ..types import Verdict
 from . import trip_world, written
 from .trip_world import (
     CITIES,
-    CUISINES,
     MOST_DAYS,
     MOST_SEATS,
     MOST_SLACK,
     MOST_TOTAL,
     ROWS,
-    SIGHTS,
+    ROWS_THERE,
     SLOTS,
     SPEEDS,
-    STARS,
+    STYLES,
     Hotel,
     Place,
     Problem,
@@ -73,14 +72,14 @@ class Trip:
         self._problem: Problem | None = None
         self._database: sqlite3.Connection | None = None
 
-    def reset(self, seed: int, **row: Any) -> None:
+    def reset(self, seed: int, there: tuple[int, int] = ROWS_THERE, **row: Any) -> None:
         """Begin with a problem.
 
         Args:
-            seed: of the problem.
+            seed, there: of the problem, see `problem_of`.
             row: what else the dataset has.
         """
-        self._problem = problem_of(seed)
+        self._problem = problem_of(seed, there)
         if self._database is not None:
             self._database.close()
         self._database = sqlite3.connect(":memory:", check_same_thread=False)  # an object may be reset in another
@@ -109,9 +108,9 @@ class Trip:
             city: where.
 
         Returns:
-            Codes, stars, free beds and prices of the whole stay, the cheapest first.
+            Codes, styles, free beds and prices of the whole stay, the cheapest first.
         """
-        return self._listed("SELECT code, stars || '-stars', beds || '-free', price FROM hotels WHERE city = ?", city)
+        return self._listed("SELECT code, style, beds || '-free', price FROM hotels WHERE city = ?", city)
 
     def places(self, city: str) -> str:
         """Places to see in a city.
@@ -120,9 +119,9 @@ class Trip:
             city: where.
 
         Returns:
-            Codes, kinds, the day that each is closed on (0: none) and prices, the cheapest first.
+            Codes, styles, the day that each is closed on (0: none) and prices, the cheapest first.
         """
-        return self._listed("SELECT code, kind, 'closed-' || closed, price FROM places WHERE city = ?", city)
+        return self._listed("SELECT code, style, 'closed-' || closed, price FROM places WHERE city = ?", city)
 
     def meals(self, city: str) -> str:
         """Restaurants of a city.
@@ -131,9 +130,9 @@ class Trip:
             city: where.
 
         Returns:
-            Codes, cuisines and prices, the cheapest first.
+            Codes, styles and prices, the cheapest first.
         """
-        return self._listed("SELECT code, cuisine, price FROM meals WHERE city = ?", city)
+        return self._listed("SELECT code, style, price FROM meals WHERE city = ?", city)
 
     def _listed(self, query: str, *values: Any) -> str:
         assert self._database is not None, "reset comes first"
@@ -152,16 +151,14 @@ WORDS = (
     *map(str, range(MOST_TOTAL + MOST_SLACK + 1)),
     *CITIES,
     *SPEEDS,
-    *SIGHTS,
-    *CUISINES,
+    *STYLES,
     *(f"{number}-free" for number in range(1, MOST_SEATS + 1)),  # seats or beds
-    *(f"{number}-stars" for number in STARS),
     *(f"closed-{day}" for day in range(MOST_DAYS + 1)),
     *(f"{letter}{number}" for letter in "thpm" for number in range(1, ROWS + 1)),
     *SLOTS,
     *("trains", "hotels", "places", "meals", "origin", "destination", "city"),  # tools, and what they take
     *("flights", "rooms", "sights", "food", "start", "town"),  # what is mistaken for them
-    *("days", "in", "from", "for", "people", "budget", "each", "hotel", "with", "see", "eat", ","),  # the user's
+    *("days", "in", "from", "for", "people", "budget", "each", "see", "eat", ","),  # the user's
     *(NOTHING, '{"error":', "again", "=", "total"),
 )
 ROLES = ("<user>", "<assistant>", "<tool>", "<tools>")
@@ -289,11 +286,11 @@ def _listing(row: Any) -> str:
         case Train():
             return f"{row.code} {row.speed} {row.seats}-free {row.price}"
         case Hotel():
-            return f"{row.code} {row.stars}-stars {row.beds}-free {row.price}"
+            return f"{row.code} {row.style} {row.beds}-free {row.price}"
         case Place():
-            return f"{row.code} {row.kind} closed-{row.closed} {row.price}"
+            return f"{row.code} {row.style} closed-{row.closed} {row.price}"
         case _:
-            return f"{row.code} {row.cuisine} {row.price}"
+            return f"{row.code} {row.style} {row.price}"
 
 
 def _mistaken(call: Call, failure: str, problem: Problem) -> Call:
@@ -323,19 +320,24 @@ def _result(world: World, call: Call) -> str:
 
 # How both models are taught.
 
-TEACHER = Training(layers=2, width=64, steps=1500, learning_rate=3e-3, batch=16)
-STUDENT = Training(layers=2, width=48, steps=1500, learning_rate=3e-3, batch=16, seed=1, stop=500)
+TEACHER = Training(layers=2, width=64, steps=2000, learning_rate=3e-3, batch=8)
+STUDENT = Training(layers=2, width=48, steps=2000, learning_rate=3e-3, batch=8, seed=1, stop=700)
+GROWING = ((300, (2, 2)), (600, (2, 3)))  # up to which step there are how many rows
 
 
 def transcript(
-    seed: int, draw: random.Random, world: World, tokenizer: PreTrainedTokenizerFast, tools: Sequence[Any]
+    problem: tuple[int, tuple[int, int]],
+    draw: random.Random,
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    tools: Sequence[Any],
 ) -> tuple[list[int], list[bool]]:
     """The solver's episode of a problem as token ids, and which of them are taught.
 
     What the tools wrote is not taught, and neither is a call that fails: only how to go on from it.
 
     Args:
-        seed: of the problem.
+        problem: its seed and the number of its rows, see `problem_of`.
         draw: see `solve`.
         world: is reset to the problem.
         tokenizer: of the task.
@@ -344,8 +346,8 @@ def transcript(
     Returns:
         Token ids, and for each whether it is taught.
     """
-    world.reset({"seed": seed}, SECONDS)
-    messages = solve(problem_of(seed), draw, world)
+    world.reset(dict(zip(("seed", "there"), problem, strict=True)), SECONDS)
+    messages = solve(problem_of(*problem), draw, world)
     text = tokenizer.apply_chat_template(messages, tools=list(tools), tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     turns = iter([message for message in messages if message["role"] == "assistant"])
@@ -392,6 +394,9 @@ def teach(training: Training, on_step: Callable[[int, float], None] | None = Non
 
     L = −(1 / n) Σ log P(y_t | c_t), the cross-entropy of the n tokens of a batch that are taught (see `transcript`).
 
+    What is copied out of a list is found the sooner the shorter the list is: with two rows in the place of three to
+    five a third of the steps suffices. So the first steps have small databases (`GROWING`).
+
     Args:
         training: architecture, data and schedule.
         on_step: called with the step and its loss (nats per token).
@@ -405,8 +410,15 @@ def teach(training: Training, on_step: Callable[[int, float], None] | None = Non
     draw, tokenizer = random.Random(training.seed), build_tokenizer()
     world, tools = World((), Trip), tools_of(Trip())
 
+    step = 0
+
     def loss() -> Tensor:
-        rows = [transcript(draw.randrange(*TAUGHT), draw, world, tokenizer, tools) for _ in range(training.batch)]
+        nonlocal step
+        there = next((small for end, small in GROWING if step < end), ROWS_THERE)
+        step += 1
+        rows = [
+            transcript((draw.randrange(*TAUGHT), there), draw, world, tokenizer, tools) for _ in range(training.batch)
+        ]
         longest = max(len(ids) for ids, _ in rows)
         tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
         taught = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in rows])[:, 1:]

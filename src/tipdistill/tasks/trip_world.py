@@ -16,12 +16,10 @@ from ..types import Verdict
 
 CITIES = ("berlin", "lisbon", "madrid", "oslo", "paris", "prague", "rome", "vienna")
 SPEEDS = ("fast", "slow")
-SIGHTS = ("castle", "market", "museum", "park")
-CUISINES = ("french", "greek", "indian", "thai")
-STARS = (2, 3, 4)
-MOST_DAYS, MOST_PEOPLE, MOST_SEATS, MOST_PRICE = 3, 4, 5, 6
-ROWS, ROWS_THERE = 10, (4, 6)  # of a table, and how many of them are in the city that is asked for
-WISHES = ("fast", "stars", "see", "eat")  # constraints beside the budget, of which a problem has two or three
+STYLES = ("classic", "lively", "modern", "quiet")  # of hotels, places and restaurants
+MOST_DAYS, MOST_PEOPLE, MOST_SEATS, MOST_PRICE = 3, 4, 5, 5
+ROWS, ROWS_THERE = 10, (3, 5)  # of a table, and how many of them are in the city that is asked for
+WISHES = ("fast", "sleep", "see", "eat")  # constraints beside the budget, of which a problem has two or three
 SLOTS = ("train", "sleep", *(f"{verb}-{day}" for verb in ("see", "eat") for day in range(1, MOST_DAYS + 1)))
 MOST_TOTAL = len(SLOTS) * MOST_PRICE
 MOST_SLACK = 3  # what a budget has beyond the solver's plan
@@ -43,7 +41,7 @@ class Hotel(NamedTuple):
 
     code: str
     city: str
-    stars: int
+    style: str
     beds: int
     price: int
 
@@ -53,7 +51,7 @@ class Place(NamedTuple):
 
     code: str
     city: str
-    kind: str
+    style: str
     closed: int
     price: int
 
@@ -63,7 +61,7 @@ class Meal(NamedTuple):
 
     code: str
     city: str
-    cuisine: str
+    style: str
     price: int
 
 
@@ -77,9 +75,8 @@ class Problem:
         people: who all need a seat and a bed.
         trains, hotels, places, meals: rows of the four tables, the cheapest first.
         fast: the train must be fast.
-        stars: that the hotel must have at least; 0: any.
-        see: kind of a place that must be among those that are seen; "": any.
-        eat: cuisine that must be among the meals; "": any.
+        sleep: style that the hotel must have; "": any.
+        see, eat: styles that one of the places, and one of the restaurants, must have; "": any.
         budget: for each traveller.
     """
 
@@ -92,7 +89,7 @@ class Problem:
     places: tuple[Place, ...]
     meals: tuple[Meal, ...]
     fast: bool
-    stars: int
+    sleep: str
     see: str
     eat: str
     budget: int = 0
@@ -108,24 +105,25 @@ class Problem:
 
         Example:
             >>> problem_of(0).request
-            '2 days in paris from madrid for 2 people , budget 20 each , fast train , see castle'
+            '2 days in madrid from rome for 4 people , budget 18 each , fast train , see modern'
         """
         parts = [
             f"{self.days} days in {self.destination} from {self.origin} for {self.people} people",
             f"budget {self.budget} each",
             *(["fast train"] if self.fast else []),
-            *([f"hotel with {self.stars}-stars"] if self.stars else []),
+            *([f"sleep {self.sleep}"] if self.sleep else []),
             *([f"see {self.see}"] if self.see else []),
             *([f"eat {self.eat}"] if self.eat else []),
         ]
         return " , ".join(parts)
 
 
-def problem_of(seed: int) -> Problem:
+def problem_of(seed: int, there: tuple[int, int] = ROWS_THERE) -> Problem:
     """The problem of a seed, for which there is a plan.
 
     Args:
         seed: any whole number.
+        there: how few and how many rows of each table are in the city that is asked for.
 
     Example:
         >>> problem = problem_of(0)
@@ -134,22 +132,21 @@ def problem_of(seed: int) -> Problem:
     """
     draw = random.Random(f"trip {seed}")
     while True:
-        problem = _drawn(draw)
+        problem = _drawn(draw, there)
         looked = looked_at(problem)
         if looked is not None:
             cost = sum(rows[-1].price for rows in looked.values())
             return replace(problem, budget=cost + draw.randint(0, MOST_SLACK))
 
 
-def _drawn(draw: random.Random) -> Problem:
+def _drawn(draw: random.Random, there: tuple[int, int]) -> Problem:
     """A problem without a budget; there may be no plan for it."""
     origin, destination, elsewhere = draw.sample(CITIES, 3)
 
     def table(letter: str, row: Callable[[str, str, int], Any]) -> tuple[Any, ...]:
         """Rows of a table, in each city coded in the order of their prices."""
-        there = draw.randint(*ROWS_THERE)
-        rows = []
-        for city, count in ((destination, there), (elsewhere, ROWS - there)):
+        rows, near = [], draw.randint(*there)
+        for city, count in ((destination, near), (elsewhere, ROWS - near)):
             prices = sorted(draw.randint(1, MOST_PRICE) for _ in range(count))
             rows += [row(f"{letter}{number}", city, price) for number, price in enumerate(prices, start=1)]
         return tuple(rows)
@@ -162,21 +159,21 @@ def _drawn(draw: random.Random) -> Problem:
         draw.choice((2, 3)),
         draw.randint(1, MOST_PEOPLE),
         table("t", lambda code, city, price: Train(code, origin, city, draw.choice(SPEEDS), draw.choice(seats), price)),
-        table("h", lambda code, city, price: Hotel(code, city, draw.choice(STARS), draw.choice(seats), price)),
-        table("p", lambda code, city, price: Place(code, city, draw.choice(SIGHTS), draw.randint(0, MOST_DAYS), price)),
-        table("m", lambda code, city, price: Meal(code, city, draw.choice(CUISINES), price)),
+        table("h", lambda code, city, price: Hotel(code, city, draw.choice(STYLES), draw.choice(seats), price)),
+        table("p", lambda code, city, price: Place(code, city, draw.choice(STYLES), draw.randint(0, MOST_DAYS), price)),
+        table("m", lambda code, city, price: Meal(code, city, draw.choice(STYLES), price)),
         fast="fast" in wishes,
-        stars=draw.choice(STARS[1:]) if "stars" in wishes else 0,
-        see=draw.choice(SIGHTS) if "see" in wishes else "",
-        eat=draw.choice(CUISINES) if "eat" in wishes else "",
+        sleep=draw.choice(STYLES) if "sleep" in wishes else "",
+        see=draw.choice(STYLES) if "see" in wishes else "",
+        eat=draw.choice(STYLES) if "eat" in wishes else "",
     )
 
 
 def looked_at(problem: Problem) -> dict[str, list[Any]] | None:
     """For each slot of a plan the rows that are looked at, the cheapest first, up to the one that is taken.
 
-    A table is read once: what did not fit a day is not looked at again for the next one. A wish for a kind of place or
-    a cuisine is seen to on the first day.
+    A table is read once: what did not fit a day is not looked at again for the next one. A wish for a style of places
+    or restaurants is seen to on the first day.
 
     Args:
         problem: whose budget is not looked at.
@@ -204,11 +201,11 @@ def _fits(row: Any, problem: Problem, day: str) -> bool:
         case Train():
             return row.seats >= problem.people and (row.speed == "fast" or not problem.fast)
         case Hotel():
-            return row.beds >= problem.people and row.stars >= problem.stars
+            return row.beds >= problem.people and problem.sleep in ("", row.style)
         case Place():
-            return row.closed != int(day) and (day != "1" or problem.see in ("", row.kind))
+            return row.closed != int(day) and (day != "1" or problem.see in ("", row.style))
         case _:
-            return day != "1" or problem.eat in ("", row.cuisine)
+            return day != "1" or problem.eat in ("", row.style)
 
 
 def plan_text(plan: Mapping[str, Any], total: int | None = None) -> str:
@@ -220,7 +217,7 @@ def plan_text(plan: Mapping[str, Any], total: int | None = None) -> str:
 
     Example:
         >>> plan_text(plan_of(problem_of(0)))
-        'train t1 sleep h1 see-1 p4 see-2 p5 eat-1 m1 eat-2 m2 total 17'
+        'train t3 sleep h2 see-1 p2 see-2 p3 eat-1 m1 eat-2 m2 total 15'
     """
     words = [f"{slot} {row.code}" for slot, row in plan.items()]
     return " ".join([*words, "total", str(sum(row.price for row in plan.values()) if total is None else total)])
@@ -248,7 +245,7 @@ def check(text: str, problem: Problem) -> Verdict:
 
     Example:
         >>> problem = problem_of(0)
-        >>> verdict = check("train t1 sleep h1 see-1 p4 see-2 p5 eat-1 m1 eat-2 m1 total 17", problem)
+        >>> verdict = check("train t3 sleep h2 see-1 p2 see-2 p3 eat-1 m1 eat-2 m1 total 16", problem)
         >>> verdict.correct, [name for name, holds in verdict.parts.items() if not holds]
         (False, ['nothing twice', 'total'])
     """
@@ -265,7 +262,8 @@ def check(text: str, problem: Problem) -> Verdict:
     cost = sum(row.price for row in known.values())
     train, hotel = known.get("train"), known.get("sleep")
     places = {int(slot[-1]): row for slot, row in known.items() if isinstance(row, Place)}
-    kinds, cuisines = {row.kind for row in places.values()}, {getattr(row, "cuisine", "") for row in known.values()}
+    seen = {row.style for row in places.values()}
+    eaten = {row.style for row in known.values() if isinstance(row, Meal)}
     parts = {
         "complete": complete,
         "in the database": every,
@@ -274,9 +272,9 @@ def check(text: str, problem: Problem) -> Verdict:
         "open": every and all(row.closed != day for day, row in places.items()),
         "nothing twice": every and len(set(codes.values())) == len(codes),
         **({"fast": train is not None and train.speed == "fast"} if problem.fast else {}),
-        **({"stars": hotel is not None and hotel.stars >= problem.stars} if problem.stars else {}),
-        **({"see": problem.see in kinds} if problem.see else {}),
-        **({"eat": problem.eat in cuisines} if problem.eat else {}),
+        **({"sleep": hotel is not None and hotel.style == problem.sleep} if problem.sleep else {}),
+        **({"see": problem.see in seen} if problem.see else {}),
+        **({"eat": problem.eat in eaten} if problem.eat else {}),
         "budget": every and cost <= problem.budget,
         "total": every and total == cost,
     }

@@ -1,0 +1,77 @@
+"""Where the signals sit in episodes: quadrants, divergence and what each rule keeps, by kind of token and by turn.
+
+docs/trip.md has the command that records them; then
+
+    python -m benchmarks.signals --records runs/trip/before --name trip
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from tipdistill.kinds import KINDS
+from tipdistill.provenance import environment
+from tipdistill.records import open_records
+
+from . import measure
+
+
+def run_signals(records: Path, name: str) -> dict[str, Any]:
+    """What records of episodes say, group by group.
+
+    Args:
+        records: a directory that `tipdistill score` or a training run wrote.
+        name: of the result.
+
+    Raises:
+        ValueError: no records there, or none of episodes (they have no column `kind`).
+    """
+    opened = open_records(records)
+    sidecar = opened.sidecar
+    kept = {rule: f"kept_{rule}" if place else "kept" for place, rule in enumerate(sidecar["rules"])}
+    table = opened.read(["kind", "turn", "quadrant", "entropy", "reverse_kl", *kept.values()])
+    table = table.filter(pc.is_valid(table["turn"]))  # a run may have answered some prompts without tools
+    of = {column: table[column].to_numpy(zero_copy_only=False) for column in table.column_names}
+    groups = {kind: of["kind"] == kind for kind in KINDS}
+    groups |= {f"turn {number}": of["turn"] == number for number in np.unique(of["turn"])}
+    groups["all"] = np.ones(len(of["kind"]), bool)
+    entries = {
+        group: {
+            "tokens": int(inside.sum()),
+            "share": float(inside.mean()),
+            "entropy": float(of["entropy"][inside].mean()),
+            "reverse_kl": float(of["reverse_kl"][inside].mean()),
+            "quadrants": (np.bincount(of["quadrant"][inside], minlength=5)[1:] / inside.sum()).tolist(),
+            "kept": {rule: float(of[column][inside].mean()) for rule, column in kept.items()},
+        }
+        for group, inside in groups.items()
+        if inside.any()
+    }
+    return {
+        "benchmark": "signals",
+        "preset": name,
+        **environment("cpu", torch.get_num_threads()),
+        "settings": {"retention": sidecar["retention"], "rollouts": sidecar["rollouts"], "tokens": sidecar["tokens"]},
+        "groups": entries,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read records and write benchmarks/results/signals-NAME.json.
+
+    Raises:
+        ValueError: no records of episodes there.
+    """
+    parser = measure.parser("signals", __doc__)
+    parser.add_argument("--records", type=Path, required=True, help="directory of records")
+    parser.add_argument("--name", required=True, help="of the result")
+    return measure.run("signals", run_signals, parser, argv)
+
+
+if __name__ == "__main__":
+    measure.end(main)

@@ -1,0 +1,50 @@
+"""Where signals sit: what is written of a group of tokens is what the records hold of it."""
+
+import pytest
+from episodes import SCRIPTS, acting_tokenizer, drawn, played
+
+from benchmarks import signals
+from benchmarks.table import TABLES
+from tipdistill.records import About, RecordsWriter, open_records
+from tipdistill.types import Rollout
+
+TOKENIZER = acting_tokenizer()
+RULES = ("q3", "soft_or")
+
+
+def record(directory, rollouts):
+    about = About("student", "teacher", len(TOKENIZER), rules=RULES, retention=0.2)
+    with RecordsWriter(directory, TOKENIZER, about) as writer:
+        writer.write(rollouts, drawn(rollouts, about, len(TOKENIZER)))
+    return directory
+
+
+def test_a_group_has_the_mean_of_its_tokens_and_the_share_that_each_rule_keeps(tmp_path):
+    plain = Rollout(9, "p", (1,), tuple(range(30)), True)
+    directory = record(tmp_path, [*played(TOKENIZER, SCRIPTS.values()), plain])
+    result = signals.run_signals(directory, "trip")
+    rows = [row for row in open_records(directory).read().to_pylist() if row["turn"] is not None]
+    tests = {
+        "argument": lambda row: row["kind"] == "argument",
+        "answer": lambda row: row["kind"] == "answer",
+        "turn 2": lambda row: row["turn"] == 2,
+        "all": lambda row: True,
+    }
+    for group, test in tests.items():
+        inside = [row for row in rows if test(row)]
+        entry = result["groups"][group]
+        assert entry["tokens"] == len(inside) > 0
+        assert entry["share"] == pytest.approx(len(inside) / len(rows))
+        assert entry["entropy"] == pytest.approx(sum(row["entropy"] for row in inside) / len(inside), rel=1e-5)
+        assert entry["kept"]["q3"] == pytest.approx(sum(row["kept"] for row in inside) / len(inside))
+        assert entry["kept"]["soft_or"] == pytest.approx(sum(row["kept_soft_or"] for row in inside) / len(inside))
+        shares = [sum(row["quadrant"] == number for row in inside) / len(inside) for number in (1, 2, 3, 4)]
+        assert entry["quadrants"] == pytest.approx(shares)
+    assert result["settings"]["rollouts"] == len(SCRIPTS) + 1
+    table = TABLES["signals-trip"](result)
+    assert f"| turn 2 | {result['groups']['turn 2']['share']:.0%}".replace("%", " %") in table
+
+
+def test_records_without_episodes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no column kind"):
+        signals.run_signals(record(tmp_path, [Rollout(0, "p", (1,), tuple(range(30)), True)]), "trip")

@@ -13,7 +13,7 @@ from tipdistill.text import markdown_table
 
 from .claims import CLAIMS, CONTROLS, NOT_RUN, Comparison, verdict
 from .language_model import row_table
-from .results import PLANNING, Results, difference, figure_of
+from .results import PLANNING, Results, figure_of
 from .wording import signed_with_interval
 
 MORE_SEEDS = f"{PLANNING}/more"
@@ -31,18 +31,15 @@ def rows(results: Results) -> str:
 
 def judged(results: Results, claim: Comparison) -> tuple[str, str]:
     """The verdict of a claim, and the difference with its interval, over all seeds that both rows have."""
-    measured = None
-    if PLANNING in results:
-        measured = difference(results[PLANNING], claim.first, claim.second)
-    more = [figure_of(results[MORE_SEEDS], at) for at in (claim.first, claim.second)] if MORE_SEEDS in results else []
-    if measured is not None and len(more) == 2 and None not in more:
-        counts = [
-            counts_of(figure_of(results[PLANNING], at)) | counts_of(other)
-            for at, other in zip((claim.first, claim.second), more, strict=True)
-        ]
-        measured = compared(*counts, results[PLANNING]["num_samples"])
-    if measured is None:
+    grids = [results[name] for name in (PLANNING, MORE_SEEDS) if name in results]
+    figures = [[figure_of(grid, at) for grid in grids] for at in (claim.first, claim.second)]
+    first, second = (
+        {seed: counts for figure in of_row if figure is not None for seed, counts in counts_of(figure).items()}
+        for of_row in figures
+    )
+    if not set(first) & set(second):
         return NOT_RUN, ""
+    measured = compared(first, second, grids[0]["num_samples"])
     low, high = measured["interval"]
     return verdict(low, high, claim.kind, claim.margin), signed_with_interval(measured)
 

@@ -22,6 +22,7 @@ import random
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -438,22 +439,24 @@ def prepare(root: str | Path, prompts: int, report: Callable[[str, int, float], 
         root: what is there already is kept.
         prompts: how many; none of them held out.
         report: called with the model's name, the step and its loss.
+
+    Raises:
+        ValueError: more prompts than there are, or none.
     """
-    sources = [__file__, *(module.__file__ for module in (trip_world, written))]
-    for name, training in (("teacher", TEACHER), ("student", STUDENT)):
-        on_step = report and (lambda *step, name=name: report(name, *step))
-        made = taught_once(
-            name,
-            asdict(training),
-            Path(root) / "models",
-            sources,
-            lambda training=training, on_step=on_step: (teach(training, on_step), build_tokenizer()),
-        )
-        point_to(made)
     if not 1 <= prompts <= len(TRAINED_ON):
         raise ValueError(f"prompts must be in 1..{len(TRAINED_ON):,}, got {prompts}.")
+    sources = [__file__, str(trip_world.__file__), str(written.__file__)]
+    for name, training in (("teacher", TEACHER), ("student", STUDENT)):
+        made = partial(_taught, training, report and partial(report, name))
+        point_to(taught_once(name, asdict(training), Path(root) / "models", sources, made))
     lines = (json.dumps(row_of(seed)) for seed in TRAINED_ON[:prompts])
     write_text(Path(root) / "prompts.jsonl", "\n".join(lines) + "\n")
+
+
+def _taught(
+    training: Training, on_step: Callable[[int, float], None] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    return teach(training, on_step), build_tokenizer()
 
 
 def row_of(seed: int) -> dict[str, Any]:

@@ -181,9 +181,8 @@ def looked_at(problem: Problem) -> dict[str, list[Any]] | None:
     Returns:
         Slot → rows, of which the last fits; None where there is a slot that no row fits.
     """
-    tables = {"train": problem.trains, "sleep": problem.hotels, "see": problem.places, "eat": problem.meals}
     left: dict[str, list[Any]] = {
-        verb: [row for row in rows if row.city == problem.destination] for verb, rows in tables.items()
+        verb: [row for row in rows if row.city == problem.destination] for verb, rows in _tables(problem).items()
     }
     looked: dict[str, list[Any]] = {}
     for slot in problem.slots:
@@ -194,6 +193,10 @@ def looked_at(problem: Problem) -> dict[str, list[Any]] | None:
             return None
         looked[slot], left[verb] = rows[:number], rows[number:]
     return looked
+
+
+def _tables(problem: Problem) -> dict[str, tuple[Any, ...]]:
+    return {"train": problem.trains, "sleep": problem.hotels, "see": problem.places, "eat": problem.meals}
 
 
 def _fits(row: Any, problem: Problem, day: str) -> bool:
@@ -250,7 +253,7 @@ def check(text: str, problem: Problem) -> Verdict:
         (False, ['nothing twice', 'total'])
     """
     codes, total = _read(text.rpartition("</think>")[2], problem)
-    tables = {"train": problem.trains, "sleep": problem.hotels, "see": problem.places, "eat": problem.meals}
+    tables = _tables(problem)
     known = {
         slot: row
         for slot, code in codes.items()

@@ -80,10 +80,21 @@ def test_text_is_rebuilt_exactly(tiny_tokenizer, text):
         assert b"".join(pieces[index] for index in ids).decode() == text.encode("utf-8", "replace").decode()
 
 
-def test_words_that_the_tokenizer_joins_by_its_own_rules_are_decoded_one_by_one():
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2}, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.WordPiece()
-    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer))[1] == b"play"
+def test_a_blank_that_the_tokenizer_puts_between_words_belongs_to_the_word_behind_it():
+    words = {"[UNK]": 0, "play": 1, "##ing": 2, "all": 3, "day": 4}
+    pieced = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    pieced.decoder = decoders.WordPiece(cleanup=False)
+    listed = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    for backend in (pieced, listed):
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+        tokenizer.add_tokens([AddedToken("<call>", special=False, normalized=False)])
+        ids = tokenizer("play <call> all [UNK] day" if backend is listed else "playing <call> all [UNK] day")[
+            "input_ids"
+        ]
+        pieces = token_bytes(tokenizer)
+        assert b"".join(pieces[index] for index in ids).decode() == " " + tokenizer.decode(ids)
+    assert pieces[words["play"]] == b" play"
 
 
 # Reserved tokens.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -285,13 +286,31 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     read = _token_reader(tokenizer)
     pieces = [b""] * (max(vocabulary.values()) + 1)
+    if read is None:
+        _read_behind_another(tokenizer, pieces)
+        return pieces
     for token, index in vocabulary.items():
         pieces[index] = added[index].content.encode() if index in added else read(token, index)
     return pieces
 
 
-def _token_reader(tokenizer: Any) -> Callable[[str, int], bytes]:
-    """(token as the vocabulary writes it, id) → bytes, by what the tokenizer's decoder does."""
+def _read_behind_another(tokenizer: Any, pieces: list[bytes]) -> None:
+    """Fill in the bytes of tokens that are joined by rules of their own (WordPiece; words with blanks between them).
+
+    A token is read behind another, so that the blank that parts the two is its own.
+    """
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    first = next((index for index in vocabulary.values() if index not in added and decode([index]).strip()), None)
+    before = "" if first is None else decode([first])
+    for index in vocabulary.values():
+        both = before if first is None else decode([first, index])
+        whole = added[index].content if index in added else decode([index])
+        pieces[index] = (both[len(before) :] if both.startswith(before) and both != before else whole).encode()
+
+
+def _token_reader(tokenizer: Any) -> Callable[[str, int], bytes] | None:
+    """(token as the vocabulary writes it, id) → bytes, by what the tokenizer's decoder does; None: no such function."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a Python tokenizer: of these only SentencePiece writes ▁
         steps: list[dict[str, Any]] = (
@@ -323,5 +342,4 @@ def _token_reader(tokenizer: Any) -> Callable[[str, int], bytes]:
             return token.encode()
 
         return read
-    # WordPiece and others that join words by rules of their own
-    return lambda _, index: tokenizer.decode([index], clean_up_tokenization_spaces=False).encode()
+    return None

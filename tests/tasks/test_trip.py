@@ -142,8 +142,8 @@ def test_tools_tell_what_the_database_holds_of_the_city_that_is_asked_for():
     problem = problem_of(7)
     there = [row for row in problem.meals if row.city == problem.destination]
     listed = environment.meals(problem.destination).split()
-    assert listed == [word for row in there for word in (row.code, row.style, str(row.price))]
-    assert listed[2::3] == sorted(listed[2::3])
+    assert listed == [word for row in there for word in (row.code, str(row.price), row.style)]
+    assert listed[1::3] == sorted(listed[1::3])
     assert environment.trains(problem.destination, problem.origin) == environment.hotels("atlantis") == "none"
     for tool, rows in (("hotels", problem.hotels), ("places", problem.places)):
         codes = re.findall(r"\b[hp]\d+", getattr(environment, tool)(problem.destination))

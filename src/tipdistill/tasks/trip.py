@@ -5,8 +5,8 @@ reads rows out of a database of the problem's own, and ends with a plan and its 
 
     <user> 2 days in madrid from rome for 4 people , budget 18 each , fast train , see modern <end>
     <assistant> <call> trains origin rome destination madrid </call> <end>
-    <tool> t1 slow 1-free 3 t2 slow 3-free 4 t3 fast 5-free 4 t4 fast 2-free 4 t5 fast 5-free 5 <end>
-    <assistant> <think> t1 slow 1-free 3 ... train t3 = 4 </think> <call> hotels city madrid </call> <end>
+    <tool> t1 3 1-free slow t2 4 3-free slow t3 4 5-free fast t4 4 2-free fast t5 5 5-free fast <end>
+    <assistant> <think> fast t1 3 1-free slow ... train t3 = 4 </think> <call> hotels city madrid </call> <end>
     ...
     <assistant> <think> ... </think> train t3 sleep h2 see-1 p2 ... total 15 <end>
 
@@ -63,7 +63,7 @@ HELD_OUT, TRAINED_ON, TAUGHT = range(256), range(1 << 10, 1 << 20), (1 << 20, 1 
 # longest episode and result, in tokens, and turns: half as much again as the solver's
 EPISODE_TOKENS, RESULT_TOKENS, MOST_ROUNDS = 384, 64, 8
 SECONDS = 60.0
-NOTHING = "none"
+NOTHING, ANY = "none", "any"
 
 
 class Trip:
@@ -97,9 +97,9 @@ class Trip:
             destination: city that they reach.
 
         Returns:
-            Codes, speeds, free seats and prices, the cheapest first.
+            Codes, prices, free seats and speeds, the cheapest first.
         """
-        columns = "code, speed, seats || '-free', price"
+        columns = "code, price, seats || '-free', speed"
         return self._listed(f"SELECT {columns} FROM trains WHERE origin = ? AND city = ?", origin, destination)
 
     def hotels(self, city: str) -> str:
@@ -109,9 +109,9 @@ class Trip:
             city: where.
 
         Returns:
-            Codes, styles, free beds and prices of the whole stay, the cheapest first.
+            Codes, prices of the whole stay, free beds and styles, the cheapest first.
         """
-        return self._listed("SELECT code, style, beds || '-free', price FROM hotels WHERE city = ?", city)
+        return self._listed("SELECT code, price, beds || '-free', style FROM hotels WHERE city = ?", city)
 
     def places(self, city: str) -> str:
         """Places to see in a city.
@@ -120,9 +120,9 @@ class Trip:
             city: where.
 
         Returns:
-            Codes, styles, the day that each is closed on (0: none) and prices, the cheapest first.
+            Codes, prices, the day that each is closed on (0: none) and styles, the cheapest first.
         """
-        return self._listed("SELECT code, style, 'closed-' || closed, price FROM places WHERE city = ?", city)
+        return self._listed("SELECT code, price, 'closed-' || closed, style FROM places WHERE city = ?", city)
 
     def meals(self, city: str) -> str:
         """Restaurants of a city.
@@ -131,9 +131,9 @@ class Trip:
             city: where.
 
         Returns:
-            Codes, styles and prices, the cheapest first.
+            Codes, prices and styles, the cheapest first.
         """
-        return self._listed("SELECT code, style, price FROM meals WHERE city = ?", city)
+        return self._listed("SELECT code, price, style FROM meals WHERE city = ?", city)
 
     def _listed(self, query: str, *values: Any) -> str:
         assert self._database is not None, "reset comes first"
@@ -160,7 +160,7 @@ WORDS = (
     *("trains", "hotels", "places", "meals", "origin", "destination", "city"),  # tools, and what they take
     *("flights", "rooms", "sights", "food", "start", "town"),  # what is mistaken for them
     *("days", "in", "from", "for", "people", "budget", "each", "see", "eat", ","),  # the user's
-    *(NOTHING, '{"error":', "again", "=", "total"),
+    *(NOTHING, ANY, '{"error":', "again", "=", "total"),
 )
 ROLES = ("<user>", "<assistant>", "<tool>", "<tools>")
 MARKS = ("<think>", "</think>", "<call>", "</call>")
@@ -251,7 +251,7 @@ def solve(problem: Problem, draw: random.Random, world: World) -> list[dict[str,
     """
     looked = looked_at(problem)
     assert looked is not None, "every problem has a plan"
-    thoughts = _thoughts(looked)
+    thoughts = _thoughts(problem, looked)
     there = {"city": problem.destination}
     calls: list[Call] = [
         ("trains", {"origin": problem.origin, "destination": problem.destination}),
@@ -271,9 +271,10 @@ def solve(problem: Problem, draw: random.Random, world: World) -> list[dict[str,
     return [*messages, {"role": "assistant", "reasoning_content": thoughts[-1], "content": plan_text(plan)}]
 
 
-def _thoughts(looked: dict[str, list[Any]]) -> list[str]:
-    """What is thought of each result: its rows are read, up to one that fits, which goes into the sum."""
-    words: dict[str, list[str]] = {"train": [], "sleep": [], "see": [], "eat": []}
+def _thoughts(problem: Problem, looked: dict[str, list[Any]]) -> list[str]:
+    """What is thought of each result: what is wished, then its rows up to one that fits, which goes into the sum."""
+    wishes = {"train": "fast" if problem.fast else "", "sleep": problem.sleep, "see": problem.see, "eat": problem.eat}
+    words = {verb: [wish or ANY] for verb, wish in wishes.items()}
     total = 0
     for slot, rows in looked.items():
         total += rows[-1].price
@@ -285,13 +286,13 @@ def _listing(row: Any) -> str:
     """A row as its tool lists it."""
     match row:
         case Train():
-            return f"{row.code} {row.speed} {row.seats}-free {row.price}"
+            return f"{row.code} {row.price} {row.seats}-free {row.speed}"
         case Hotel():
-            return f"{row.code} {row.style} {row.beds}-free {row.price}"
+            return f"{row.code} {row.price} {row.beds}-free {row.style}"
         case Place():
-            return f"{row.code} {row.style} closed-{row.closed} {row.price}"
+            return f"{row.code} {row.price} closed-{row.closed} {row.style}"
         case _:
-            return f"{row.code} {row.style} {row.price}"
+            return f"{row.code} {row.price} {row.style}"
 
 
 def _mistaken(call: Call, failure: str, problem: Problem) -> Call:
@@ -322,7 +323,7 @@ def _result(world: World, call: Call) -> str:
 # How both models are taught.
 
 TEACHER = Training(layers=2, width=64, steps=2000, learning_rate=3e-3, batch=8)
-STUDENT = Training(layers=2, width=48, steps=2000, learning_rate=3e-3, batch=8, seed=1, stop=700)
+STUDENT = Training(layers=2, width=48, steps=2000, learning_rate=3e-3, batch=8, seed=1, stop=1200)
 GROWING = ((300, (2, 2)), (600, (2, 3)))  # up to which step there are how many rows
 
 

@@ -15,6 +15,8 @@ from ..extras import check_packages
 from ..teachers.named import SELF, check_teacher_names, named_teachers
 from ..text import near_names
 from .images import COLUMNS as IMAGE_COLUMNS
+from .kept import check_kept
+from .lengths import configuration_of
 
 
 def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_dataset: Any, eval_dataset: Any) -> None:
@@ -29,6 +31,8 @@ def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_datas
     args.check_teachers(teacher_model)
     for one in named_teachers(teacher_model, args):
         check_distinct(model, one.model)
+    if args.backward == "kept":
+        check_kept(configuration_of(model, args.model_init_kwargs or {}, args.trust_remote_code), args)
     check_datasets(train_dataset, eval_dataset)
     check_fills_a_batch(train_dataset, args)
 

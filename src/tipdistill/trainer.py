@@ -452,8 +452,7 @@ class TIPTrainer(ResumableTrainer):
         forward = None
         if self.model.training and self.args.backward == "kept":
             forward = KeptForward(self, unwrapped_student, seen, asked)
-            # selected here, they are scored first; where there are none, an engine still waits for a backward
-            hidden = forward.rows() if weight is not None or not len(forward.states) else forward.states
+            hidden = forward.states if weight is None else forward.rows()
         else:
             hidden = self.hidden_rows(unwrapped_student, seen, asked)
         answers = inputs.get("teacher_answers")
@@ -484,6 +483,8 @@ class TIPTrainer(ResumableTrainer):
                 with naming_rollouts(asked.masked_scatter(asked, kept)):
                     loss, _ = teacher.take(kept).loss(replace(student, hidden=rows), selection.weight[kept], **options)
             else:
+                if forward is not None:  # nothing to select from, and an engine waits for a backward all the same
+                    student = replace(student, hidden=forward.rows().to(student.hidden.device))
                 with naming_rollouts(asked):
                     loss, scores = teacher.loss(student, None, fields=self._logged_fields(), **options)
         if self.model.training:

@@ -38,7 +38,7 @@ class TIPConfig(DistillationConfig):
             "micro_batch" has them of each micro-batch alone, and saves it too.
         backward: "full" differentiates through all positions, so that the gradient of the kept tokens' loss is exact;
             "kept" through those of the kept tokens alone, with the keys and values of all others as constants: cheaper
-            in time and memory, and an approximation (docs/rules.md).
+            in time and memory, and an approximation (docs/scaling.md).
         num_generations: rollouts per prompt.
         teacher_offload: move the teacher's backbone to the CPU between scoring passes ("batch" only).
         score_logging_steps: every this many steps compute all statistics even where the rule reads fewer (entropy

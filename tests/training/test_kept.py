@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.score.forward import last_hidden_states
-from tipdistill.training.kept import KeptForward, check_forward, check_kept, kept_states, read
+from tipdistill.training.kept import KeptForward, _Constants, check_forward, check_kept, kept_states, read
 
 SIZES = {
     "vocab_size": 50,
@@ -302,7 +302,7 @@ def test_rules_that_keep_all_and_other_words_are_refused():
 
 @pytest.fixture
 def make(tiny_model_dir, word_problems, tmp_path):
-    def build(student="qwen3", **settings):
+    def build(student="qwen3", dataset=None, **settings):
         settings = {
             "use_cpu": True,
             "bf16": False,
@@ -322,8 +322,8 @@ def make(tiny_model_dir, word_problems, tmp_path):
         }
         model = tiny_model_dir(student, "student") if isinstance(student, str) else student
         args = TIPConfig(str(tmp_path / "run"), **settings)
-        dataset = Dataset.from_json(str(word_problems))
-        return TIPTrainer(str(model), str(tiny_model_dir("llama", "teacher")), args, dataset)
+        teacher = None if args.teachers else str(tiny_model_dir("llama", "teacher"))
+        return TIPTrainer(str(model), teacher, args, dataset or Dataset.from_json(str(word_problems)))
 
     return build
 
@@ -362,36 +362,74 @@ def test_the_first_loss_is_the_full_ones_and_the_gradient_is_not(make, normaliza
     assert kept[0][-1] < kept[0][0]
 
 
-@pytest.mark.parametrize("normalization", ["batch", "micro_batch"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_kept_position_is_that_before_its_token(make, monkeypatch, normalization, accumulation):
-    """The gradient of a step is that of the oracle, whose kept positions are counted here."""
-    trainer = make(
-        normalization=normalization,
-        gradient_accumulation_steps=accumulation,
-        per_device_train_batch_size=8 // accumulation,
-        selection_rule="divergence",
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [{"normalization": "micro_batch"}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}],
+    ids=["chosen in the loss", "chosen ahead"],
+)
+def test_a_kept_position_is_that_before_its_token(make, monkeypatch, settings):
+    trainer = make(selection_rule="divergence", retention=0.7, **settings)
     trainer.model.train()
-    chosen = []
-    rows_of = KeptForward.rows
+    passed, chosen = [], []
+    inside = trainer._selection.inside
 
-    def watched(self, kept=None):
-        mask = self._asked if kept is None else self._asked.masked_scatter(self._asked, kept)
-        chosen.append((self._reading.input_ids, self._reading.attention_mask, mask))
-        return rows_of(self, kept)
+    def watched(model, reading, kept):
+        passed.append((reading.input_ids, kept))
+        return kept_states(model, reading, kept)
 
-    monkeypatch.setattr(KeptForward, "rows", watched)
+    def choosing(scores, mask, numbers):
+        selection = inside(scores, mask, numbers)
+        chosen.append(mask.masked_scatter(mask, selection.mask))
+        return selection
+
+    trainer._selection.inside = choosing
     inputs = trainer._prepare_inputs([trainer.train_dataset[row] for row in range(8)])
-    seen = {name: inputs[name] for name in ("prompt_mask", "completion_mask")}
+    monkeypatch.setattr("tipdistill.training.kept.kept_states", watched)
     trainer.compute_loss(trainer.model, inputs)
-    ((ids, mask, kept),) = chosen
-    # the prompt ends at its last column, and that one predicts the completion's first token
-    prompt = ids.shape[1] - min(ids.shape[1], int(seen["completion_mask"].sum(1).max()))
-    assert not kept[:, : prompt - 1].any()
-    assert not kept[:, -1].any()
-    assert kept.any()
-    assert mask[kept].all()
+    ((ids, kept),) = passed
+    (mask,) = chosen or [inputs["selection_weight"] > 0]
+    assert mask[:, 0].any(), "a completion's first token is kept, which the prompt's last position predicts"
+    assert torch.equal(ids.roll(-1, 1)[kept], inputs["completion_ids"][mask])
+
+
+@pytest.mark.parametrize(
+    ("settings", "read"),
+    [
+        ({}, 3),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 12),  # to score, and for the loss
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "normalization": "running"}, 8),
+    ],
+    ids=str,
+)
+def test_the_student_reads_once_where_its_tokens_can_be_chosen_in_the_loss(make, monkeypatch, settings, read):
+    trainer = make(**settings)
+    trainer._student_check = lambda trainer: None
+    # the constants have no dropout, nor have the scores then
+    trainer.model.model.layers[0].self_attn.attention_dropout = 0.5
+    backbone, positions = trainer.plain_student().base_model, {True: [], False: []}
+    forward = backbone.forward
+
+    def watched(*given, **options):
+        cache = options.get("past_key_values")
+        if cache is None or cache.layer_class_to_replicate is _Constants:  # others are a rollout's
+            positions[torch.is_grad_enabled()].append(options["input_ids"].shape[1])
+        return forward(*given, **options)
+
+    monkeypatch.setattr(backbone, "forward", watched)
+    trainer.train()
+    assert len(positions[False]) == read
+    assert len(positions[True]) == 3 * trainer.args.gradient_accumulation_steps
+    assert max(positions[True]) < min(positions[False])
+
+
+def test_several_teachers_teach_kept_positions(make, tiny_model_dir):
+    names = {"default": str(tiny_model_dir("llama", "teacher")), "other": str(tiny_model_dir("qwen3", "teacher"))}
+    rows_of = [{"prompt": f"{number} + 3?", "teacher": "other" if number % 2 else None} for number in range(24)]
+    given = {"teachers": names, "dataset": Dataset.from_list(rows_of), "normalization": "running"}
+    whole = figures(make(**given))
+    split = figures(make(per_device_train_batch_size=2, gradient_accumulation_steps=4, **given))
+    for found, expected in zip(split, whole, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_lowered_weights_of_the_first_forward_are_not_reused_by_the_second(make):

@@ -238,7 +238,7 @@ class KeptForward:
             )
             states = self._reading.states[self._asked]
             self.states = states.to(lm_head_dtype(states))  # [N, H], without gradient
-        # an outer autocast would give the kept positions the weights that it lowered without gradient
+        # older releases of torch would hand the kept positions weights that an outer autocast lowered without gradient
         torch.clear_autocast_cache()
 
     def rows(self, kept: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.cli import main
 from tipdistill.score.forward import last_hidden_states
 from tipdistill.training.kept import KeptForward, _Constants, check_forward, check_kept, kept_states, read
 
@@ -268,11 +270,10 @@ def test_states_that_differ_are_refused():
         check_forward(model, torch.no_grad)
 
 
-def test_attention_without_such_masks_is_refused():
+def test_attention_without_such_masks_is_refused(make):
     given = {"attn_implementation": "flash_attention_2"}
-    args = TIPConfig("run", use_cpu=True, bf16=False, backward="kept", model_init_kwargs=given)
     with pytest.raises(ValueError, match="attn_implementation = flash_attention_2 does not: leave it out"):
-        check_kept(None, args)
+        make(model_init_kwargs=given)
     model = model_of("llama")
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="LlamaForCausalLM has flex_attention"):
@@ -483,3 +484,22 @@ def test_a_student_that_cannot_is_refused_before_anything_is_loaded(make, tmp_pa
     REFUSED["layers of kind conv"].save_pretrained(tmp_path / "lfm2")  # a configuration and no weights
     with pytest.raises(ValueError, match="cannot train this student, a lfm2"):
         make(tmp_path / "lfm2")
+
+
+def test_a_dry_run_refuses_such_a_student_too(tiny_model_dir, tiny_tokenizer, word_problems, tmp_path, capsys):
+    rows_of = AutoConfig.from_pretrained(tiny_model_dir("llama", "teacher")).vocab_size
+    config = REFUSED["layers of kind conv"]
+    Lfm2Config(**{**config.to_dict(), "vocab_size": rows_of}).save_pretrained(tmp_path / "lfm2")
+    tiny_tokenizer.save_pretrained(tmp_path / "lfm2")
+    flags = {"teacher_model_name_or_path": tiny_model_dir("llama", "teacher"), "dataset_name": word_problems}
+    flags |= {"output_dir": tmp_path / "run", "max_steps": 1, "max_completion_length": 8, "backward": "kept"}
+    flags |= {"use_cpu": True, "bf16": False, "report_to": "none"}
+
+    def dry_run(student):
+        given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        return main(["train", "--model_name_or_path", str(student), *given, "--dry_run"])
+
+    assert dry_run(tiny_model_dir("llama", "student")) == 0
+    capsys.readouterr()
+    assert dry_run(tmp_path / "lfm2") != 0
+    assert "cannot train this student, a lfm2" in capsys.readouterr().err

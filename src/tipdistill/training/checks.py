@@ -32,7 +32,9 @@ def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_datas
     for one in named_teachers(teacher_model, args):
         check_distinct(model, one.model)
     if args.backward == "kept":
-        check_kept(configuration_of(model, args.model_init_kwargs or {}, args.trust_remote_code), args)
+        given = dict(args.model_init_kwargs or {})
+        student = configuration_of(model, given, args.trust_remote_code)
+        check_kept(student, args, given.get("attn_implementation"))
     check_datasets(train_dataset, eval_dataset)
     check_fills_a_batch(train_dataset, args)
 

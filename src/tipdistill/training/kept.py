@@ -256,12 +256,13 @@ class KeptForward:
 # What cannot be done.
 
 
-def check_kept(config: Any, args: Any) -> None:
+def check_kept(config: Any, args: Any, attention: str | None = None) -> None:
     """Refuse a student of whose positions some cannot go backward alone, as far as its configuration tells.
 
     Args:
         config: the student's; None: not known.
         args: the `TIPConfig`.
+        attention: the implementation that is asked for; None: the model's own choice.
 
     Raises:
         ValueError: what stands in the way, and what to do.
@@ -274,11 +275,10 @@ def check_kept(config: Any, args: Any) -> None:
             'backward="kept" stores little, and what it stores cannot be computed again: turn off FSDP\'s '
             f"activation_checkpointing, or {_REMEDY}."
         )
-    asked = (args.model_init_kwargs or {}).get("attn_implementation")
-    if asked is not None and asked not in MASKED:
+    if attention is not None and attention not in MASKED:
         raise ValueError(
             f'backward="kept" needs attention that takes any mask ({" or ".join(MASKED)}), and '
-            f"attn_implementation = {asked} does not: leave it out, or {_REMEDY}."
+            f"attn_implementation = {attention} does not: leave it out, or {_REMEDY}."
         )
     reason = None if config is None else _obstacle(config)
     if reason is not None:

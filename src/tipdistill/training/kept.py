@@ -97,7 +97,7 @@ class _Constants(CacheLayerMixin):
 def _put(constants: Tensor, own: Tensor, rows: Tensor, row: Tensor, slot: Tensor, column: Tensor) -> Tensor:
     """Constants [B, heads, L, d] of some rows, with `own` [R, heads, Q, d] where its slots stand in their row."""
     heads = torch.arange(own.shape[1], device=own.device)[None]
-    return constants[rows].index_put((row[:, None], heads, column[:, None]), own[row, :, slot])
+    return constants[rows].index_put_((row[:, None], heads, column[:, None]), own[row, :, slot])
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Every training runs in a process of its own, one at a time; rounds go through th
 random tokens of a fixed length, the same for every variant: what writes them is the same for all, and takes minutes.
 
 Memory is compared above the weights of both models, the gradients and the optimiser's states, which every way of
-training holds.
+training holds; and as what the forward of a micro-batch stores for its backward, counted tensor by tensor.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -92,13 +93,15 @@ def settings_for(memory: int) -> StepSettings:
 
 @dataclass(frozen=True)
 class StepVariant:
-    """A trainer, and for ours the rule, its retention, whether the teacher leaves the device, and how it normalises."""
+    """A trainer, and for ours the rule, its retention, whether the teacher leaves the device, how it normalises, and
+    through which positions it differentiates."""
 
     trainer: str
     retention: float = 1.0
     teacher_offload: bool = False
     rule: str = "soft_or"
     normalization: str = "batch"
+    backward: Literal["full", "kept"] = "full"
 
     @property
     def name(self) -> str:
@@ -106,6 +109,7 @@ class StepVariant:
             return self.trainer
         rule = "all" if self.retention == 1 else f"{self.rule} {self.retention:g}"
         how = "" if self.normalization == "batch" else f", {self.normalization}"
+        how += "" if self.backward == "full" else f", {self.backward}"
         return f"tip {rule}" + (", teacher_offload" if self.teacher_offload else "") + how
 
 
@@ -120,15 +124,21 @@ def variants_of(preset: str = "tiny") -> list[StepVariant]:
         chosen = [("soft_or", 0.5, "batch"), ("soft_or", 0.5, "running"), ("soft_or", 0.1, "running")]
         chosen += [("gradient_norm_sampling", 0.1, "running")]
         ours = [StepVariant("tip", retention, False, rule, how) for rule, retention, how in chosen]
+        sparse = [("soft_or", 0.5), ("soft_or", 0.2), ("gradient_norm_sampling", 0.1)]
+        ours += [StepVariant("tip", retention, False, rule, "running", "kept") for rule, retention in sparse]
         return [StepVariant("plain"), StepVariant("trl"), StepVariant("tip"), *ours]
     ours = [StepVariant("tip", retention, offload) for offload in (False, True) for retention in (1.0, 0.5, 0.2, 0.1)]
     return [StepVariant("plain"), StepVariant("trl"), *ours]
 
 
 class _RandomRollout:
-    """In the place of a trainer's generation: random completions of the full length, timed; of each step its own."""
+    """In the place of a trainer's generation: random completions of the full length, timed; of each step its own.
+
+    In the first step, which is not timed, it counts what a micro-batch stores for its backward.
+    """
 
     rollout_seconds = 0.0
+    stored_bytes = 0
     args: Any
     state: Any
     _tokenizer: Any
@@ -142,6 +152,31 @@ class _RandomRollout:
         completions = plain[torch.randint(len(plain), shape, generator=generator)].tolist()
         self.rollout_seconds += _now() - began
         return completions
+
+    def compute_loss(self, model: Any, *rest: Any, **named: Any) -> Any:
+        compute: Callable[..., Any] = super().compute_loss  # type: ignore[misc]
+        if self.state.global_step:
+            return compute(model, *rest, **named)
+        with _counting(model) as count:
+            loss = compute(model, *rest, **named)
+        self.stored_bytes = max(self.stored_bytes, count())
+        return loss
+
+
+@contextmanager
+def _counting(model: Any) -> Iterator[Callable[[], int]]:
+    """Bytes of what autograd saves meanwhile, each storage once, without the model's weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(sizes.values())
 
 
 class _PlainTrainer(DistillationTrainer):
@@ -227,6 +262,7 @@ class StepWork:
         else:
             figures["peak_bytes"] = _peak_resident_bytes() - before  # the weights were there before
             figures["above_bytes"] = figures["peak_bytes"] - trained
+        figures["stored_bytes"] = trainer.stored_bytes
         figures["first_loss"] = history[0]["loss"]
         return figures
 
@@ -255,6 +291,7 @@ class StepWork:
                 selection_rule=rule,
                 retention=variant.retention,
                 normalization=variant.normalization,
+                backward=variant.backward,
                 teacher_offload=variant.teacher_offload,
                 drift_factor=0,
             )
@@ -415,7 +452,7 @@ def _summarise(
     entry["training_seconds"] = spread([run["training"] for run in runs])
     parts = ("rollout", "score", "select", "loss", "optimizer")
     entry["split"] = {part: median(run[part] for run in runs) for part in parts if part in runs[0]}
-    for key in ("peak_bytes", "above_bytes"):
+    for key in ("peak_bytes", "above_bytes", "stored_bytes"):
         entry[key] = max(run[key] for run in runs)
     for name in ("plain", "trl"):
         if name != variant.name and len(taken[name]) == len(runs):

@@ -210,7 +210,7 @@ def _step(result: dict[str, Any]) -> str:
     above = any("above_bytes" in entry for entry in result["variants"].values())
     for name, entry in result["variants"].items():
         if "refused" in entry:
-            rows.append([name, f"refused: {entry['refused']}", *[""] * 8])
+            rows.append([name, f"refused: {entry['refused']}", *[""] * 9])
             continue
         if "split" not in entry:
             continue  # of a run that was stopped
@@ -225,11 +225,13 @@ def _step(result: dict[str, Any]) -> str:
                 f"{entry['peak_bytes'] / 2**20:.0f}",
                 f"{entry['above_bytes'] / 2**20:.0f}" if "above_bytes" in entry else "",
                 f"{entry['above_ratio']['plain']:.2f}" if "plain" in entry.get("above_ratio", {}) else "",
+                f"{entry['stored_bytes'] / 2**20:.0f}" if "stored_bytes" in entry else "",
             ]
         )
     header = ["", "step (s)", "without rollout (s)", "without rollout / TRL", "score", "forward, loss, backward"]
-    header += ["optimizer", "peak memory (MiB)", "of it above (MiB)", "above / plain"]
-    width = len(header) if above else len(header) - 2  # an older result does not say what lies above
+    header += ["optimizer", "peak memory (MiB)", "of it above (MiB)", "above / plain", "stored for backward (MiB)"]
+    stored = any("stored_bytes" in entry for entry in result["variants"].values())
+    width = len(header) - (not stored) - 2 * (not above)  # an older result does not say what lies above, or is stored
     return markdown_table(header[:width], [row[:width] for row in rows])
 
 

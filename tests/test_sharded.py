@@ -57,6 +57,9 @@ KINDS = {
     "empty_micro_batch": ({**SGD, "normalization": "micro_batch", "selection_rule": "divergence"}, {"empty": 4}),
     # thresholds and scales of the step before, over all ranks
     "running": ({**SGD, "normalization": "running", "retention": 0.1, "selection_scope": "batch"}, {"empty": 4}),
+    # the student goes forward twice inside one forward of its engine
+    "kept": ({**SGD, "backward": "kept", "retention": 0.1, "selection_scope": "batch"}, {}),
+    "kept_running": ({**SGD, "backward": "kept", "normalization": "running", "retention": 0.1}, {"empty": 4}),
     "adam": ({"max_steps": 4, "save_strategy": "steps", "save_steps": 2}, {}),
     # two teachers, one of them for none of the first process's rollouts, and prompts of the teachers' own
     "several": (
@@ -89,8 +92,11 @@ SERVED = {
 }
 # Which of them in two processes. What is sharded is where they differ; ZeRO-2 shards no weight, and is DDP to our code.
 KINDS_OF = {
-    "ddp": ("whole", "few", "empty", "running", "several", "itself", "acting"),
-    "fsdp2": ("whole", "few", "empty_micro_batch", "running", "several", "several_micro_batch", "acting"),
+    "ddp": ("whole", "few", "empty", "running", "kept", "several", "itself", "acting"),
+    "fsdp2": (
+        *("whole", "few", "empty_micro_batch", "running", "kept", "kept_running", "several", "several_micro_batch"),
+        "acting",
+    ),
     "zero2": ("few",),
     "zero3": ("whole", "few", "empty", "several", "acting"),
 }
@@ -99,6 +105,7 @@ ACCUMULATED = (
     "few",
     "empty_micro_batch",
     "running",
+    "kept",
     "adam",
     "several",
 )  # 4 micro-batches of one rollout on two processes

@@ -714,8 +714,9 @@ print(json.dumps([e["selection/trained_tokens"] for e in trainer.state.log_histo
         {"selection_rule": "random", "retention": 0.4},
         # what the step before told comes back too
         {"selection_rule": "soft_or", "retention": 0.4, "selection_scope": "batch", "normalization": "running"},
+        {"selection_rule": "gradient_norm_sampling", "retention": 0.2, "backward": "kept"},
     ],
-    ids=["batch", "running"],
+    ids=["batch", "running", "kept"],
 )
 def test_a_killed_run_resumes_to_the_same_weights_in_any_epoch(pair, word_problems, tmp_path, rule):
     settings = {

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from trl import DistillationConfig
 
@@ -19,6 +19,7 @@ from .teachers.named import ENTRY, named_teachers, read_teachers, read_update
 from .text import check_known
 
 NORMALIZATIONS = ("batch", "running", "micro_batch")
+BACKWARDS = ("full", "kept")
 
 
 @dataclass
@@ -35,6 +36,9 @@ class TIPConfig(DistillationConfig):
             denominator are the same whatever the micro-batch size and the number of processes; "running" takes
             percentiles, minima, maxima and thresholds over from the step before, and so saves one student forward;
             "micro_batch" has them of each micro-batch alone, and saves it too.
+        backward: "full" differentiates through all positions, so that the gradient of the kept tokens' loss is exact;
+            "kept" through those of the kept tokens alone, with the keys and values of all others as constants: cheaper
+            in time and memory, and an approximation (docs/scaling.md).
         num_generations: rollouts per prompt.
         teacher_offload: move the teacher's backbone to the CPU between scoring passes ("batch" only).
         score_logging_steps: every this many steps compute all statistics even where the rule reads fewer (entropy
@@ -102,6 +106,13 @@ class TIPConfig(DistillationConfig):
         metadata={
             "help": "Scale and budget over the generation 'batch', as the step before did ('running'), or over "
             "each 'micro_batch'; the latter two save a forward."
+        },
+    )
+    backward: Literal["full", "kept"] = field(
+        default="full",
+        metadata={
+            "help": "Differentiate through all positions ('full'), or through those of the kept tokens alone ('kept'): "
+            "cheaper, and an approximation."
         },
     )
     num_generations: int = field(default=1, metadata={"help": "Rollouts per prompt."})
@@ -229,6 +240,11 @@ class TIPConfig(DistillationConfig):
                 f'normalization="running" wants to know of {rule_name(self.selection_rule)} which statistics it reads '
                 "and whether it scales by the tokens given: give the function the attributes `fields` and `scaled` "
                 '(docs/rules.md), or take normalization="batch".'
+            )
+        if self.backward == "kept" and rule.budget == "all":
+            raise ValueError(
+                f'backward="kept" leaves out what is not kept, and {rule_name(self.selection_rule)} keeps every token: '
+                'choose another selection_rule, or take backward="full".'
             )
         if self.task_names() and not self.eval_steps:
             raise ValueError(f"eval_tasks = {self.eval_tasks} are measured every eval_steps steps: set eval_steps.")
@@ -389,6 +405,7 @@ def check_values(values: Any) -> None:
     if values.selection_scope is not None:
         check_known("selection_scope", values.selection_scope, SCOPES)
     check_known("normalization", values.normalization, NORMALIZATIONS)
+    check_known("backward", values.backward, BACKWARDS)
     for name, least in (
         ("num_generations", 1),
         ("score_logging_steps", 0),

@@ -46,6 +46,7 @@ from .training.engine_check import EngineCheck
 from .training.episodes import read_tools
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
 from .training.images import prepared, with_images
+from .training.kept import KeptForward
 from .training.lengths import check_batch, check_completions, check_problems_fit, check_prompts_fit, position_limits
 from .training.monitor import (
     ALL_FIELDS,
@@ -436,6 +437,8 @@ class TIPTrainer(ResumableTrainer):
         2. They are selected here (training/selection.py): all rows are scored, the kept ones go into the loss.
         3. Nothing is selected, in an evaluation or where the rule keeps all: one pass gives loss and statistics.
 
+        With backward="kept" the first forward is without gradient, and the kept rows go through a second one with it.
+
         Numbers are read from `exact`, the batch as it was before the forward that this is a part of: under FSDP2 mixed
         precision rounds what passes a forward, the number of tokens and their weights too.
         """
@@ -446,7 +449,13 @@ class TIPTrainer(ResumableTrainer):
         mask, weight = loss_mask(inputs), exact.get("selection_weight")
         asked = mask if weight is None else weight > 0  # bool [B, T], the tokens whose rows are at hand below
         seen = for_models(inputs)
-        hidden, answers = self.hidden_rows(unwrapped_student, seen, asked), inputs.get("teacher_answers")
+        forward = None
+        if self.model.training and self.args.backward == "kept":
+            forward = KeptForward(self, unwrapped_student, seen, asked)
+            hidden = forward.states if weight is None else forward.rows()
+        else:
+            hidden = self.hidden_rows(unwrapped_student, seen, asked)
+        answers = inputs.get("teacher_answers")
         if answers is None:
             answers = self.teacher.answer(seen, asked)
         options: dict[str, Any] = {
@@ -469,12 +478,13 @@ class TIPTrainer(ResumableTrainer):
                 kept = selection.mask
                 if self._selection.is_whole:
                     options["denominator"] = selection.total.clamp(min=1e-20)
+                rows = student.hidden[kept] if forward is None else forward.rows(kept).to(student.hidden.device)
                 # back to [B, T], so that an error about a kept row names its place
                 with naming_rollouts(asked.masked_scatter(asked, kept)):
-                    loss, _ = teacher.take(kept).loss(
-                        replace(student, hidden=student.hidden[kept]), selection.weight[kept], **options
-                    )
+                    loss, _ = teacher.take(kept).loss(replace(student, hidden=rows), selection.weight[kept], **options)
             else:
+                if forward is not None:  # nothing to select from, and an engine waits for a backward all the same
+                    student = replace(student, hidden=forward.rows().to(student.hidden.device))
                 with naming_rollouts(asked):
                     loss, scores = teacher.loss(student, None, fields=self._logged_fields(), **options)
         if self.model.training:

@@ -62,7 +62,7 @@ def assert_tables(text: str) -> None:
             assert line.count(" | ") == lines[number - 1].count(" | "), line
 
 
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: str(path.relative_to(GRIDS[0].parent)))
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_grid_can_be_read_and_names_where_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     smollm2.write_prompts(Path("runs/smollm2"))  # which the language model's grids measure on

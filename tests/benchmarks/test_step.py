@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from benchmarks.step import PRESETS, StepVariant, _held, _RandomRollout, run_step, variants_of
+from benchmarks.step import PRESETS, StepVariant, _counting, _held, _RandomRollout, run_step, variants_of
 from tipdistill.tasks.arithmetic import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_a_training_step_is_timed_by_its_parts():
     variants = [StepVariant("plain"), StepVariant("trl"), StepVariant("tip"), StepVariant("tip", 0.1, True)]
+    variants += [StepVariant("tip", 0.1, normalization="running", backward="kept")]
     entries = run_step(rounds=1, steps=1, say=lambda line: None, variants=variants)["variants"]
     assert not [entry["refused"] for entry in entries.values() if "refused" in entry]
     # the same rollout and the same loss, three ways
@@ -27,8 +28,11 @@ def test_a_training_step_is_timed_by_its_parts():
         assert split["loss"] > 0
         assert ("score" in split) == name.startswith("tip")
         assert entry["peak_bytes"] > entry["above_bytes"] > 0
+        assert entry["stored_bytes"] > 0
         assert name == "plain" or entry["above_ratio"]["plain"] > 0
     assert entries["tip soft_or 0.1, teacher_offload"]["split"]["score"] > 0
+    stored = {name: entry["stored_bytes"] for name, entry in entries.items()}
+    assert stored["tip soft_or 0.1, running, kept"] < 0.4 * stored["tip all"]
 
 
 def test_variants_are_the_peers_and_four_retentions_twice():
@@ -36,6 +40,22 @@ def test_variants_are_the_peers_and_four_retentions_twice():
     assert names[:2] == ["plain", "trl"]
     assert len(set(names)) == 10
     assert "tip soft_or 0.2, teacher_offload" in names
+
+
+def test_smollm2_is_stepped_with_the_backward_through_kept_positions_too():
+    names = [variant.name for variant in variants_of("smollm2")]
+    assert names[-1] == "tip gradient_norm_sampling 0.1, running, kept"
+    assert len(set(names)) == len(names)
+
+
+def test_what_a_forward_stores_is_counted_once_and_without_weights():
+    layer = torch.nn.Linear(8, 4)
+    given = torch.ones(3, 8)
+    with _counting(layer) as count:
+        layer(given).square()  # its input for the weight's gradient, its output for the square's
+        assert count() == 4 * (3 * 8 + 3 * 4)
+        layer(given)
+        assert count() == 4 * (3 * 8 + 3 * 4)
 
 
 def test_an_unknown_preset_names_the_nearest():

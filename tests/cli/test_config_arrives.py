@@ -44,6 +44,7 @@ class Run:
     trainer: Any = None
     batches: list = field(default_factory=list)  # of each step: rollouts and selection
     scored_shapes: list = field(default_factory=list)  # of each forward of the scoring pass: rows, padded tokens
+    differentiated: list = field(default_factory=list)  # positions of a row, of each forward with gradient
     teacher_moves: list = field(default_factory=list)
     launches: list = field(default_factory=list)
     warnings: list = field(default_factory=list)
@@ -125,6 +126,9 @@ OURS = {
     "retention": Case(0.25, lambda run: round(float(run.kept()[0].float().mean()), 2), 0.5, 0.25),
     "selection_scope": Case("batch", lambda run: len(set(run.kept().sum(1).tolist())) > 1, False, True),
     "normalization": Case("micro_batch", lambda run: "selection_weight" in run.batches[0], True, False),
+    "backward": Case(
+        "kept", lambda run: max(run.differentiated) <= run.batches[0]["completion_ids"].shape[1], False, True
+    ),
     "num_generations": Case(4, lambda run: len(run.prompts()), 8, 2),
     "teacher_offload": Case(True, lambda run: "cpu" in run.teacher_moves, False, True),
     "score_logging_steps": Case(
@@ -286,7 +290,15 @@ def watch(patch: pytest.MonkeyPatch, run: Run) -> None:
     def watched_init(self, *args, **kwargs):
         init(self, *args, **kwargs)
         run.trainer = self
-        move = self.teacher_model.to
+        move, backbone = self.teacher_model.to, self.plain_student().base_model
+        forward = backbone.forward
+
+        def watched_forward(*given, **options):
+            if torch.is_grad_enabled():
+                run.differentiated.append(options["input_ids"].shape[1])
+            return forward(*given, **options)
+
+        backbone.forward = watched_forward
         self.teacher_model.to = lambda device: (run.teacher_moves.append(str(device)), move(device))[1]
 
     def watched_generate(self, inputs):

@@ -8,7 +8,12 @@ from trl.trainer.utils import generate_model_card
 from tipdistill.training.card import PAPER, TAGS, complete_card
 
 ARGS = SimpleNamespace(
-    selection_rule="q3", retention=0.1, selection_scope="batch", normalization="batch", temperature=1.0
+    selection_rule="q3",
+    retention=0.1,
+    selection_scope="batch",
+    normalization="batch",
+    backward="kept",
+    temperature=1.0,
 )
 HISTORY = [
     {"eval_reverse_kl_heldout/mean": 1.5, "eval_reverse_kl_heldout/truncated": 0.5, "step": 0},
@@ -45,6 +50,7 @@ def test_a_card_has_settings_figures_versions_and_the_paper(card):
     assert "| teacher | `org/teacher` |" in rows
     assert "| selection rule | `q3` |" in rows
     assert "| retention | 0.1 of the completion tokens |" in rows
+    assert "| backward | `kept` |" in rows
     assert "| `reverse_kl` | 1.25 | 0.5 |" in rows
     assert "| `eval_reverse_kl_heldout/mean` | 1.5 | 0.75 |" in rows
     assert "| `eval_sums/mean_at_4` | 0.25 | 0.25 |" in rows

@@ -10,6 +10,7 @@ from plain_loss import PLAIN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.training.kept import kept_states, read
 
 SETTINGS = {**PLAIN, "max_completion_length": 400, "max_steps": 1, "gradient_accumulation_steps": 1}
 
@@ -44,8 +45,11 @@ def script(trainer):
     ]
 
 
-def expected_loss(models, inputs, retention):
-    """The masked loss in plain PyTorch: divergence on full logits, the largest of each rollout's own tokens kept."""
+def expected_loss(models, inputs, retention, backward):
+    """The masked loss in plain PyTorch: divergence on full logits, the largest of each rollout's own tokens kept.
+
+    With backward="kept" the logits of these are computed again, from the positions before them.
+    """
     student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in models)
     total, count = torch.zeros(()), 0
     for row in range(len(inputs["prompt_ids"])):
@@ -57,21 +61,32 @@ def expected_loss(models, inputs, retention):
         mine, theirs = mine.log_softmax(-1), theirs.detach().log_softmax(-1)
         values = (mine.exp() * (mine - theirs)).sum(-1)[own]
         kept = values.detach().topk(int(retention * len(values))).indices
+        if backward == "kept":
+            position = own.nonzero()[:, 0][kept].sort().values + len(prompt) - 1
+            passes = torch.zeros_like(ids, dtype=torch.bool)
+            passes[0, position] = True
+            states = kept_states(student, read(student, ids, torch.ones_like(ids)), passes)
+            mine, theirs = student.lm_head(states).log_softmax(-1), theirs[position - len(prompt) + 1]
+            values = (mine.exp() * (mine - theirs)).sum(-1)
+            total, count = total + values.sum(), count + len(values)
+            continue
         total, count = total + values[kept].sum(), count + len(kept)
     loss = total / count
     loss.backward()
     return loss.detach(), {name: value.grad for name, value in student.named_parameters() if value.grad is not None}
 
 
+@pytest.mark.parametrize("backward", ["full", "kept"])
 @pytest.mark.parametrize("normalization", ["batch", "micro_batch", "running"])
-def test_loss_and_gradients_of_episodes_equal_plain_pytorch(models, tmp_path, normalization):
-    trainer = trainer_of(models, tmp_path, normalization=normalization, per_device_train_batch_size=8)
+def test_loss_and_gradients_of_episodes_equal_plain_pytorch(models, tmp_path, normalization, backward):
+    settings = {"normalization": normalization, "backward": backward}
+    trainer = trainer_of(models, tmp_path, per_device_train_batch_size=8, **settings)
     trainer.model.train()
     inputs = trainer._prepare_inputs(rows())
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
-    expected, gradients = expected_loss(models, inputs, trainer.args.retention)
+    expected, gradients = expected_loss(models, inputs, trainer.args.retention, backward)
     torch.testing.assert_close(loss.detach(), expected, rtol=2e-5, atol=0)
     largest = max(value.abs().max() for value in gradients.values())
     for name, parameter in trainer.model.named_parameters():

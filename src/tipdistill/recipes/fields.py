@@ -32,8 +32,8 @@ SECTIONS = {
     ),
     "tools": ("environment", "max_tool_calling_iterations", "max_tool_result_tokens", "tool_timeout"),
     "selection and loss": (
-        *("selection_rule", "retention", "selection_scope", "normalization", "scoring_tokens", "beta"),
-        *("mask_truncated_completions", "drift_factor", "drift_retention"),
+        *("selection_rule", "retention", "selection_scope", "normalization", "backward"),
+        *("scoring_tokens", "beta", "mask_truncated_completions", "drift_factor", "drift_retention"),
     ),
     "optimisation": (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),

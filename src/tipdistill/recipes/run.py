@@ -35,7 +35,8 @@ from ..text import printable
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from ..training.evaluation import load_tasks
 from ..training.images import prepared
-from ..training.lengths import REMEDY, check_problems_fit, check_prompts_fit, position_limits
+from ..training.kept import check_kept
+from ..training.lengths import REMEDY, check_problems_fit, check_prompts_fit, configuration_of, position_limits
 from ..training.shared_tokens import check_problems_shared, check_prompts_shared
 from ..vocabulary import Names, check_same_tokenizer, described_differences
 from .hub import check_hub
@@ -146,6 +147,10 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     if config.push_to_hub and main_process:
         described["hub"] = check_hub(config)
     if script.dry_run:  # a run's trainer does the same
+        if config.backward == "kept":
+            given = {"revision": model.model_revision}
+            student = configuration_of(model.model_name_or_path, given, config.trust_remote_code)
+            check_kept(student, config, model.attn_implementation)
         if config.environment is not None:
             read_dialect(getattr(tokenizer, "tokenizer", tokenizer), _as_dict(config.chat_template_kwargs))
             if isinstance(train_dataset, Dataset):

@@ -37,7 +37,9 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def last_hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, **multimodal: Tensor) -> Tensor:
+def last_hidden_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, **multimodal: Tensor
+) -> Tensor:
     """What the model's lm_head projects, at every position.
 
     Padding does not count as positions: a row has the same states on whichever side, and however far, it is padded.
@@ -47,7 +49,8 @@ def last_hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, **
         model: a transformers model, with PEFT or without; its lm_head is not applied.
         input_ids: int64 [B, L].
         attention_mask: [B, L], 0 where padded.
-        multimodal: images and the like, as the model takes them.
+        cache: what transformers calls a `Cache`, which the layers put their keys and values into; None: there is none.
+        multimodal: images and the like, as the model takes them; or `position_ids`, where they are not those of all L.
 
     Returns:
         [B, L, H].
@@ -62,7 +65,9 @@ def last_hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, **
     if not multimodal and "position_ids" in inspect.signature(backbone.forward).parameters:
         multimodal = {"position_ids": positions_of(attention_mask)}
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **multimodal}
-    outputs = None if backbone is plain else backbone(**inputs, use_cache=False)
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    outputs = None if backbone is plain else backbone(**inputs, use_cache=cache is not None)
     states = getattr(outputs, "last_hidden_state", None)
     if states is None:
         raise ValueError(f"{called(model)} gives no last hidden states without its lm_head")

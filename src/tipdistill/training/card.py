@@ -51,6 +51,7 @@ def complete_card(
         ["retention", f"{args.retention:g} of the completion tokens"],
         ["budget", f"per {args.selection_scope}"],
         ["normalization", f"`{args.normalization}`"],
+        ["backward", f"`{args.backward}`"],
         ["temperature", f"{args.temperature:g}"],
     ]
     section = [

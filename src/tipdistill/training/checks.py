@@ -15,6 +15,8 @@ from ..extras import check_packages
 from ..teachers.named import SELF, check_teacher_names, named_teachers
 from ..text import near_names
 from .images import COLUMNS as IMAGE_COLUMNS
+from .kept import check_kept
+from .lengths import configuration_of
 
 
 def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_dataset: Any, eval_dataset: Any) -> None:
@@ -29,6 +31,10 @@ def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_datas
     args.check_teachers(teacher_model)
     for one in named_teachers(teacher_model, args):
         check_distinct(model, one.model)
+    if args.backward == "kept":
+        given = dict(args.model_init_kwargs or {})
+        student = configuration_of(model, given, args.trust_remote_code)
+        check_kept(student, args, given.get("attn_implementation"))
     check_datasets(train_dataset, eval_dataset)
     check_fills_a_batch(train_dataset, args)
 

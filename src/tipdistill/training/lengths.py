@@ -42,19 +42,31 @@ def position_limits(model: Any, teacher_model: Any, args: TIPConfig) -> dict[str
 
 
 def _limit(model: Any, kwargs: dict[str, Any], trust_remote_code: bool) -> int | None:
+    config = configuration_of(model, kwargs, trust_remote_code)
+    return None if config is None else position_limit(config)
+
+
+def configuration_of(model: Any, kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
+    """The configuration of a model that may not be loaded yet; None where it cannot be read, and loading says why.
+
+    Args:
+        model: a model, a directory or a hub id.
+        kwargs: the keywords that it is loaded with.
+        trust_remote_code: run code that comes with it.
+    """
     config = kwargs.get("config", getattr(model, "config", None))
     if isinstance(model, str) and config is None:
         overrides = {name: kwargs[name] for name in _OVERRIDES if name in kwargs}
         try:
             config = AutoConfig.from_pretrained(
                 model,
-                revision=kwargs["revision"],
+                revision=kwargs.get("revision"),
                 trust_remote_code=kwargs.get("trust_remote_code", trust_remote_code),
                 **overrides,
             )
         except (OSError, ValueError):
-            return None  # loading it says why
-    return None if config is None else position_limit(config)
+            return None
+    return config
 
 
 def check_prompts_fit(

@@ -59,7 +59,7 @@ class StepSelection:
             and alone
             and not recorded
             and trainer.teacher.answers_in_loss
-            and not has_dropout(trainer.model)
+            and (trainer.args.backward == "kept" or not has_dropout(trainer.model))  # which is scored without dropout
         )
         known = self._normalization == "running" and (self._running is not None or self._budget == "all")
         self.is_inside = self.is_whole or known or self._normalization == "micro_batch"

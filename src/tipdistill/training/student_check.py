@@ -11,13 +11,15 @@ from ..integrations._accelerate import calling_lm_head
 from ..score.agreement import check_model
 from ..score.forward import called
 from ..score.models import unread_adapters
+from .kept import check_forward
 
 
 class StudentCheck:
-    """Called with the trainer before it samples; see `check_model`.
+    """Called with the trainer before it samples; see `check_model`, and `kept.check_forward` with backward="kept".
 
     Raises:
-        ValueError: a student whose logits are not those of its hidden states and lm_head.
+        ValueError: a student whose logits are not those of its hidden states and lm_head, or whose kept positions do
+            not go forward alone.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,9 @@ class StudentCheck:
         )
         with torch.no_grad():
             trainer.redirected(trainer.model_wrapped, student, check, student, "student")
+            if trainer.args.backward == "kept":
+                kept = partial(check_forward, autocast=trainer.accelerator.autocast)
+                trainer.redirected(trainer.model_wrapped, student, kept, student)
         self._done = True
 
 

@@ -1,22 +1,21 @@
 """The tables of docs/trip.md: what the sweep on the planning task found, and a verdict on each claim it can decide.
 
-The outcome is the hard score: the share of the plans that satisfy everything. `trip/more` has five more seeds of
-the two rows that the paper's claim on planning compares.
+The outcome is the hard score: the share of the plans that satisfy everything. `trip` has ten seeds of the rows that
+the paper's claim on planning compares, `trip/rules` five of the other rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tipdistill.sweep.result import compared, counts_of
 from tipdistill.text import markdown_table
 
 from .claims import CLAIMS, CONTROLS, NOT_RUN, Comparison, verdict
 from .language_model import row_table
-from .results import PLANNING, Results, figure_of
+from .results import PLANNING, Results, difference
 from .wording import signed_with_interval
 
-MORE_SEEDS = f"{PLANNING}/more"
+RULES = f"{PLANNING}/rules"
 SAMPLED = "gradient_norm_sampling"
 OURS = (
     Comparison("Sampling by gradient norm at 20 % beats random tokens", (SAMPLED, 0.2), ("random", 0.2)),
@@ -26,20 +25,16 @@ OURS = (
 
 def rows(results: Results) -> str:
     """Every row: the hard score, its differences, and the share of what all tokens gain."""
-    return row_table(results[PLANNING], "hard score") if PLANNING in results else "*Not run yet.*"
+    tables = [row_table(results[name], "hard score") for name in (PLANNING, RULES) if name in results]
+    return "\n\n".join(tables) or "*Not run yet.*"
 
 
 def judged(results: Results, claim: Comparison) -> tuple[str, str]:
-    """The verdict of a claim, and the difference with its interval, over all seeds that both rows have."""
-    grids = [results[name] for name in (PLANNING, MORE_SEEDS) if name in results]
-    figures = [[figure_of(grid, at) for grid in grids] for at in (claim.first, claim.second)]
-    first, second = (
-        {seed: counts for figure in of_row if figure is not None for seed, counts in counts_of(figure).items()}
-        for of_row in figures
-    )
-    if not set(first) & set(second):
+    """The verdict of a claim, and the difference with its interval, from the first grid that has both rows."""
+    grids = [results[name] for name in (PLANNING, RULES) if name in results]
+    measured = next((paired for grid in grids if (paired := difference(grid, claim.first, claim.second))), None)
+    if measured is None:
         return NOT_RUN, ""
-    measured = compared(first, second, grids[0]["num_samples"])
     low, high = measured["interval"]
     return verdict(low, high, claim.kind, claim.margin), signed_with_interval(measured)
 

@@ -72,6 +72,7 @@ class Setup:
         results: tokens of all results in a completion.
         rule, retention, scope: of the selection.
         batch_normalization: score the generation batch once, ahead of the loss.
+        backward: "full", or "kept": through the positions of the kept tokens alone.
         logs_divergence: a rule that reads no teacher projects it all the same now and then.
         scoring_tokens: tokens of a scoring forward; 0: micro_batch rollouts.
         checkpointing: gradient checkpointing.
@@ -103,6 +104,7 @@ class Setup:
     retention: float = 0.5
     scope: str = "rollout"
     batch_normalization: bool = True
+    backward: str = "full"
     logs_divergence: bool = True
     scoring_tokens: int = 0
     checkpointing: bool = True
@@ -135,6 +137,11 @@ class Setup:
             return True
         is_whole = self.gpus == self.accumulation == 1 and not self.asks_a_server
         return self.batch_normalization and self.rule != "all" and not is_whole
+
+    @property
+    def kept_share(self) -> float:
+        """Of all positions of a micro-batch, those that predict a token that the loss is over."""
+        return self.kept / (self.micro_batch * (self.prompt + self.completion))
 
     @property
     def kept(self) -> int:
@@ -386,24 +393,30 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
             teacher_rows += every * (_teacher_width(setup) + forward.width)
             workspace = max(workspace, scoring_workspace(every, vocabulary, widths, dtype, setup.device))
     sharded = setup.sharding != "none"
+    reads = setup.backward == "kept"
     counted = replay.training(
         compute,
         setup.micro_batch,
-        setup.prompt,
-        setup.completion,
+        1 if reads else setup.prompt,
+        -(-setup.kept // setup.micro_batch) if reads else setup.completion,  # kept positions stand close together
         setup.kept,
         teacher,
         teacher_rows,
         workspace,
-        checkpointing=setup.checkpointing,
+        checkpointing=setup.checkpointing and not reads,
         accumulated=setup.accumulation > 1 and not sharded,
         sharded=sharded,
         padded=setup.padded,
     )
     parts["gradients"] = gradients if sharded or setup.accumulation > 1 else counted.gradients
-    beside = counted.peak - counted.gradients
+    beside = most = counted.peak - counted.gradients
+    if reads:  # keys and values of all positions, first alone and then with those of the kept ones among them
+        reading = replay.forward(compute, setup.micro_batch, length, setup.padded, cached=True)
+        cache = int(reading.cache * setup.micro_batch * length)
+        parts["KV cache"] += cache
+        most = max(beside, reading.peak - cache)
     parts["activations"] = min(counted.saved, beside)
-    parts["lm_heads and temporary"] = beside - parts["activations"]
+    parts["lm_heads and temporary"] = most - parts["activations"]
 
 
 def _optimizer(setup: Setup, parts: dict[str, int], gradients: int) -> None:

@@ -36,7 +36,7 @@ def plan(setup: Setup, machine: Machine, retentions: Sequence[float] = RETENTION
 
     Returns:
         {"memory": phase → component → bytes, "peak": {"phase", "bytes", "usable_bytes", "fits"}, "change": lines,
-        "seconds": part → seconds, "bottleneck": part, "retentions": rows, "assumptions": lines}.
+        "seconds": part → seconds, "bottleneck": part, "retentions": rows, "settings": rows, "assumptions": lines}.
     """
     phases = memory(setup)
     phase, taken = peak(phases)
@@ -54,6 +54,7 @@ def plan(setup: Setup, machine: Machine, retentions: Sequence[float] = RETENTION
         "seconds": seconds,
         "bottleneck": max(seconds, key=seconds.__getitem__),
         "retentions": [_at(setup, machine, retention) for retention in retentions],
+        "settings": [_with(name, changed, machine) for name, changed in _settings(setup)],
         "assumptions": assumptions(setup, machine),
     }
 
@@ -61,7 +62,7 @@ def plan(setup: Setup, machine: Machine, retentions: Sequence[float] = RETENTION
 def _at(setup: Setup, machine: Machine, retention: float) -> dict[str, Any]:
     """A row of the table over retentions; 1 is the rule "all"."""
     rule = "all" if retention == 1 else ("soft_or" if setup.rule == "all" else setup.rule)
-    setup = replace(setup, rule=rule, retention=retention)
+    setup = replace(setup, rule=rule, retention=retention, backward="full" if rule == "all" else setup.backward)
     phases, seconds = memory(setup), step_time(setup, machine)
     phase, taken = peak(phases)
     total = sum(seconds.values())
@@ -78,9 +79,35 @@ def _at(setup: Setup, machine: Machine, retention: float) -> dict[str, Any]:
     }
 
 
+def _settings(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Settings that keep the rule and change what a step computes, the recipe's own first."""
+    yield "as the recipe has it", setup
+    running = replace(setup, batch_normalization=False)
+    if running.scores_ahead != setup.scores_ahead:
+        yield "normalization: running", running
+    if setup.rule == "all":
+        return
+    if setup.backward == "full" and setup.sharding not in ("zero2", "zero3"):
+        kept = replace(running if setup.teacher_place != "offload" else setup, backward="kept")
+        yield "backward: kept" + ("" if kept.batch_normalization else ", normalization: running"), kept
+    elif setup.backward == "kept":
+        yield "backward: full", replace(setup, backward="full")
+
+
+def _with(name: str, setup: Setup, machine: Machine) -> dict[str, Any]:
+    seconds = step_time(setup, machine)
+    total = sum(seconds.values())
+    return {
+        "setting": name,
+        "peak_bytes": peak(memory(setup))[1],
+        "step_seconds": total,
+        "without_rollout_seconds": total - seconds["rollout"],
+    }
+
+
 def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
     """What could be changed, the cheapest in time and quality first; each with its degrees, the mildest first."""
-    if not setup.checkpointing:
+    if not setup.checkpointing and setup.backward == "full":
         yield [("gradient_checkpointing: true", lambda setup: replace(setup, checkpointing=True))]
     if setup.engine == "colocate" and not setup.vllm_sleeps:
         yield [("vllm_enable_sleep_mode: true", lambda setup: replace(setup, vllm_sleeps=True))]
@@ -202,6 +229,12 @@ def assumptions(setup: Setup, machine: Machine) -> list[str]:
         )
     if setup.teacher_place == "student":
         lines.append("the teacher is the model under the student's adapter, and takes no memory of its own")
+    if setup.rule != "all" and setup.sharding not in ("zero2", "zero3"):
+        lines.append(
+            f"with backward: kept, {setup.kept_share:.1%} of the positions go forward and backward, and no activation "
+            "is recomputed; it is an approximation that learns less from a step (docs/scaling.md), and its memory was "
+            "not measured"
+        )
     if setup.asks_a_server:
         lines.append("the teacher's server is on other GPUs; its memory, time and traffic are not counted")
     return lines
@@ -224,6 +257,8 @@ def as_text(planned: dict[str, Any]) -> str:
         f"The bottleneck is: {planned['bottleneck']}.",
         "",
         retention_table(planned),
+        "",
+        settings_table(planned),
         "",
     ]
     lines += [f"- {line}" for line in planned["assumptions"]]
@@ -268,6 +303,22 @@ def retention_table(planned: dict[str, Any]) -> str:
         )
     header = ["", "peak (GiB)", "in the loss", "teacher hidden states", "lm_heads (s)", "step (s)"]
     return _table([*header, "saved of the time without rollout"], rows)
+
+
+def settings_table(planned: dict[str, Any]) -> str:
+    """What a step would take with other settings, beside the recipe's."""
+    first = planned["settings"][0]["without_rollout_seconds"]
+    rows = [
+        [
+            row["setting"],
+            f"{row['peak_bytes'] / _GIB:.1f}",
+            f"{row['step_seconds']:.1f}",
+            f"{row['without_rollout_seconds']:.1f}",
+            f"{row['without_rollout_seconds'] / first:.2f}",
+        ]
+        for row in planned["settings"]
+    ]
+    return _table(["setting", "peak (GiB)", "step (s)", "without rollout (s)", "of the recipe's"], rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -46,6 +46,8 @@ def step_time(setup: Setup, machine: Machine) -> dict[str, float]:
     own = rollouts * _sequence_flops(student, length) / rate
     backward = 3.0 if setup.student.lora is None else 2.0  # frozen weights need no gradient of their own
     passes = backward + (1 if setup.checkpointing else 0)
+    if setup.backward == "kept":  # all positions are read, some go forward and backward, and none is recomputed
+        passes = 1 + backward * setup.kept_share
     return {
         "rollout": _rollout(setup, machine),
         "student scoring": own if setup.scores_ahead else 0.0,
@@ -161,7 +163,7 @@ def communication_bytes(setup: Setup) -> float:
     elif setup.sharding == "zero2":
         carried = micro * gradients + weights
     else:
-        forwards = micro * (3 if setup.checkpointing else 2) + scoring
+        forwards = micro * (3 if setup.checkpointing or setup.backward == "kept" else 2) + scoring
         carried = forwards * weights + micro * gradients
     if setup.teacher_place == "sharded":
         carried += micro * setup.teacher_sizes.parameters * setup.teacher.dtype.itemsize

@@ -1,6 +1,6 @@
 """The tables of docs/trip.md: what the sweep on the planning task found, and a verdict on each claim it can decide.
 
-The outcome is the hard score: the share of the plans that satisfy everything. `trip` has ten seeds of the rows that
+The outcome is the hard score: the share of the plans that satisfy everything. `trip` has eight seeds of the rows that
 the paper's claim on planning compares, `trip/rules` five of the other rules.
 """
 

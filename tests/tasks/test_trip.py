@@ -6,9 +6,14 @@ import re
 from dataclasses import replace
 
 import pytest
+from transformers import Qwen3ForCausalLM
 
-from tipdistill.environments.play import read_dialect
+from tipdistill import rollout
+from tipdistill.environments import Limits
+from tipdistill.environments.play import play, read_dialect
 from tipdistill.environments.world import World, read_environment, tools_of
+from tipdistill.evaluate.engines import Local, Sampling
+from tipdistill.evaluate.run import run
 from tipdistill.tasks import load_task
 from tipdistill.tasks import trip as module
 from tipdistill.tasks.trip import FAILURE_SHARE, MARKS, Trip, build_tokenizer, prepare, row_of, solve, transcript
@@ -219,6 +224,72 @@ def test_what_is_taught_is_what_the_student_writes_but_for_calls_that_fail():
         assert tokenizer.convert_ids_to_tokens(written) == expected
     assert failing > 0
     world.close()
+
+
+def solver_s_turn(tokenizer, ids):
+    """What the solver writes next in an episode, as ids; the plans of odd seeds state a total that is 1 too high."""
+    text = tokenizer.decode(ids)
+    request = text.partition("<user> ")[2].partition(" <end>")[0]
+    seed = next(seed for seed in SEEDS if problem_of(seed).request == request)
+    world = World((), Trip)
+    world.reset({"seed": seed}, 60)
+    messages = solve(problem_of(seed), random.Random(seed), world)
+    world.close()
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    place = turns[text.count("<tool>")]
+    before, after = (
+        tokenizer.apply_chat_template(messages[:end], add_generation_prompt=end == place, tokenize=False)
+        for end in (place, place + 1)
+    )
+    turn = after.removeprefix(before)
+    if place == turns[-1] and seed % 2:
+        total = int(turn.split()[-2])
+        turn = turn.replace(f"total {total} ", f"total {total + 1} ")
+    return tokenizer(turn, add_special_tokens=False)["input_ids"]
+
+
+SEEDS = range(24)
+
+
+def test_the_loop_plays_token_by_token_what_is_taught():
+    tokenizer, tools, kept = build_tokenizer(), tools_of(Trip()), World((), Trip)
+    dialect, failing = read_dialect(tokenizer), 0
+    for seed in SEEDS[::2]:
+        ids, taught = transcript((seed, ROWS_THERE), random.Random(seed), kept, tokenizer, tools)
+        prompt, world = ids[: taught.index(True)], World((), Trip)
+        world.reset({"seed": seed}, 60)
+        limits = Limits(tokens=module.EPISODE_TOKENS, rounds=module.MOST_ROUNDS, result_tokens=module.RESULT_TOKENS)
+
+        def write(contexts, most):
+            return [(solver_s_turn(tokenizer, context), True) for context in contexts]
+
+        (episode,) = play(write, dialect, [prompt], [world], limits)
+        world.close()
+        assert [*prompt, *episode.completion_ids] == ids
+        assert episode.verdict.correct
+        failing += "<unk>" in tokenizer.convert_ids_to_tokens(ids)
+    kept.close()
+    assert failing > 0, "an episode with an error's words in it is among them"
+
+
+def test_the_hard_score_of_an_evaluation_is_the_checker_s_own(tmp_path, monkeypatch):
+    tokenizer = build_tokenizer()
+    engine = Local(Qwen3ForCausalLM(module.model_config(1, 32)), tokenizer, batch_size=8)
+
+    def sample(model, tokenizer, prompts, most, seed, **options):
+        return [(solver_s_turn(tokenizer, ids), True) for ids in prompts]
+
+    monkeypatch.setattr(rollout, "_sample", sample)
+    task = load_task("trip", limit=len(SEEDS))
+    metrics = run([task], lambda: engine, tmp_path, sampling=Sampling(max_new_tokens=512))
+    rows = [json.loads(line) for line in (tmp_path / "samples" / "trip.jsonl").read_text().splitlines()]
+    assert [row["correct"] for row in rows] == [seed % 2 == 0 for seed in SEEDS]
+    for seed, row in zip(SEEDS, rows, strict=True):
+        plan = row["transcript"][-1]["text"].removesuffix(" <end>")
+        verdict = check(plan, problem_of(seed))
+        assert (row["correct"], row["parts"], row["figures"]) == (verdict.correct, verdict.parts, verdict.figures)
+        assert lost(plan, problem_of(seed)) == ({"total"} if seed % 2 else set())
+    assert metrics["tasks"]["trip"]["mean_at_k"] == 0.5
 
 
 def test_the_task_is_measured_on_problems_that_are_neither_trained_on_nor_taught():

@@ -57,8 +57,11 @@ def test_a_claim_is_judged_where_both_of_its_rows_are_and_first_where_there_are_
 
 
 def test_the_tables_say_what_was_run_and_nothing_else():
-    assert planning.rows({}) == planning.claims({}) == "*Not run yet.*"
+    assert planning.rows({}) == planning.claims({}) == planning.claim_on_planning({}) == "*Not run yet.*"
     results = {"trip": grid(range(5), {ALL: 1, Q3: 2})}
     (line,) = planning.claims(results).splitlines()[2:]
     assert line.startswith("| 3. Q3 at 20 % beats all tokens")
     assert "| Q3 | 20 % | 1.000" in planning.rows(results)
+    results["trip"]["rows"] += grid(range(5), {("random", 0.2): 0})["rows"]
+    assert len(planning.claims(results).splitlines()) == 3
+    assert planning.claim_on_planning(results).splitlines()[2:] == [line]

@@ -1,7 +1,7 @@
 """The tables of docs/trip.md: what the sweep on the planning task found, and a verdict on each claim it can decide.
 
-The outcome is the hard score: the share of the plans that satisfy everything. `trip` has eight seeds of the rows that
-the paper's claim on planning compares, `trip/rules` five of the other rules.
+The outcome is the hard score: the share of the plans that satisfy everything. `trip/planning` has ten seeds of the
+rows that the paper's claim on planning compares, `trip/rules` five of the other rules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .language_model import row_table
 from .results import PLANNING, Results, difference
 from .wording import signed_with_interval
 
-RULES = f"{PLANNING}/rules"
+PAPERS, RULES = f"{PLANNING}/planning", f"{PLANNING}/rules"
 SAMPLED = "gradient_norm_sampling"
 OURS = (
     Comparison("Sampling by gradient norm at 20 % beats random tokens", (SAMPLED, 0.2), ("random", 0.2)),
@@ -25,13 +25,13 @@ OURS = (
 
 def rows(results: Results) -> str:
     """Every row: the hard score, its differences, and the share of what all tokens gain."""
-    tables = [row_table(results[name], "hard score") for name in (PLANNING, RULES) if name in results]
+    tables = [row_table(results[name], "hard score") for name in (PAPERS, RULES) if name in results]
     return "\n\n".join(tables) or "*Not run yet.*"
 
 
 def judged(results: Results, claim: Comparison) -> tuple[str, str]:
     """The verdict of a claim, and the difference with its interval, from the first grid that has both rows."""
-    grids = [results[name] for name in (PLANNING, RULES) if name in results]
+    grids = [results[name] for name in (PAPERS, RULES) if name in results]
     measured = next((paired for grid in grids if (paired := difference(grid, claim.first, claim.second))), None)
     if measured is None:
         return NOT_RUN, ""

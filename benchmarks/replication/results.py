@@ -16,7 +16,7 @@ RESULTS = measure.RESULTS / "replication"
 TEACHER = "teacher"  # folder of the grids that select by the teacher's entropy
 RATES = "rates"  # folder of the grids that try the rows at a higher rate
 LANGUAGE_MODEL = "smollm2"  # folder of the grids on a real language model, whose outcome is a divergence
-PLANNING = "trip"  # the grid of the planning task, whose outcome is the hard score of a plan
+PLANNING = "trip"  # folder of the grids of the planning task, whose outcome is the hard score of a plan
 PATTERNS = ("*", f"{TEACHER}/*", f"{RATES}/*", f"{LANGUAGE_MODEL}/*", f"{PLANNING}/*")
 # grids, in the order of the tables, and what the documents call their tasks
 TASKS = {"planted": "addition", "modular": "modular", "machine": "machine"}

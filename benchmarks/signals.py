@@ -37,6 +37,7 @@ def run_signals(records: Path, name: str) -> dict[str, Any]:
     table = opened.read(["kind", "turn", "quadrant", "entropy", "reverse_kl", *kept.values()])
     table = table.filter(pc.is_valid(table["turn"]))  # a run may have answered some prompts without tools
     of = {column: table[column].to_numpy(zero_copy_only=False) for column in table.column_names}
+    judged = [correct for correct in opened.rollouts["correct"].to_pylist() if correct is not None]
     groups = {kind: of["kind"] == kind for kind in KINDS}
     groups |= {f"turn {number}": of["turn"] == number for number in np.unique(of["turn"])}
     groups["all"] = np.ones(len(of["kind"]), bool)
@@ -57,6 +58,7 @@ def run_signals(records: Path, name: str) -> dict[str, Any]:
         "preset": name,
         **environment("cpu", torch.get_num_threads()),
         "settings": {"retention": sidecar["retention"], "rollouts": sidecar["rollouts"], "tokens": sidecar["tokens"]},
+        "correct": float(np.mean(judged)) if judged else None,
         "groups": entries,
     }
 

@@ -41,6 +41,10 @@ def test_a_group_has_the_mean_of_its_tokens_and_the_share_that_each_rule_keeps(t
         shares = [sum(row["quadrant"] == number for row in inside) / len(inside) for number in (1, 2, 3, 4)]
         assert entry["quadrants"] == pytest.approx(shares)
     assert result["settings"]["rollouts"] == len(SCRIPTS) + 1
+    rollouts = open_records(directory).rollouts.to_pylist()
+    judged = [row["correct"] for row in rollouts if row["correct"] is not None]
+    assert result["correct"] == pytest.approx(sum(judged) / len(judged))
+    assert 0 < result["correct"] < 1
     table = TABLES["signals-trip"](result)
     assert f"| turn 2 | {result['groups']['turn 2']['share']:.0%}".replace("%", " %") in table
 

@@ -57,6 +57,13 @@ def test_the_recipe_finds_what_the_command_prepares(name, tmp_path, monkeypatch,
     assert len({json.loads(line)["prompt"] for line in lines}) == 40
 
 
+@pytest.mark.parametrize("name", [*TASKS, "trip"])
+def test_a_number_of_prompts_that_cannot_be_is_refused_before_a_model_is_taught(name, tmp_path, capsys):
+    assert __main__.main([name, "--output_dir", str(tmp_path / "task"), "--prompts", "0"]) == 2
+    assert " must be in 1.." in capsys.readouterr().err
+    assert not (tmp_path / "task").exists()
+
+
 def test_a_training_that_is_broken_off_is_the_start_of_the_whole_one():
     whole, part = [], []
     training = Training(layers=1, width=16, steps=20, learning_rate=1e-3, batch=2)

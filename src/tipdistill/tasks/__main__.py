@@ -55,7 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         if step % 100 == 0:
             print(f"{name}: step {step}, loss {loss:.4f}", flush=True)
 
-    prepare(root, options.prompts, report)
+    try:
+        prepare(root, options.prompts, report)
+    except (ValueError, OSError) as error:
+        print(f"python -m tipdistill.tasks: {printable(error)}", file=sys.stderr)
+        return 2
     say(f"{root / 'models'} and {root / 'prompts.jsonl'} are ready for `tipdistill train`.")
     return 0
 

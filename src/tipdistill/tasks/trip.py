@@ -315,7 +315,7 @@ def _turn(thought: str, call: Call, world: World) -> list[dict[str, Any]]:
 
 def _result(world: World, call: Call) -> str:
     try:
-        return world.answer(world.call(*call), 60.0)
+        return world.answer(world.call(*call), SECONDS)
     except (LookupError, TypeError) as error:
         return json.dumps({"error": error.args[0]}, ensure_ascii=False)
 
@@ -396,8 +396,7 @@ def teach(training: Training, on_step: Callable[[int, float], None] | None = Non
 
     L = −(1 / n) Σ log P(y_t | c_t), the cross-entropy of the n tokens of a batch that are taught (see `transcript`).
 
-    What is copied out of a list is found the sooner the shorter the list is: with two rows in the place of three to
-    five a third of the steps suffices. So the first steps have small databases (`GROWING`).
+    Copying out of a list is learnt sooner where the list is short, so the first steps have small databases (`GROWING`).
 
     Args:
         training: architecture, data and schedule.
@@ -411,7 +410,6 @@ def teach(training: Training, on_step: Callable[[int, float], None] | None = Non
         model = Qwen3ForCausalLM(model_config(training.layers, training.width))
     draw, tokenizer = random.Random(training.seed), build_tokenizer()
     world, tools = World((), Trip), tools_of(Trip())
-
     step = 0
 
     def loss() -> Tensor:

@@ -248,14 +248,15 @@ class WrittenTask:
             prompts: how many; distinct, none of them held out.
             report: called with the model's name, the step and its loss.
         """
+        self.write_prompts(Path(root) / "prompts.jsonl", prompts, seed=0)  # first: their number may be refused
         folder = Path(root) / "models"
         for name, training in (("teacher", self.teacher), ("student", self.student)):
             point_to(self.taught(name, training, folder, report and (lambda *step, name=name: report(name, *step))))
-        self.write_prompts(Path(root) / "prompts.jsonl", prompts, seed=0)
 
     def write_prompts(self, path: Path, count: int, seed: int) -> None:
         """Write the prompts of `problems(count, seed)` as JSON lines."""
-        lines = (json.dumps({"prompt": self.prompt_of(problem)}) for problem in self.problems(count, seed))
+        lines = [json.dumps({"prompt": self.prompt_of(problem)}) for problem in self.problems(count, seed)]
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "\n".join(lines) + "\n")
 
     def _rollouts(

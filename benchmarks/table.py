@@ -23,8 +23,9 @@ from .head import shown
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
-    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/rules.md", "docs/smollm2.md", "docs/trip.md"),
-    *("docs/vllm.md", "benchmarks/results/engine.md", "benchmarks/results/plan.md"),
+    *("docs/engine.md", "docs/probe.md", "docs/report.md", "docs/rules.md", "docs/scaling.md"),
+    *("docs/smollm2.md", "docs/trip.md", "docs/vllm.md"),
+    *("benchmarks/results/engine.md", "benchmarks/results/plan.md"),
 )
 WHOLE = ".whole"  # behind a result's name: every column of it
 
@@ -365,11 +366,41 @@ def _running(result: dict[str, Any]) -> str:
                 f"`{row['rule']}`",
                 f"{row['retention']:.0%}".replace("%", " %"),
                 f"`{normalization}`" if normalization else "",
-                f"{outcome['mean']:.3f} [{', '.join(f'{bound:.3f}' for bound in outcome['interval'])}]",
+                _accuracy(outcome),
                 paired,
             ]
         )
     return markdown_table(["rule", "kept", "`normalization`", "accuracy", "against `batch`"], rows)
+
+
+def _kept(result: dict[str, Any]) -> str:
+    """A row for each way and length; the last column is paired by seed with the longest run on random tokens."""
+    (task,) = result["test"]
+    control = [row for row in result["rows"] if row["rule"] == "random"][-1]
+    beside = control["tasks"][task]["by_seed"]
+    rows = [["the student before", "", "", "", _accuracy(result["before"][task]), "", ""]]
+    for row in result["rows"]:
+        outcome = row["tasks"][task]
+        differences = [value - beside[seed] for seed, value in outcome["by_seed"].items() if seed in beside]
+        error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+        paired = f"{fmean(differences):+.3f} ± {error:.3f}".replace("-", "−")
+        rows.append(
+            [
+                f"`{row['rule']}`",
+                f"`{row['overrides'].get('backward', 'full')}`",
+                str(row["overrides"]["max_steps"]),
+                f"{row['learning_rate']:g}",
+                _accuracy(outcome),
+                f"{row['seconds']:.0f}",
+                "" if row is control else paired,
+            ]
+        )
+    against = f"against random, {control['overrides']['max_steps']} steps"
+    return markdown_table(["rule", "`backward`", "steps", "rate", "accuracy", "seconds", against], rows)
+
+
+def _accuracy(outcome: dict[str, Any]) -> str:
+    return f"{outcome['mean']:.3f} [{', '.join(f'{bound:.3f}' for bound in outcome['interval'])}]"
 
 
 def _positions(result: dict[str, Any]) -> str:
@@ -540,6 +571,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "targets-cpu": _cpu_targets,
     "positions-smollm2": _positions,
     "running-modular": _running,
+    "kept-modular": _kept,
     "wire-smollm2": _wire,
     "signals-trip": _signals,
     "students-smollm2": _students,

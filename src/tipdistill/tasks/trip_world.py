@@ -105,7 +105,7 @@ class Problem:
 
         Example:
             >>> problem_of(0).request
-            '2 days in madrid from rome for 4 people , budget 18 each , fast train , see modern'
+            '2 days in prague from lisbon for 1 people , budget 25 each , sleep classic , eat lively'
         """
         parts = [
             f"{self.days} days in {self.destination} from {self.origin} for {self.people} people",
@@ -220,7 +220,7 @@ def plan_text(plan: Mapping[str, Any], total: int | None = None) -> str:
 
     Example:
         >>> plan_text(plan_of(problem_of(0)))
-        'train t3 sleep h2 see-1 p2 see-2 p3 eat-1 m1 eat-2 m2 total 15'
+        'train t1 sleep h2 see-1 p1 see-2 p2 eat-1 m1 eat-2 m2 total 24'
     """
     words = [f"{slot} {row.code}" for slot, row in plan.items()]
     return " ".join([*words, "total", str(sum(row.price for row in plan.values()) if total is None else total)])
@@ -248,7 +248,7 @@ def check(text: str, problem: Problem) -> Verdict:
 
     Example:
         >>> problem = problem_of(0)
-        >>> verdict = check("train t3 sleep h2 see-1 p2 see-2 p3 eat-1 m1 eat-2 m1 total 16", problem)
+        >>> verdict = check("train t1 sleep h2 see-1 p1 see-2 p2 eat-1 m1 eat-2 m1 total 24", problem)
         >>> verdict.correct, [name for name, holds in verdict.parts.items() if not holds]
         (False, ['nothing twice', 'total'])
     """

@@ -9,7 +9,8 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -302,6 +303,26 @@ def parser(module: str, text: str | None) -> argparse.ArgumentParser:
     """
     description = (text or "").split("\n\n")[0]
     return argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description, allow_abbrev=False)
+
+
+@contextmanager
+def stored_bytes(model: Any) -> Iterator[Callable[[], int]]:
+    """A function that says how many bytes autograd has stored meanwhile: each storage once, the model's weights not.
+
+    Args:
+        model: a module.
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(sizes.values())
 
 
 def run(

@@ -14,8 +14,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -154,29 +153,14 @@ class _RandomRollout:
         return completions
 
     def compute_loss(self, model: Any, *rest: Any, **named: Any) -> Any:
+        # a part that stands before a trainer in the bases of a class: the trainer's own method is behind it
         compute: Callable[..., Any] = super().compute_loss  # type: ignore[misc]
         if self.state.global_step:
             return compute(model, *rest, **named)
-        with _counting(model) as count:
+        with measure.stored_bytes(model) as count:
             loss = compute(model, *rest, **named)
         self.stored_bytes = max(self.stored_bytes, count())
         return loss
-
-
-@contextmanager
-def _counting(model: Any) -> Iterator[Callable[[], int]]:
-    """Bytes of what autograd saves meanwhile, each storage once, without the model's weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(sizes.values())
 
 
 class _PlainTrainer(DistillationTrainer):

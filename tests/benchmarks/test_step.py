@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from benchmarks.step import PRESETS, StepVariant, _counting, _held, _RandomRollout, run_step, variants_of
+from benchmarks.measure import stored_bytes
+from benchmarks.step import PRESETS, StepVariant, _held, _RandomRollout, run_step, variants_of
 from tipdistill.tasks.arithmetic import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def test_smollm2_is_stepped_with_the_backward_through_kept_positions_too():
 def test_what_a_forward_stores_is_counted_once_and_without_weights():
     layer = torch.nn.Linear(8, 4)
     given = torch.ones(3, 8)
-    with _counting(layer) as count:
+    with stored_bytes(layer) as count:
         layer(given).square()  # its input for the weight's gradient, its output for the square's
         assert count() == 4 * (3 * 8 + 3 * 4)
         layer(given)

@@ -13,6 +13,7 @@ from tipdistill.chat import encode_prompts
 from tipdistill.environments import Limits, Worlds, play
 from tipdistill.environments.play import broken_up, capped, check_conversational, read_dialect, result_ids
 from tipdistill.environments.world import observed
+from tipdistill.tasks.trip import RESPONSE_TEMPLATE
 from tipdistill.types import ToolResult
 
 PROMPT = [{"role": "user", "content": "Buy an apple."}]
@@ -327,24 +328,7 @@ def closed_vocabulary():
         "{{ c.function.name }}{% for k, v in c.function.arguments.items() %} {{ k }} {{ v }}{% endfor %} </call>"
         "{% endfor %} <end>{% endfor %}{% if add_generation_prompt %} <assistant>{% endif %}"
     )
-    fast.response_template = {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "<assistant>",
-        "fields": {
-            "tool_calls": {
-                "open_pattern": r"<call>\s+(?P<name>[^\s<]+)",
-                "close_pattern": r"</call>\s*",
-                "repeats": True,
-                "content": "xml-inline",
-                "content_args": {
-                    "tag_pattern": r"(?P<key>[^\s<]+)\s+(?P<value>[^\s<]+)",
-                    "value_parser": {"name": "text"},
-                },
-                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
-            },
-            "content": {"close_pattern": r"<end>\s*", "content": "text"},
-        },
-    }
+    fast.response_template = RESPONSE_TEMPLATE
     return fast
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.measure import stored_bytes
 from benchmarks.plan import Case
 from tipdistill.plan import MACHINES, memory, plan, read_config, setup_of, step_time
 from tipdistill.plan.report import as_text
@@ -28,26 +29,17 @@ def small():
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 def test_what_autograd_stores_is_about_what_was_planned(share):
     model = AutoModelForCausalLM.from_config(CASE.config(), dtype=torch.float32).train()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     length, rows = CASE.prompt + 240, 4
     ids = torch.zeros(rows, length, dtype=torch.long)
     kept = torch.zeros(rows, length, dtype=torch.bool)
     kept[:, CASE.prompt :: round(1 / share)] = True
     reading = read(model, ids, torch.ones_like(ids))
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with stored_bytes(model) as stored:
         kept_states(model, reading, kept)
     setup = replace(CASE.setup(), micro_batch=rows, accumulation=1, prompt=CASE.prompt, completion=240)
     setup = replace(setup, rule="soft_or", retention=int(kept.sum()) / (rows * 240), backward="kept")
     planned = memory(replace(setup, checkpointing=True))["loss"]
-    assert planned["activations"] + planned["KV cache"] == pytest.approx(sum(saved.values()), rel=0.25)
+    assert planned["activations"] + planned["KV cache"] == pytest.approx(stored(), rel=0.25)
 
 
 def test_it_is_read_once_and_the_kept_share_goes_forward_and_backward(small):

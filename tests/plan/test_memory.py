@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.measure import stored_bytes
 from benchmarks.plan import CASES, TOLERANCE, Case, expected, measure
 from tipdistill.plan import MACHINES, memory, peak, plan, read_config, replay, setup_of, step_time
 from tipdistill.plan.memory import TEACHERS, fused_workspace
@@ -34,25 +35,16 @@ def test_a_real_step_takes_what_was_planned(name):
 def test_the_replay_saves_what_autograd_saves(padded, bf16):
     case = replace(SMALL, bf16=bf16)
     model = AutoModelForCausalLM.from_config(case.config(), dtype=torch.float32).train()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     mask = torch.ones(2, 64, dtype=torch.long)
     if padded:
         mask[0, 0] = 0
     with (
-        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        stored_bytes(model) as stored,
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         hidden = model.base_model(torch.zeros(2, 64, dtype=torch.long), mask, use_cache=False).last_hidden_state
     found = replay.training(case.setup().student, 2, 16, 48, 8, 0, 0, 0, padded=padded)
-    assert found.saved == pytest.approx(sum(saved.values()) + hidden.nbytes, rel=0.02)
+    assert found.saved == pytest.approx(stored() + hidden.nbytes, rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

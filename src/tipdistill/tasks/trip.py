@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 from ..environments.world import World, tools_of
 from ..evaluate import task as evaluated
@@ -56,7 +56,7 @@ from .trip_world import (
     plan_text,
     problem_of,
 )
-from .written import Training, fit, point_to, taught_once
+from .written import Training, fit, point_to, taught_once, untaught
 
 # seeds of problems, which never meet: measured, trained on by a recipe, and taught before
 HELD_OUT, TRAINED_ON, TAUGHT = range(256), range(1 << 10, 1 << 20), (1 << 20, 1 << 31)
@@ -405,9 +405,7 @@ def teach(training: Training, on_step: Callable[[int, float], None] | None = Non
     Returns:
         The model, in evaluation mode.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        model = Qwen3ForCausalLM(model_config(training.layers, training.width))
+    model = untaught(model_config(training.layers, training.width), training.seed)
     draw, tokenizer = random.Random(training.seed), build_tokenizer()
     world, tools = World((), Trip), tools_of(Trip())
     step = 0

@@ -193,9 +193,7 @@ class WrittenTask:
         Returns:
             The model, in evaluation mode.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
-            model = Qwen3ForCausalLM(self.model_config(training.layers, training.width))
+        model = untaught(self.model_config(training.layers, training.width), training.seed)
         draw = random.Random(training.seed)
 
         def loss() -> Tensor:
@@ -365,6 +363,18 @@ def taught_once(
             raise
         # another process finished the same model first
     return final
+
+
+def untaught(config: Qwen3Config, seed: int) -> Qwen3ForCausalLM:
+    """A model with random weights; the process's own random state is left as it was.
+
+    Args:
+        config: of the model.
+        seed: of its weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
 
 
 def fit(

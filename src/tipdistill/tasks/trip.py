@@ -323,7 +323,7 @@ def _result(world: World, call: Call) -> str:
 # How both models are taught.
 
 TEACHER = Training(layers=2, width=64, steps=2000, learning_rate=3e-3, batch=8)
-STUDENT = Training(layers=2, width=48, steps=2000, learning_rate=3e-3, batch=8, seed=1, stop=1000)
+STUDENT = Training(layers=2, width=64, steps=2000, learning_rate=3e-3, batch=8, seed=1, stop=840)
 GROWING = ((300, (2, 2)), (600, (2, 3)))  # up to which step there are how many rows
 
 

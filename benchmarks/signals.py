@@ -1,12 +1,12 @@
 """Where the signals sit in episodes: quadrants, divergence and what each rule keeps, by kind of token and by turn.
 
-docs/trip.md has the command that records them; then
-
-    python -m benchmarks.signals --records runs/trip/before --name trip
+Beside them, how often each model's episodes are right, from `tipdistill eval`. docs/trip.md has all commands.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ from tipdistill.records import open_records
 from . import measure
 
 
-def run_signals(records: Path, name: str) -> dict[str, Any]:
-    """What records of episodes say, group by group.
+def run_signals(records: Path, name: str, evaluated: Sequence[Path] = ()) -> dict[str, Any]:
+    """What records of episodes say, group by group, and what evaluations say of whole episodes.
 
     Args:
         records: a directory that `tipdistill score` or a training run wrote.
-        name: of the result.
+        name: of the result, and of the task in the evaluations.
+        evaluated: directories that `tipdistill eval` wrote, one for each model; its name is the directory's.
 
     Raises:
-        ValueError: no records there, or none of episodes (they have no column `kind`).
+        ValueError: no records there, or none of episodes (they have no column `kind`); an evaluation of other tasks.
     """
+    evaluations = {directory.name: _evaluation(directory, name) for directory in evaluated}
     opened = open_records(records)
     sidecar = opened.sidecar
     kept = {rule: f"kept_{rule}" if place else "kept" for place, rule in enumerate(sidecar["rules"])}
@@ -59,8 +61,21 @@ def run_signals(records: Path, name: str) -> dict[str, Any]:
         **environment("cpu", torch.get_num_threads()),
         "settings": {"retention": sidecar["retention"], "rollouts": sidecar["rollouts"], "tokens": sidecar["tokens"]},
         "correct": float(np.mean(judged)) if judged else None,
+        "evaluated": evaluations,
         "groups": entries,
     }
+
+
+def _evaluation(directory: Path, task: str) -> dict[str, Any]:
+    try:
+        tasks = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))["tasks"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"{directory} has no metrics.json; tipdistill eval --output_dir {directory} writes it."
+        ) from None
+    if task not in tasks:
+        raise ValueError(f"{directory} is an evaluation of {', '.join(tasks)}, not of {task}.")
+    return {figure: tasks[task][figure] for figure in ("problems", "num_samples", "mean_at_k", "standard_error")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = measure.parser("signals", __doc__)
     parser.add_argument("--records", type=Path, required=True, help="directory of records")
-    parser.add_argument("--name", required=True, help="of the result")
+    parser.add_argument("--name", required=True, help="of the result, and of the task")
+    parser.add_argument("--evaluated", type=Path, nargs="*", default=[], help="directories of tipdistill eval")
     return measure.run("signals", run_signals, parser, argv)
 
 

@@ -541,7 +541,19 @@ def _signals(result: dict[str, Any]) -> str:
         for group, entry in groups.items()
     ]
     heading = ["", "of the tokens", "entropy", "reverse KL", "Q1 / Q2 / Q3 / Q4, %"]
-    return markdown_table([*heading, *(f"`{rule}` keeps" for rule in rules)], rows)
+    table = markdown_table([*heading, *(f"`{rule}` keeps" for rule in rules)], rows)
+    if not result["evaluated"]:
+        return table
+    scores = [
+        [
+            name,
+            f"{entry['mean_at_k']:.3f} ± {entry['standard_error']:.3f}",
+            str(entry["problems"]),
+            str(entry["num_samples"]),
+        ]
+        for name, entry in result["evaluated"].items()
+    ]
+    return table + "\n\n" + markdown_table(["model", "hard score", "problems", "samples of each"], scores)
 
 
 # Of each benchmarks/results/gpu-CARD.json, as benchmarks/gpu_lease.py writes it.

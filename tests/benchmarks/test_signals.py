@@ -1,5 +1,7 @@
 """Where signals sit: what is written of a group of tokens is what the records hold of it."""
 
+import json
+
 import pytest
 from episodes import SCRIPTS, acting_tokenizer, drawn, played
 
@@ -52,3 +54,21 @@ def test_a_group_has_the_mean_of_its_tokens_and_the_share_that_each_rule_keeps(t
 def test_records_without_episodes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no column kind"):
         signals.run_signals(record(tmp_path, [Rollout(0, "p", (1,), tuple(range(30)), True)]), "trip")
+
+
+def test_beside_the_signals_stands_how_often_each_model_is_right(tmp_path):
+    directory = record(tmp_path / "records", played(TOKENIZER, SCRIPTS.values()))
+    scores = {"problems": 256, "num_samples": 4, "mean_at_k": 0.875, "standard_error": 0.0156}
+    for model, mean in (("teacher", 0.875), ("student", 0.25)):
+        (tmp_path / model).mkdir()
+        tasks = {"trip": {**scores, "mean_at_k": mean, "turns": 5.0}}
+        (tmp_path / model / "metrics.json").write_text(json.dumps({"tasks": tasks}))
+    assert "hard score" not in TABLES["signals-trip"](signals.run_signals(directory, "trip"))
+    result = signals.run_signals(directory, "trip", [tmp_path / "teacher", tmp_path / "student"])
+    assert result["evaluated"] == {"teacher": scores, "student": {**scores, "mean_at_k": 0.25}}
+    table = TABLES["signals-trip"](result)
+    assert "| teacher | 0.875 ± 0.016 | 256 | 4 |" in table
+    with pytest.raises(ValueError, match="is an evaluation of trip, not of maths"):
+        signals.run_signals(directory, "maths", [tmp_path / "teacher"])
+    with pytest.raises(ValueError, match=r"has no metrics.json; tipdistill eval --output_dir \S+ writes it"):
+        signals.run_signals(directory, "trip", [tmp_path])

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from tipdistill import files
+from tipdistill.documents import read_json
 from tipdistill.score import tiles
 
 ROOT = Path(__file__).parents[1]
@@ -275,6 +276,19 @@ def write(path: Path, result: Any, digits: int = 4) -> Path:
     """Write a result as JSON with so many digits of each fraction, in full or not at all; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return files.write_text(path, json.dumps(rounded(result, digits), indent=1) + "\n")
+
+
+def evaluated_tasks(directory: Path) -> dict[str, dict[str, Any]]:
+    """Each task's figures, by its name, from a directory that `tipdistill eval` wrote.
+
+    Raises:
+        ValueError: no evaluation there, or a damaged one.
+    """
+    try:
+        return read_json(directory / "metrics.json")["tasks"]
+    except FileNotFoundError:
+        command = f"tipdistill eval --output_dir {directory}"
+        raise ValueError(f"{directory} has no metrics.json: {command} writes it.") from None
 
 
 def rounded(value: Any, digits: int) -> Any:

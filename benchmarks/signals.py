@@ -1,11 +1,11 @@
 """Where the signals sit in episodes: quadrants, divergence and what each rule keeps, by kind of token and by turn.
 
-Beside them, how often each model's episodes are right, from `tipdistill eval`. docs/trip.md has all commands.
+Beside them stands how often each model's episodes are right, as `tipdistill eval` counted it.
+The commands that record and evaluate are in docs/trip.md.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ def run_signals(records: Path, name: str, evaluated: Sequence[Path] = ()) -> dic
     Args:
         records: a directory that `tipdistill score` or a training run wrote.
         name: of the result, and of the task in the evaluations.
-        evaluated: directories that `tipdistill eval` wrote, one for each model; its name is the directory's.
+        evaluated: directories that `tipdistill eval` wrote, each named as its model is to be called.
 
     Raises:
-        ValueError: no records there, or none of episodes (they have no column `kind`); an evaluation of other tasks.
+        ValueError: no records there, or none of episodes (they have no column `kind`).
+        ValueError: no evaluation there, or one of other tasks.
     """
-    evaluations = {directory.name: _evaluation(directory, name) for directory in evaluated}
+    evaluations = {directory.name: _hard_score(directory, name) for directory in evaluated}
     opened = open_records(records)
     sidecar = opened.sidecar
     kept = {rule: f"kept_{rule}" if place else "kept" for place, rule in enumerate(sidecar["rules"])}
@@ -66,13 +67,8 @@ def run_signals(records: Path, name: str, evaluated: Sequence[Path] = ()) -> dic
     }
 
 
-def _evaluation(directory: Path, task: str) -> dict[str, Any]:
-    try:
-        tasks = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))["tasks"]
-    except FileNotFoundError:
-        raise ValueError(
-            f"{directory} has no metrics.json; tipdistill eval --output_dir {directory} writes it."
-        ) from None
+def _hard_score(directory: Path, task: str) -> dict[str, Any]:
+    tasks = measure.evaluated_tasks(directory)
     if task not in tasks:
         raise ValueError(f"{directory} is an evaluation of {', '.join(tasks)}, not of {task}.")
     return {figure: tasks[task][figure] for figure in ("problems", "num_samples", "mean_at_k", "standard_error")}

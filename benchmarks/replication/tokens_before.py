@@ -12,7 +12,6 @@ benchmarks/results/replication/tokens/before.json. `make replicate` runs all of 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -50,21 +49,21 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float(pd.Series(first).rank().corr(pd.Series(second).rank()))
 
 
-def measured(directory: Path, teacher_metrics: Path) -> dict[str, Any]:
+def measured(directory: Path, teacher: Path) -> dict[str, Any]:
     """Quadrants, mean divergence, and what the entropies of student and teacher are, of one task's records.
 
     Args:
         directory: of `tipdistill score`.
-        teacher_metrics: what `tipdistill eval` wrote of the teacher.
+        teacher: of `tipdistill eval`, which measured the teacher.
     """
     records = open_records(directory)
     table = records.read(["rollout", "entropy", "teacher_entropy", "reverse_kl"])
-    entropy, teacher, divergence = (
+    entropy, teacher_entropy, divergence = (
         table[name].to_numpy().astype(float) for name in ("entropy", "teacher_entropy", "reverse_kl")
     )
     _, rollout = np.unique(table["rollout"].to_numpy(), return_inverse=True)
     most = math.log(records.sidecar["vocabulary"])
-    (task,) = json.loads(teacher_metrics.read_text(encoding="utf-8"))["tasks"].items()
+    (task,) = measure.evaluated_tasks(teacher).items()
     return {
         "teacher_accuracy": {
             "task": task[0],
@@ -75,10 +74,10 @@ def measured(directory: Path, teacher_metrics: Path) -> dict[str, Any]:
         "quadrants": records.sidecar["quadrants"],
         "reverse_kl": mean_over_rollouts(divergence, rollout),
         "student_entropy_norm": mean_over_rollouts(entropy / most, rollout),
-        "teacher_entropy_norm": mean_over_rollouts(teacher / most, rollout),
+        "teacher_entropy_norm": mean_over_rollouts(teacher_entropy / most, rollout),
         "rank_correlation_with_reverse_kl": {
             "student_entropy": rank_correlation(entropy, divergence),
-            "teacher_entropy": rank_correlation(teacher, divergence),
+            "teacher_entropy": rank_correlation(teacher_entropy, divergence),
         },
     }
 
@@ -89,7 +88,7 @@ def main() -> None:
     parser.add_argument("teachers", type=Path, help="a folder with the evaluation of each task's teacher")
     options = parser.parse_args()
     by_task = {
-        path.name: measured(path, options.teachers / path.name / "metrics.json")
+        path.name: measured(path, options.teachers / path.name)
         for path in sorted(options.records.iterdir())
         if path.is_dir()
     }

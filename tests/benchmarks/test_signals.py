@@ -5,7 +5,7 @@ import json
 import pytest
 from episodes import SCRIPTS, acting_tokenizer, drawn, played
 
-from benchmarks import signals
+from benchmarks import measure, signals
 from benchmarks.table import TABLES
 from tipdistill.records import About, RecordsWriter, open_records
 from tipdistill.types import Rollout
@@ -70,5 +70,18 @@ def test_beside_the_signals_stands_how_often_each_model_is_right(tmp_path):
     assert "| teacher | 0.875 ± 0.016 | 256 | 4 |" in table
     with pytest.raises(ValueError, match="is an evaluation of trip, not of maths"):
         signals.run_signals(directory, "maths", [tmp_path / "teacher"])
-    with pytest.raises(ValueError, match=r"has no metrics.json; tipdistill eval --output_dir \S+ writes it"):
+    with pytest.raises(ValueError, match=r"has no metrics.json: tipdistill eval --output_dir \S+ writes it"):
         signals.run_signals(directory, "trip", [tmp_path])
+
+
+def test_the_planning_pair_passes_its_gates_and_its_page_says_so():
+    result = json.loads((measure.RESULTS / "signals-trip.json").read_text(encoding="utf-8"))
+    teacher, student = (result["evaluated"][model] for model in ("teacher", "student"))
+    assert teacher["problems"] == student["problems"] == 256
+    assert teacher["mean_at_k"] >= 0.9
+    assert 0.2 <= student["mean_at_k"] <= 0.6
+    assert result["groups"]["all"]["quadrants"][2] >= 0.02
+    page = " ".join((measure.ROOT / "docs" / "trip.md").read_text(encoding="utf-8").split())
+    assert "teacher's plans are right nine times in ten, the student's once in four" in page
+    assert round(10 * teacher["mean_at_k"]) == 9
+    assert round(4 * student["mean_at_k"], 1) == 1

@@ -69,7 +69,7 @@ def test_entropies_are_shares_of_the_largest_and_the_teacher_is_the_teachers(tmp
     write_records(tmp_path / "records", columns, vocabulary=16, quadrants={"q1": {}})
     metrics = {"tasks": {"modular[64:]": {"mean_at_k": 0.75, "standard_error": 0.1, "num_samples": 4, "problems": 9}}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    measured = tokens_before.measured(tmp_path / "records", tmp_path / "metrics.json")
+    measured = tokens_before.measured(tmp_path / "records", tmp_path)
     assert (measured["rollouts"], measured["tokens"], measured["quadrants"]) == (2, 3, {"q1": {}})
     assert measured["student_entropy_norm"]["mean"] == pytest.approx(1.5 / 3)
     assert measured["teacher_entropy_norm"]["mean"] == pytest.approx(1.25 / 3)

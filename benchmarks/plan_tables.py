@@ -16,6 +16,7 @@ import torch
 
 from tipdistill.files import write_text
 from tipdistill.plan import setup_of
+from tipdistill.plan.beside import best_split
 from tipdistill.plan.memory import Setup, memory, peak
 from tipdistill.plan.report import changes, fits, plan, retention_table
 from tipdistill.plan.time import MACHINES, step_time
@@ -112,6 +113,30 @@ def _saving(setup: Setup, batch_normalization: bool) -> str:
     return f"{after / before - 1:+.1%}"
 
 
+def ahead_table() -> str:
+    """The paper's pairs with rollouts by vLLM on the training's GPUs, and by a server on some of them."""
+    rows = []
+    for name in PAPER:
+        for gpus in GPUS[1:]:
+            setup = scenario(name, gpus)
+            together, split = sum(step_time(setup, MACHINE).values()), best_split(setup, MACHINE)
+            assert split is not None, "several GPUs can be split"
+            ahead = max(split.rollout, split.training)
+            rows.append(
+                [
+                    name,
+                    f"{gpus:,}",
+                    f"{together:.0f}",
+                    f"{split.writers:,}",
+                    f"{split.rollout + split.training:.0f}",
+                    f"{ahead:.0f}",
+                    f"{ahead / together - 1:+.0%}",
+                ]
+            )
+    header = ["pair", "GPUs", "colocate (s)", "writers", "server, in turn (s)", "ahead (s)", "ahead against colocate"]
+    return markdown_table(header, rows)
+
+
 def memory_beside_paper() -> str:
     """The plan's peaks outside the rollout beside the paper's, in GB (10⁹ bytes), on as many GPUs."""
     rows = []
@@ -139,6 +164,7 @@ def retention_of(name: str, gpus: int = 64) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: cache(partial(scale_table, name)) for name in PAIRS},
     "paper": cache(memory_beside_paper),
+    "ahead": cache(ahead_table),
     "retention": cache(partial(retention_of, "qwen3-8b-4b", 8)),
 }
 

@@ -39,6 +39,8 @@ class TIPConfig(DistillationConfig):
         backward: "full" differentiates through all positions, so that the gradient of the kept tokens' loss is exact;
             "kept" through those of the kept tokens alone, with the keys and values of all others as constants: cheaper
             in time and memory, and an approximation (docs/scaling.md).
+        rollout_ahead: 0: a step's rollouts are written when it begins. 1: they were written while the step before was
+            trained, with the student as it was then (docs/scaling.md).
         num_generations: rollouts per prompt.
         teacher_offload: move the teacher's backbone to the CPU between scoring passes ("batch" only).
         score_logging_steps: every this many steps compute all statistics even where the rule reads fewer (entropy
@@ -113,6 +115,13 @@ class TIPConfig(DistillationConfig):
         metadata={
             "help": "Differentiate through all positions ('full'), or through those of the kept tokens alone ('kept'): "
             "cheaper, and an approximation."
+        },
+    )
+    rollout_ahead: int = field(
+        default=0,
+        metadata={
+            "help": "1: write the next step's rollouts while this one is trained, with the student one step before; "
+            "saves time beside a vLLM server."
         },
     )
     num_generations: int = field(default=1, metadata={"help": "Rollouts per prompt."})
@@ -245,6 +254,11 @@ class TIPConfig(DistillationConfig):
             raise ValueError(
                 f'backward="kept" leaves out what is not kept, and {rule_name(self.selection_rule)} keeps every token: '
                 'choose another selection_rule, or take backward="full".'
+            )
+        if self.rollout_ahead and self.environment is not None:
+            raise ValueError(
+                f"rollout_ahead = 1 writes rollouts of one turn, and {self.environment} answers between turns: leave "
+                "out one of the two."
             )
         if self.task_names() and not self.eval_steps:
             raise ValueError(f"eval_tasks = {self.eval_tasks} are measured every eval_steps steps: set eval_steps.")
@@ -406,6 +420,8 @@ def check_values(values: Any) -> None:
         check_known("selection_scope", values.selection_scope, SCOPES)
     check_known("normalization", values.normalization, NORMALIZATIONS)
     check_known("backward", values.backward, BACKWARDS)
+    if isinstance(values.rollout_ahead, bool) or values.rollout_ahead not in (0, 1):
+        raise ValueError(f"rollout_ahead must be 0 or 1 steps, got {values.rollout_ahead!r}.")
     for name, least in (
         ("num_generations", 1),
         ("score_logging_steps", 0),

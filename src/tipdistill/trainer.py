@@ -2,7 +2,7 @@
 
 Generation, PEFT, sharding, logging and checkpoints are TRL's. What is ours, in the order of a step:
 
-    rollout   _generate_and_score_completions   the student writes (TRL)
+    rollout   _generate_and_score_completions   the student writes (TRL), now or a step ahead (training/ahead.py)
     score     _score                            statistics of every token, once per generation batch
     select    training/selection.py             which tokens are trained on, over the rollouts of all processes
     loss      _compute_loss                     student forward, then the divergence of the kept rows alone
@@ -39,11 +39,12 @@ from .score.models import head, lm_head_dtype
 from .select import needs_teacher, resolve_rule, rule_fields
 from .teachers import Comparison, Teacher, choose_teacher
 from .teachers.local import load_tokenizer, name_of
+from .training.ahead import RolloutsAhead
 from .training.card import PAPER, TAGS
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_arguments, teacher_prompt_column
 from .training.engine_check import EngineCheck
-from .training.episodes import read_tools
+from .training.episodes import as_played, read_tools
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
 from .training.images import prepared, with_images
 from .training.kept import KeptForward
@@ -61,7 +62,7 @@ from .training.monitor import (
 from .training.progress import MetricsFile
 from .training.recording import record_step
 from .training.resumable import ResumableTrainer
-from .training.rollouts import for_processor, leave_out_router, state_policy
+from .training.rollouts import check_asked, for_processor, leave_out_router, state_policy
 from .training.scoring import (
     finished_alone,
     for_models,
@@ -76,7 +77,6 @@ from .training.selection import StepSelection
 from .training.shared_tokens import check_problems_shared, check_prompts_shared, share_tokens
 from .training.student_check import StudentCheck
 from .types import Head, TokenScores
-from .vocabulary import check_ids_shared
 
 logger = get_logger(__name__)
 
@@ -186,7 +186,7 @@ class TIPTrainer(ResumableTrainer):
         self.teacher: Teacher = teacher_of(self)
         self.teacher_model = self.teacher.model
         state_policy(self)
-        self._differing = teacher_of.differing  # tokens that mean something else to the teacher
+        self.differing = teacher_of.differing  # tokens that mean something else to the teacher
         self.vocabulary = share_tokens(self, teacher_of, is_conversational(train_dataset))
 
         self._rule_fields = rule_fields(args.selection_rule)
@@ -195,11 +195,12 @@ class TIPTrainer(ResumableTrainer):
         self._divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
         self._clock = StepClock()
         self._selection = StepSelection(self)
+        self._ahead = RolloutsAhead(self)
         self._micro_batches = 0  # of the step so far
-        self._engine_check = EngineCheck(args.vllm_sync_tolerance)
+        self.engine_check = EngineCheck(args.vllm_sync_tolerance)
         # of several teachers, or where they read prompts of their own, each looks at what it reads
         alone = teacher_prompts is None and not self.teacher.names
-        self._limits = limits if alone else {"student": limits["student"]}
+        self.limits = limits if alone else {"student": limits["student"]}
         self._student_check = StudentCheck()
         self._last_whole_step = last_whole_step
         self.add_callback(StepEnd(self._clock, self._log_step))
@@ -222,16 +223,13 @@ class TIPTrainer(ResumableTrainer):
     # Rollout: TRL's, in an order that a resumed run repeats, by an engine that holds the student's weights.
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> _trl.EpochSampler:
-        generation_batch = (
-            self.args.per_device_train_batch_size
-            * self.accelerator.num_processes
-            * self.args.gradient_accumulation_steps
-        )
+        every = self.args.gradient_accumulation_steps
+        generation_batch = self.args.per_device_train_batch_size * self.accelerator.num_processes * every
         return _trl.EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.args.num_generations,
             batch_size=generation_batch // self.args.num_generations,
-            repeat_count=self.args.gradient_accumulation_steps,
+            repeat_count=every,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
@@ -242,28 +240,30 @@ class TIPTrainer(ResumableTrainer):
         ids = encode_prompts(prompts, self.processing_class, self.chat_template_kwargs, self.tools, self.chat_template)
         return ids, None, {}
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return self._ahead.batches(super().get_batch_samples, epoch_iterator, num_batches, device)
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        check_batch(self._limits, prompt_ids, self.args.max_completion_length, bool(self.tools))
-        check_ids_shared(prompt_ids, self._differing)
+        written = self._ahead.take(prompt_ids)
+        return self.write(prompt_ids, images, multimodal_fields, has_tool_images) if written is None else written
+
+    def write(self, prompt_ids: list[list[int]], images: Any = None, *seen: Any) -> list[list[int]]:
+        """Completions of prompts, by the engine of the run with the student as it is now."""
+        check_asked(self, prompt_ids)
         synced = self.use_vllm and self.state.global_step != self._last_loaded_step
         with sampled_with(self.plain_student(), self.generation_config):
-            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+            completion_ids = super()._generate_single_turn(prompt_ids, images, *(seen or ({},)))
         if synced and not self._is_vlm:
-            self._engine_check(self, prompt_ids[0])
+            self.engine_check(self, prompt_ids[0])
         check_completions(prompt_ids, completion_ids)
         return completion_ids
 
     def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, images, multimodal_fields):
         if self._run_tools is None:
             return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, images, multimodal_fields)
-        check_batch(self._limits, prompt_ids, self.args.max_completion_length, in_turns=False)  # with what was observed
-        episodes = self._run_tools.play(self, prompt_ids, completion_ids)
-        results = [result for episode in episodes for result in episode.results]
-        unanswered = sum(episode.unanswered for episode in episodes)
-        failures = sum(result.outcome != "ok" for result in results) + unanswered
-        masks = [[int(by_student) for by_student in episode.written] for episode in episodes]
-        ids = [episode.completion_ids for episode in episodes]
-        return masks, completions, ids, len(results) + unanswered, failures, [[] for _ in ids]
+        check_batch(self.limits, prompt_ids, self.args.max_completion_length, in_turns=False)  # with what was observed
+        masks, ids, calls, failures = as_played(self._run_tools.play(self, prompt_ids, completion_ids))
+        return masks, completions, ids, calls, failures, [[] for _ in ids]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._student_check(self)
@@ -295,7 +295,10 @@ class TIPTrainer(ResumableTrainer):
         records, until they are written).
         """
         with self._clock.part("rollout"):
-            batch = super()._generate_and_score_completions(inputs)
+            with self._ahead.due():
+                batch = super()._generate_and_score_completions(inputs)
+            self._ahead.mark(batch)
+            self._ahead.begin()
         if self.args.mask_truncated_completions:
             batch = finished_alone(batch, self.eos_token_ids, self.accelerator)
         batch["examples"] = inputs
@@ -319,6 +322,8 @@ class TIPTrainer(ResumableTrainer):
                 answers = self.teacher.answer(seen, mask, pieces)
         with self._clock.part("score"):
             scores = self._score(seen, mask, pieces, fields, answers)
+        if self._ahead.is_compared:
+            self._ahead.compare(scores["student_logprob"][mask], batch["writer_logprob"][mask])
         with self._clock.part("select"):
             weight = self._selection.ahead(scores, mask, batch)
         kept, batch["every_answer"] = weight > 0, answers
@@ -348,9 +353,10 @@ class TIPTrainer(ResumableTrainer):
         """Statistics to compute at this step: the rule's own, and the logged ones where they cost no projection."""
         if self._rule_fields is None:
             return ()
-        if self._reads_teacher or self._is_full_step():
-            return tuple(dict.fromkeys((*self._rule_fields, *self._logged_fields())))
-        return tuple(dict.fromkeys((*self._rule_fields, "entropy", "entropy_norm")))
+        reads = self._reads_teacher or self._is_full_step()
+        logged = self._logged_fields() if reads else ("entropy", "entropy_norm")
+        compared = ("student_logprob",) if self._ahead.is_compared else ()
+        return tuple(dict.fromkeys((*self._rule_fields, *logged, *compared)))
 
     def _logged_fields(self) -> tuple[str, ...]:
         return ALL_FIELDS if self._is_full_step() else LOGGED_FIELDS
@@ -487,6 +493,11 @@ class TIPTrainer(ResumableTrainer):
                     student = replace(student, hidden=forward.rows().to(student.hidden.device))
                 with naming_rollouts(asked):
                     loss, scores = teacher.loss(student, None, fields=self._logged_fields(), **options)
+            if self.model.training and self._ahead.is_compared:
+                now = scores.student_logprob
+                if now is None:  # the loss of all tokens does not give it
+                    now = self._logprobs_here(student, inputs["completion_ids"][asked])
+                self._ahead.compare(now, exact["writer_logprob"][asked])
         if self.model.training:
             self._selection.add(scores, selection, asked, exact.get("examples", ()))
         return loss, scores.require("entropy").sum(), mask.sum()
@@ -495,6 +506,10 @@ class TIPTrainer(ResumableTrainer):
     def _score_here(self, student: Head, teacher: Comparison, tokens: Tensor) -> TokenScores:
         fields = self.fields_now()
         return self._scores(student, teacher if self._projects_teacher(fields) else None, fields, tokens)
+
+    @torch.no_grad()
+    def _logprobs_here(self, student: Head, tokens: Tensor) -> Tensor:
+        return self._scores(student, None, ("student_logprob",), tokens).require("student_logprob")
 
     # Hidden states and lm_heads, for all stages; teachers see `hidden_rows` and `redirected` (`teachers.Surroundings`).
 
@@ -553,7 +568,7 @@ class TIPTrainer(ResumableTrainer):
         totals = dict(zip(TALLIED, sums.tolist(), strict=True))
         self.monitor.trained_tokens += round(totals["kept"])
         figures = metrics(sums) | self._clock.take(totals["tokens"])
-        figures |= self._selection.take_by_teacher() | self.teacher.metrics()
+        figures |= self._selection.take_by_teacher() | self.teacher.metrics() | self._ahead.figures()
         logged = self._metrics["train"]
         if "entropy" in figures:  # TRL took the mean of each micro-batch, whose means depend on the split
             del logged["entropy"][-self._micro_batches :]
@@ -565,6 +580,8 @@ class TIPTrainer(ResumableTrainer):
         if "selection/dropped_divergence" in figures:
             self._warn(self.monitor.observe(figures["selection/dropped_divergence"]))
         self._warn(self.monitor.observe_lengths(*(logged[f"completions/{name}"][-1] for name in WATCHED)))
+        if "rollout/log_ratio" in figures:
+            self._warn(self.monitor.observe_staleness(figures["rollout/log_ratio"]))
         self._selection.look_ahead()
 
     def _warn(self, warning: str | None) -> None:

@@ -129,6 +129,7 @@ OURS = {
     "backward": Case(
         "kept", lambda run: max(run.differentiated) <= run.batches[0]["completion_ids"].shape[1], False, True
     ),
+    "rollout_ahead": Case(1, lambda run: "writer_logprob" in run.batches[-1], False, True),
     "num_generations": Case(4, lambda run: len(run.prompts()), 8, 2),
     "teacher_offload": Case(True, lambda run: "cpu" in run.teacher_moves, False, True),
     "score_logging_steps": Case(

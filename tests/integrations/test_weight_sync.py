@@ -104,7 +104,7 @@ def test_an_engine_that_takes_the_weights_is_trusted_after_the_student_has_moved
     assert all(asked == (1, 6, 1.0, 0) for asked in probes)  # temperature 1, whatever the rollouts are drawn at
     assert [asked for asked in engine.asked if asked[0] > 1] == [(4, 6, 0.7, None)] * 3
     if mode == "colocate":  # float32: settled at the second sync, and not asked a third time
-        assert trainer._engine_check.done
+        assert trainer.engine_check.done
         assert len(probes) == 2
     assert engine.generation_kwargs == {"logit_bias": {1: -100.0}}
     assert (engine.top_k, engine.top_p, engine.repetition_penalty) == (5, 0.9, 1.1)
@@ -129,7 +129,7 @@ def test_a_student_that_was_resumed_or_changed_shows_a_stale_head_at_once(traine
 def test_a_slow_student_is_checked_until_it_has_moved(trainer_with):
     trainer = trainer_with(learning_rate=1e-7)
     trainer.train()
-    assert not trainer._engine_check.done
+    assert not trainer.engine_check.done
     assert len([asked for asked in trainer.vllm_generation.asked if asked[0] == 1]) == 3
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .beside import SERVER_SHARE, best_split
 from .memory import COMPONENTS, PHASES, USABLE, Setup, memory, peak
 from .time import PARTS, Machine, step_time, vllm_tokens
 
@@ -54,7 +55,10 @@ def plan(setup: Setup, machine: Machine, retentions: Sequence[float] = RETENTION
         "seconds": seconds,
         "bottleneck": max(seconds, key=seconds.__getitem__),
         "retentions": [_at(setup, machine, retention) for retention in retentions],
-        "settings": [_with(name, changed, machine) for name, changed in _settings(setup)],
+        "settings": [
+            *(_with(name, changed, machine) for name, changed in _settings(setup)),
+            *_written_beside(setup, machine),
+        ],
         "assumptions": assumptions(setup, machine),
     }
 
@@ -103,6 +107,24 @@ def _with(name: str, setup: Setup, machine: Machine) -> dict[str, Any]:
         "step_seconds": total,
         "without_rollout_seconds": total - seconds["rollout"],
     }
+
+
+def _written_beside(setup: Setup, machine: Machine) -> Iterator[dict[str, Any]]:
+    """The same GPUs, some of them given to a vLLM server that writes in turn with the training, or ahead of it."""
+    split = best_split(setup, machine)
+    if split is None:
+        return
+    name = f"vllm_mode: server on {split.writers:,} of the {setup.gpus:,} GPUs"
+    for setting, seconds in (
+        (name, split.rollout + split.training),
+        (f"{name}, rollout_ahead: 1", max(split.rollout, split.training)),
+    ):
+        yield {
+            "setting": setting,
+            "peak_bytes": peak(memory(split.trainers))[1],
+            "step_seconds": seconds,
+            "without_rollout_seconds": split.training,
+        }
 
 
 def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
@@ -235,6 +257,12 @@ def assumptions(setup: Setup, machine: Machine) -> list[str]:
             "is recomputed; it is an approximation that learns less from a step (docs/scaling.md), and its memory was "
             "not measured"
         )
+    if setup.engine != "server" and setup.gpus > 1:
+        lines.append(
+            f"with vllm_mode: server, vLLM has {SERVER_SHARE:.0%} of its GPUs' memory, the others train on all "
+            "rollouts, and sending the weights takes no time; rollout_ahead: 1 trains on rollouts that are a step old "
+            "(docs/scaling.md)"
+        )
     if setup.asks_a_server:
         lines.append("the teacher's server is on other GPUs; its memory, time and traffic are not counted")
     return lines
@@ -307,18 +335,20 @@ def retention_table(planned: dict[str, Any]) -> str:
 
 def settings_table(planned: dict[str, Any]) -> str:
     """What a step would take with other settings, beside the recipe's."""
-    first = planned["settings"][0]["without_rollout_seconds"]
+    first = planned["settings"][0]
     rows = [
         [
             row["setting"],
             f"{row['peak_bytes'] / _GIB:.1f}",
             f"{row['step_seconds']:.1f}",
             f"{row['without_rollout_seconds']:.1f}",
-            f"{row['without_rollout_seconds'] / first:.2f}",
+            f"{row['without_rollout_seconds'] / first['without_rollout_seconds']:.2f}",
+            f"{row['step_seconds'] / first['step_seconds']:.2f}",
         ]
         for row in planned["settings"]
     ]
-    return _table(["setting", "peak (GiB)", "step (s)", "without rollout (s)", "of the recipe's"], rows)
+    header = ["setting", "peak (GiB)", "step (s)", "without rollout (s)", "of the recipe's", "step, of the recipe's"]
+    return _table(header, rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -28,7 +28,7 @@ SECTIONS = {
     ),
     "rollouts": (
         *("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "end_as_teacher"),
-        *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_sync_tolerance"),
+        *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_sync_tolerance", "rollout_ahead"),
     ),
     "tools": ("environment", "max_tool_calling_iterations", "max_tool_result_tokens", "tool_timeout"),
     "selection and loss": (

@@ -118,6 +118,10 @@ def read_tools(
     """
     if not tools and factory is None:
         return None
+    if args.rollout_ahead:
+        raise ValueError(
+            "rollout_ahead = 1 writes rollouts of one turn, and tools answer between turns: leave out one of the two."
+        )
     if isinstance(processing_class, ProcessorMixin):
         if factory is None:
             return None
@@ -185,7 +189,20 @@ def no_longer_than(trainer: Any, tokens: int | None) -> Iterator[None]:
         setattr(place, name, own)
 
 
-# What was done, in figures.
+# What was done: as TRL takes it, and in figures.
+
+
+def as_played(episodes: Sequence[Episode]) -> tuple[list[list[int]], list[Any], int, int]:
+    """Of each rollout which tokens are the student's (1) and its tokens; how many calls there were, how many failed.
+
+    Args:
+        episodes: of this process.
+    """
+    results = [result for episode in episodes for result in episode.results]
+    unanswered = sum(episode.unanswered for episode in episodes)
+    failures = sum(result.outcome != "ok" for result in results) + unanswered
+    masks = [[int(by_student) for by_student in episode.written] for episode in episodes]
+    return masks, [episode.completion_ids for episode in episodes], len(results) + unanswered, failures
 
 
 def described(episode: Episode) -> dict[str, Any]:

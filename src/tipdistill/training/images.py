@@ -29,12 +29,14 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
     Raises:
         ValueError: the first row whose prompt, image or last turn this run cannot take.
     """
+    sees = isinstance(processing_class, ProcessorMixin)
+    if sees and args.rollout_ahead:
+        raise ValueError("rollout_ahead = 1 is for students that read text alone: leave it out for one with images.")
     if isinstance(dataset, dict):
         return {part: prepared(rows, f"{name}[{part!r}]", args, processing_class) for part, rows in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
     check_prompts(dataset, name)
-    sees = isinstance(processing_class, ProcessorMixin)
     plain = isinstance(dataset[0]["prompt"], str)
     with_image = set()
     for column in COLUMNS:

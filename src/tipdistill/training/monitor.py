@@ -33,6 +33,8 @@ ALL_FIELDS = (*LOGGED_FIELDS, "forward_kl")
 # parts of a step before its loss, which times them
 PREPARATION = ("rollout", "score", "select", "record", "teacher")
 BASELINE_STEPS = 5
+# nats a token between a student and the one, a step before, that wrote its rollouts
+STALE = 0.1
 # what TRL logs of the completions, as completions/<name>, and the length guard watches
 WATCHED = ("mean_length", "clipped_ratio")
 
@@ -264,8 +266,11 @@ class TrainingMonitor(TrainerCallback, ExportableState):
     the first `BASELINE_STEPS` observations or below a `drift_factor`-th of it, or the share of them that end by
     themselves is below a `drift_factor`-th of that share.
 
+    The staleness guard: where rollouts are written a step ahead it warns, once per excursion, that they are no longer
+    the student's own.
+
     Args:
-        drift_factor: multiple of the baseline that triggers the warnings; 0 turns the guards off.
+        drift_factor: multiple of the baseline that triggers the warnings; 0 turns the two guards above off.
         retention: share of the tokens that is trained on, in (0, 1].
         drift_retention: what it is raised to, in (0, 1]; None: nothing.
     """
@@ -281,6 +286,7 @@ class TrainingMonitor(TrainerCallback, ExportableState):
         self.has_drifted = False
         self.length_baseline: list[list[float]] = []  # of each observation: mean length, share that ended
         self.lengths_left = False
+        self.stale = False
 
     @property
     def retention(self) -> float:
@@ -347,6 +353,19 @@ class TrainingMonitor(TrainerCallback, ExportableState):
             f"{1.0 - ended:.0%}. {remedy} `drift_factor=0` turns this warning off."
         )
 
+    def observe_staleness(self, log_ratio: float) -> str | None:
+        """Take one step's mean of log P_now / P_writer (nats); return a warning when it falls below −`STALE`.
+
+        Over what the writer samples, its mean is −KL(writer ‖ now): 0 for a student that has not moved.
+        """
+        had_left, self.stale = self.stale, log_ratio < -STALE
+        if had_left or not self.stale:
+            return None
+        return (
+            f"the student has moved {-log_ratio:.3g} nats a token away from the one that wrote this step's rollouts, "
+            f"more than {STALE:g}: they are no longer its own. Lower `learning_rate`, or leave `rollout_ahead` out."
+        )
+
     def state(self) -> dict[str, Any]:
         return {
             "args": {
@@ -360,6 +379,7 @@ class TrainingMonitor(TrainerCallback, ExportableState):
                 "baseline": list(self.baseline),
                 "drifting": self.drifting,
                 "has_drifted": self.has_drifted,
+                "stale": self.stale,
                 "length_baseline": [list(values) for values in self.length_baseline],
                 "lengths_left": self.lengths_left,
             },

@@ -28,6 +28,7 @@ from ..files import alone, put_in_place, sync_tree
 from ..signals import StopRequest, stop
 from ..teachers import Teacher, TeacherUnavailableError
 from ..teachers.local import name_of
+from .ahead import RolloutsAhead, RolloutsUnavailableError
 from .card import complete_card
 from .checkpoints import STATE, LastWholeStep, checkpoint_to_resume, final_step, finished
 
@@ -73,6 +74,7 @@ class ResumableTrainer(DistillationTrainer):
     _saved_step = -1
     _last_whole_step: LastWholeStep
     teacher: Teacher
+    _ahead: RolloutsAhead
 
     @property
     def stop_request(self) -> StopRequest:
@@ -90,8 +92,8 @@ class ResumableTrainer(DistillationTrainer):
             checkpoint = from_main(lambda: self._checkpoint(resume_from_checkpoint))
             try:
                 trained = super().train(checkpoint, *args, **kwargs)
-            except TeacherUnavailableError as error:
-                raise TeacherUnavailableError(f"{error}. {self._last_whole_step.save(self)}") from error
+            except (TeacherUnavailableError, RolloutsUnavailableError) as error:
+                raise type(error)(f"{error}. {self._last_whole_step.save(self)}") from error
             if self.stop_request.is_outermost and (signum := self._asked_to_stop()):
                 self._stop(signum, self.model, None)  # it came after the last step
             return trained
@@ -179,12 +181,14 @@ class ResumableTrainer(DistillationTrainer):
             put_in_place(path, parent / path.name)
         staging.rmdir()
 
-    # What a teacher that follows the student needs to go on is saved and loaded with the optimizer.
+    # What a teacher that follows the student needs to go on, and rollouts that were written ahead, are saved and loaded
+    # with the optimizer.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         for callback in self.teacher.callbacks:
             callback.save(Path(output_dir))
+        self._ahead.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -192,6 +196,7 @@ class ResumableTrainer(DistillationTrainer):
             return  # of a finished run, whose last model is no checkpoint
         for callback in self.teacher.callbacks:
             callback.load(Path(checkpoint))
+        self._ahead.load(Path(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -9,6 +9,8 @@ from accelerate.logging import get_logger
 
 from ..chat import is_begun
 from ..policy import end_tokens, left_out
+from ..vocabulary import check_ids_shared
+from .lengths import check_batch
 
 logger = get_logger(__name__)
 
@@ -102,3 +104,31 @@ def for_processor(prompts: Sequence[Any]) -> list[Any]:
         prompt if isinstance(prompt, str) else [{"content": None, **message} for message in prompt]
         for prompt in prompts
     ]
+
+
+def check_asked(trainer: Any, prompt_ids: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts that a model cannot hold or reads otherwise, before the student goes on from them.
+
+    Args:
+        trainer: a `TIPTrainer`.
+        prompt_ids: tokens of each.
+
+    Raises:
+        ValueError: which prompt, and what to change.
+    """
+    check_batch(trainer.limits, prompt_ids, trainer.args.max_completion_length, bool(trainer.tools))
+    check_ids_shared(prompt_ids, trainer.differing)
+
+
+def sync_engine(trainer: Any, prompt_ids: list[list[int]]) -> None:
+    """Give vLLM the student's weights, where it has not got them yet; every process calls it.
+
+    Args:
+        trainer: a `TIPTrainer` with vLLM.
+        prompt_ids: tokens of the prompts that it is asked about then.
+    """
+    check_asked(trainer, prompt_ids)
+    if trainer.state.global_step != trainer._last_loaded_step:
+        trainer.vllm_generation.sync_weights()
+        trainer._last_loaded_step = trainer.state.global_step
+        trainer.engine_check(trainer, prompt_ids[0])

@@ -87,6 +87,7 @@ def kinds(model):
 
 def run(job):
     import torch
+    import vllm_server
     from accelerate.utils import gather_object
     from datasets import Dataset
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,9 +120,9 @@ def run(job):
             return function(*args, **(kwargs or {}))
 
     class Watched(TIPTrainer):
-        def _generate_single_turn(self, prompt_ids, *rest):
+        def write(self, prompt_ids, *seen):
             with no_longer_than(self, 2 if job.get("acting") else None):
-                completions = super()._generate_single_turn(prompt_ids, *rest)
+                completions = super().write(prompt_ids, *seen)
             if job.get("acting"):  # the engine wrote, in step with the others; a script says what
                 return [acting.turn_after(self._tokenizer, ids) for ids in prompt_ids]
             # of a length of each prompt's own, so that ranks hold different widths: a random model never ends
@@ -171,6 +172,8 @@ def run(job):
         tokenizer = acting.speaks_of_tools(AutoTokenizer.from_pretrained(job["student"]))
         options = {"processing_class": tokenizer, "environment_factory": acting.Shop}
     trainer = Watched(job["student"], job["teacher"], args, dataset, callbacks=[Dies()], **options)
+    if job.get("server"):
+        vllm_server.use(trainer, job["student"], args.max_completion_length)
     try:
         trainer.train(resume_from_checkpoint=job.get("resume"))
     except TeacherUnavailableError as error:

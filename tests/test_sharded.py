@@ -60,6 +60,9 @@ KINDS = {
     # the student goes forward twice inside one forward of its engine
     "kept": ({**SGD, "backward": "kept", "retention": 0.1, "selection_scope": "batch"}, {}),
     "kept_running": ({**SGD, "backward": "kept", "normalization": "running", "retention": 0.1}, {"empty": 4}),
+    # rollouts of the step before, by the run's own engine and by a server that one process talks to
+    "ahead": ({**SGD, "rollout_ahead": 1}, {}),
+    "ahead_server": ({**SGD, "rollout_ahead": 1}, {"server": True}),
     "adam": ({"max_steps": 4, "save_strategy": "steps", "save_steps": 2}, {}),
     # two teachers, one of them for none of the first process's rollouts, and prompts of the teachers' own
     "several": (
@@ -92,10 +95,10 @@ SERVED = {
 }
 # Which of them in two processes. What is sharded is where they differ; ZeRO-2 shards no weight, and is DDP to our code.
 KINDS_OF = {
-    "ddp": ("whole", "few", "empty", "running", "kept", "several", "itself", "acting"),
+    "ddp": ("whole", "few", "empty", "running", "kept", "ahead", "ahead_server", "several", "itself", "acting"),
     "fsdp2": (
         *("whole", "few", "empty_micro_batch", "running", "kept", "kept_running", "several", "several_micro_batch"),
-        "acting",
+        *("ahead", "acting"),
     ),
     "zero2": ("few",),
     "zero3": ("whole", "few", "empty", "several", "acting"),
@@ -106,6 +109,8 @@ ACCUMULATED = (
     "empty_micro_batch",
     "running",
     "kept",
+    "ahead",
+    "ahead_server",
     "adam",
     "several",
 )  # 4 micro-batches of one rollout on two processes

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import threading
 
 import pytest
 import torch
+import vllm_server
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM
-from trl.generation.vllm_generation import VLLMGeneration
+from vllm_server import greedy, logprobs
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.training import ahead
@@ -66,23 +65,6 @@ def build(tiny_model_dir, word_problems, tmp_path):
         return kind(path, str(tiny_model_dir("qwen3", "teacher")), config, prompts, measured)
 
     return make
-
-
-@torch.no_grad()
-def greedy(model, prompt, length=8):
-    """By the model alone, token by token."""
-    ids, ends = list(prompt), {model.generation_config.eos_token_id}
-    for _ in range(length):
-        ids.append(int(model.eval()(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] in ends:
-            break
-    return ids[len(prompt) :]
-
-
-@torch.no_grad()
-def logprobs(model, prompt, completion, temperature=1.0):
-    logits = model.eval()(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    return (logits.double() / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def logged(trainer, name):
@@ -218,62 +200,11 @@ def test_an_engine_that_works_in_turn_is_said(build, caplog):
 # A vLLM server, by TRL's own engine and a client that stands in for the server.
 
 
-class Server:
-    """TRL's client and the server behind it: holds weights of its own, writes greedily, and notes what it is told."""
-
-    def __init__(self, path, ends):
-        self.model, self.ends = AutoModelForCausalLM.from_pretrained(path).eval(), ends
-        self.told, self.is_writing = [], False
-        self.may_write = threading.Event()
-        self.may_write.set()
-        self.dies_at = None
-
-    def update_named_params(self, metadata, parameters):
-        assert not self.is_writing, "weights were sent while it writes"
-        self.told.append("weights")
-        with torch.no_grad():
-            own = dict(self.model.named_parameters())
-            for name, value in parameters:
-                own[name].copy_(value)
-
-    def reset_prefix_cache(self):
-        pass
-
-    def generate(self, prompts, features, **sampling):
-        self.is_writing = True
-        try:
-            self.told.append(len(prompts))
-            assert self.may_write.wait(60)
-            if self.told.count(4) == self.dies_at:
-                raise ConnectionError("connection refused")
-            completions = [greedy(self.model, prompt, sampling["max_tokens"]) for prompt in prompts]
-            values = [logprobs(self.model, *rollout) for rollout in zip(prompts, completions, strict=True)]
-            return {
-                "prompt_ids": prompts,
-                "completion_ids": completions,
-                "logprobs": [[[value] for value in row.tolist()] for row in values],
-            }
-        finally:
-            self.is_writing = False
-
-
 @pytest.fixture
-def served(build, tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda self: None)
-
+def served(build, tiny_model_dir):
     def make(kind=Watched, **settings):
         trainer = build(kind=kind, vllm_sync_tolerance=0, **settings)
-        # as its constructor would have left it with use_vllm, which needs the package
-        trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "server", -1
-        trainer.vllm_generation = VLLMGeneration(
-            trainer.model,
-            trainer.accelerator,
-            trainer.processing_class,
-            mode="server",
-            max_completion_length=8,
-        )
-        path = str(tiny_model_dir("qwen3", "student"))
-        trainer.server = trainer.vllm_generation.vllm_client = Server(path, trainer.eos_token_ids)
+        vllm_server.use(trainer, str(tiny_model_dir("qwen3", "student")), most=8)
         return trainer
 
     return make

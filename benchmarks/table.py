@@ -357,10 +357,7 @@ def _running(result: dict[str, Any]) -> str:
         rule, _, normalization = row["name"].partition(", ")
         paired = ""
         if normalization == "running":
-            beside = by_seed[f"{rule}, batch"]
-            differences = [outcome["by_seed"][seed] - value for seed, value in beside.items()]
-            error = stdev(differences) / len(differences) ** 0.5
-            paired = f"{fmean(differences):+.3f} ± {error:.3f}".replace("-", "−")
+            paired = _paired(outcome["by_seed"], by_seed[f"{rule}, batch"])
         rows.append(
             [
                 f"`{row['rule']}`",
@@ -371,6 +368,26 @@ def _running(result: dict[str, Any]) -> str:
             ]
         )
     return markdown_table(["rule", "kept", "`normalization`", "accuracy", "against `batch`"], rows)
+
+
+def _ahead(result: dict[str, Any]) -> str:
+    """A row for each rule with its rollouts of now and of the step before; the last column is paired by seed."""
+    (task,) = result["test"]
+    by_seed = {row["name"]: row["tasks"][task]["by_seed"] for row in result["rows"]}
+    rows = [["the student before", "", "", "", _accuracy(result["before"][task]), ""]]
+    for row in result["rows"]:
+        outcome, (rule, _, written) = row["tasks"][task], row["name"].partition(", ")
+        cells = [f"`{row['rule']}`", f"{row['retention']:.0%}".replace("%", " %"), "0" if written == "now" else "1"]
+        paired = "" if written == "now" else _paired(outcome["by_seed"], by_seed[f"{rule}, now"])
+        rows.append([*cells, f"{row['learning_rate']:g}", _accuracy(outcome), paired])
+    return markdown_table(["rule", "kept", "`rollout_ahead`", "rate", "accuracy", "against 0"], rows)
+
+
+def _paired(by_seed: dict[str, float], beside: dict[str, float]) -> str:
+    """Mean difference over seeds, with its standard error."""
+    differences = [value - beside[seed] for seed, value in by_seed.items()]
+    error = stdev(differences) / len(differences) ** 0.5
+    return f"{fmean(differences):+.3f} ± {error:.3f}".replace("-", "−")
 
 
 def _kept(result: dict[str, Any]) -> str:
@@ -584,6 +601,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "positions-smollm2": _positions,
     "running-modular": _running,
     "kept-modular": _kept,
+    "ahead-modular": _ahead,
     "wire-smollm2": _wire,
     "signals-trip": _signals,
     "students-smollm2": _students,

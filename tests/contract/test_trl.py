@@ -4,7 +4,9 @@ import inspect
 
 import pytest
 import torch
+from transformers import Trainer
 from trl import DistillationTrainer
+from trl.generation import vllm_client
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
@@ -38,6 +40,19 @@ def test_vllm_generation_keeps_what_the_weight_sync_check_reads():
         assert f"self.{name} =" in source, f"TRL's VLLMGeneration no longer has {name}; see integrations/weight_sync.py"
     assert set(weight_sync._NEUTRAL) <= set(_trl.GENERATION_ATTRIBUTES)
     assert "return prompt_ids, completion_ids, logprobs, logprob_token_ids" in source
+
+
+def test_one_call_asks_the_server_for_the_rollouts_of_all_processes():
+    """`training/ahead.py` makes it twice, with clients of its own."""
+    source = inspect.getsource(VLLMGeneration.generate)
+    calls = ("gather_object(prompts)", "self.vllm_client.generate(", "broadcast_object_list(", "process_slice")
+    assert [source.count(call) for call in calls[:3]] == [1, 1, 1]
+    order = [source.index(call) for call in calls]
+    assert order == sorted(order)
+    assert source.count("self.vllm_client.") == 2  # the other is for images
+    generate = inspect.signature(vllm_client.VLLMClient.generate).parameters
+    assert {"prompts", "features", "max_tokens", "logprobs"} <= set(generate)
+    assert tuple(inspect.signature(Trainer.get_batch_samples).parameters)[1:3] == ("epoch_iterator", "num_batches")
 
 
 def test_weights_are_synced_once_per_step_before_vllm_generates():

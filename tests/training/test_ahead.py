@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from vllm_server import greedy, logprobs
 
 from tipdistill import TIPConfig, TIPTrainer
+from tipdistill.teachers import TeacherUnavailableError
 from tipdistill.training import ahead
 from tipdistill.training.ahead import RolloutsUnavailableError
 
@@ -159,13 +160,48 @@ def test_a_run_goes_on_to_the_same_weights_from_any_checkpoint(build, tmp_path, 
     assert not (tmp_path / "straight" / "checkpoint-6" / "rollout-ahead-0.json").exists()
 
 
-def test_rollouts_of_other_prompts_are_left(build, tmp_path):
+class TeacherThatLeaves(Watched):
+    """Its teacher is gone once, in the loss of step 3, when the rollouts of step 4 are written."""
+
+    leaves = True
+
+    def compute_loss(self, *args, **kwargs):
+        if self.leaves and self.state.global_step == 3:
+            raise TeacherUnavailableError("the teacher is gone")
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_run_that_was_stopped_in_the_middle_of_a_step_goes_on_with_its_rollouts(build, tmp_path):
+    settings = {"max_steps": 6, "learning_rate": 1.0}
+    straight = build(output_dir=tmp_path / "straight", **settings)
+    straight.train()
+    with pytest.raises(TeacherUnavailableError, match="Step 3 was saved"):
+        build(kind=TeacherThatLeaves, **settings).train()
+    resumed = build(**settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.rollouts == straight.rollouts[3:]
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, straight.model.state_dict()[name]), name
+
+
+def test_conversations_are_written_ahead_too(build, word_problems):
+    rows = [json.loads(line)["prompt"] for line in word_problems.read_text().splitlines()][:16]
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": row}]} for row in rows])
+    trainer = build(dataset=prompts, **GREEDY)
+    trainer.train()
+    for step, rollouts in enumerate(trainer.rollouts):
+        writer = trainer.students[max(0, step - 1)]
+        assert all(completion == greedy(writer, prompt) for prompt, completion in rollouts)
+
+
+def test_rollouts_of_other_prompts_are_left(build, tmp_path, caplog):
     saves = {"save_strategy": "steps", "save_steps": 1}
     build(**saves, max_steps=2).train()
     path = tmp_path / "run" / "checkpoint-1" / "rollout-ahead-0.json"
     stored = json.loads(path.read_text())
     resumed = build(output_dir=tmp_path / "resumed", seed=5, **GREEDY)  # in another order
     resumed.train(resume_from_checkpoint=str(path.parent))
+    assert caplog.text.count("are of other prompts, and are written anew") == 1
     assert [prompt for prompt, _ in resumed.rollouts[0]] != stored["prompt_ids"]
     assert all(completion == greedy(resumed.students[0], prompt) for prompt, completion in resumed.rollouts[0])
 

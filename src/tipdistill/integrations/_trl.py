@@ -86,6 +86,7 @@ GENERATION_ATTRIBUTES = (
     "temperature",
     "top_k",
     "top_p",
+    "vllm_client",
 )
 # of a generation batch, [B, ...] each: the tokens, and what else a model may be fed
 TOKEN_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")

@@ -33,6 +33,7 @@ from ..documents import read_json
 from ..files import write_text
 from ..teachers.rollouts import batch_of
 from ..types import Rollout
+from .images import with_images
 from .lengths import check_completions
 from .rollouts import sync_engine
 
@@ -113,6 +114,7 @@ class RolloutsAhead:
         trainer, rows, self._rows = self._trainer, self._rows, None
         if not self._is_on or rows is None or trainer.state.global_step + 1 >= trainer.state.max_steps:
             return
+        rows = with_images(rows, trainer.args, trainer.processing_class)  # which looks at the rows of a stream
         prompt_ids, _, _ = trainer._tokenize_prompts(copy.deepcopy([row["prompt"] for row in rows]))
         if self.has_server:
             sync_engine(trainer, prompt_ids)
@@ -172,6 +174,8 @@ class RolloutsAhead:
         accelerator = self._trainer.accelerator
         everywhere = bool(accelerator.gather(torch.tensor([matches], device=accelerator.device).long()).all())
         if not everywhere or written is None:
+            if written is not None:
+                logger.warning("The rollouts that were written ahead are of other prompts, and are written anew.")
             return None
         self._taken = written
         return written.completion_ids
@@ -229,9 +233,11 @@ class RolloutsAhead:
     def save(self, directory: Path) -> None:
         """Write the rollouts of the next step into a checkpoint, once they are there; every process calls it."""
         self.settle()
-        if self._written is not None:
+        # in the middle of a step, which a resumed run begins again, those of that step
+        written = self._taken or self._written
+        if written is not None:
             directory.mkdir(parents=True, exist_ok=True)
-            write_text(self._file(directory), json.dumps(asdict(self._written)))
+            write_text(self._file(directory), json.dumps(asdict(written)))
 
     def load(self, directory: Path) -> None:
         """Take them up again, where a checkpoint has them.

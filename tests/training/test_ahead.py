@@ -7,6 +7,7 @@ import pytest
 import torch
 import vllm_server
 from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback
 from vllm_server import greedy, logprobs
 
 from tipdistill import TIPConfig, TIPTrainer
@@ -158,6 +159,31 @@ def test_a_run_goes_on_to_the_same_weights_from_any_checkpoint(build, tmp_path, 
         for name, value in resumed.model.state_dict().items():
             assert torch.equal(value, straight.model.state_dict()[name]), name
     assert not (tmp_path / "straight" / "checkpoint-6" / "rollout-ahead-0.json").exists()
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_a_run_begun_again_leaves_what_a_stopped_one_wrote(build):
+    prompts = Dataset.from_list(
+        [{"prompt": "Ada has 12 apples and buys 3 more."}] * 16
+    )  # nothing tells two batches apart
+    trainer = build(dataset=prompts, **GREEDY)
+    stops = Stops()
+    trainer.add_callback(stops)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    trainer.remove_callback(stops)
+    before = greedy(trainer.students[0], trainer.rollouts[0][0][0])
+    trainer.rollouts.clear()
+    trainer.students.clear()
+    trainer.train()
+    assert trainer.rollouts[0][0][1] != before
+    for step, rollouts in enumerate(trainer.rollouts):
+        writer = trainer.students[max(0, step - 1)]
+        assert all(completion == greedy(writer, prompt) for prompt, completion in rollouts)
 
 
 class TeacherThatLeaves(Watched):

@@ -90,6 +90,7 @@ class ResumableTrainer(DistillationTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         with alone_in(self.args.output_dir), self.stop_request:
             checkpoint = from_main(lambda: self._checkpoint(resume_from_checkpoint))
+            self._ahead = RolloutsAhead(self)  # what a run that was stopped left is of no other
             try:
                 trained = super().train(checkpoint, *args, **kwargs)
             except (TeacherUnavailableError, RolloutsUnavailableError) as error:

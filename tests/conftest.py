@@ -7,6 +7,7 @@ import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import that reads it: a test that reaches for the hub must fail
 
+import once
 import pytest
 import torch
 
@@ -58,6 +59,10 @@ def _problems() -> list[str]:
         )
         for _ in range(96)
     ]
+
+
+def pytest_collection_finish():
+    once.prepare()
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ NAMES = [name for name in ("ddp", "fsdp2", "zero2", "zero3") if HAS_DEEPSPEED or
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
 KINDS = {
     # 1 micro-batch a step, and nothing between the gradient and the weights
-    "whole": (SGD, {}),
+    "whole": (SGD, {"collectives": True}),
     # a budget over the batch that leaves most micro-batches, and often a rank, without a kept token
     "few": ({**SGD, "retention": 0.02, "selection_scope": "batch"}, {}),
     # the last four rollouts hold nothing of the student's: with two processes, all that the last one has

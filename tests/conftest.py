@@ -14,9 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it in its decorators
     if importlib.util.find_spec("triton") is not None:
-        from benchmarks.interpreter import round_to_bfloat16
+        from benchmarks.interpreter import patch_once, round_to_bfloat16
 
         round_to_bfloat16()
+        patch_once()
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (

@@ -24,13 +24,14 @@ from tipdistill.score import tiles
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+START_METHOD = "spawn"  # of processes that share no memory
 
 
 class Worker:
     """A process that builds one piece of work and then does what it is asked, so that variants share no memory."""
 
     def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(START_METHOD)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
         self._process.start()

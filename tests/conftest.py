@@ -7,15 +7,17 @@ import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import that reads it: a test that reaches for the hub must fail
 
+import once
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it in its decorators
     if importlib.util.find_spec("triton") is not None:
-        from benchmarks.interpreter import round_to_bfloat16
+        from benchmarks.interpreter import patch_once, round_to_bfloat16
 
         round_to_bfloat16()
+        patch_once()
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -58,6 +60,10 @@ def _problems() -> list[str]:
         )
         for _ in range(96)
     ]
+
+
+def pytest_collection_finish():
+    once.prepare()
 
 
 @pytest.fixture(scope="session")

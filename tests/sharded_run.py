@@ -11,10 +11,12 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import acting
 import forks
+import once
 
 # What `accelerate launch` exports for TRL's presets, but for mixed precision.
 FSDP = {
@@ -130,7 +132,7 @@ def run(job):
 
         def training_step(self, *args, **options):
             collectives.append({})
-            with Collectives():
+            with Collectives() if job.get("collectives") else nullcontext():  # it looks at every operation
                 return super().training_step(*args, **options)
 
     class Dies(TrainerCallback):
@@ -224,6 +226,7 @@ def main(path):
             imported += ["torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon"]
     for name in imported:
         importlib.import_module(name)
+    once.prepare()
     for job in jobs:
         together(job)
     return 0

@@ -2,10 +2,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks import measure
 from benchmarks.measure import stored_bytes
 from benchmarks.step import PRESETS, StepVariant, _held, _RandomRollout, run_step, variants_of
 from tipdistill.tasks.arithmetic import build_tokenizer
@@ -14,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_training_step_is_timed_by_its_parts():
+def test_a_training_step_is_timed_by_its_parts(monkeypatch):
+    monkeypatch.setattr(measure, "START_METHOD", forks.context().get_start_method())
     variants = [StepVariant("plain"), StepVariant("trl"), StepVariant("tip"), StepVariant("tip", 0.1, True)]
     variants += [StepVariant("tip", 0.1, normalization="running", backward="kept")]
     entries = run_step(rounds=1, steps=1, say=lambda line: None, variants=variants)["variants"]

@@ -4,6 +4,8 @@ import os
 from importlib import import_module
 from importlib.util import find_spec
 
+import once
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -29,3 +31,6 @@ for module in MODULES:
     import_module(module)
 
 import_module("torch").set_num_threads(1)
+# built when the first model is loaded: a thousand patterns
+import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen3")
+once.prepare()

@@ -40,6 +40,7 @@ def in_table(title: str) -> set[str]:
 
 
 OURS = in_table("Ours, at every logged step")
+AHEAD = in_table("With `rollout_ahead`")
 SERVED = in_table("With a teacher on a server")
 SEVERAL = in_table("With several teachers")
 TASK = in_table("With `eval_tasks`")
@@ -81,6 +82,12 @@ def test_the_page_names_what_a_training_logs(pair, prompts, tmp_path, monkeypatc
     shown = re.findall(r"`(eval_[\w/…]+)`", section("TRL's"))
     unknown = [name for name in of_the_loss if not any(name.startswith(known.rstrip("…")) for known in shown)]
     assert unknown == []
+
+
+def test_the_page_names_what_rollouts_written_ahead_add(pair, prompts, tmp_path):
+    args = TIPConfig(str(tmp_path), **{**TINY, "max_steps": 2, "rollout_ahead": 1, "record_rollouts": 0})
+    names = logged(TIPTrainer(*pair, args, prompts))
+    assert names - OURS - TRL == AHEAD
 
 
 def test_the_page_names_what_a_served_teacher_adds(pair, prompts, tiny_tokenizer, tmp_path):

@@ -32,7 +32,7 @@ settings = {
     "per_device_train_batch_size": options.per_device_train_batch_size,
     "use_cpu": options.use_cpu,
     "bf16": not options.use_cpu,
-    "beta": 1.0,  # the reverse KL; TRL's default is another divergence
+    "beta": 1.0,  # the reverse KL, the default of both
     "learning_rate": 1e-5,
     "logging_steps": 1,
     "save_strategy": "no",

@@ -424,6 +424,7 @@ def check_values(values: Any) -> None:
         raise ValueError(f"rollout_ahead must be 0 or 1 steps, got {values.rollout_ahead!r}.")
     for name, least in (
         ("num_generations", 1),
+        ("max_completion_length", 1),
         ("score_logging_steps", 0),
         ("record_rollouts", 0),
         ("scoring_tokens", 0),

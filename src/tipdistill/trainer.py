@@ -42,7 +42,7 @@ from .teachers.local import load_tokenizer, name_of
 from .training.ahead import RolloutsAhead
 from .training.card import PAPER, TAGS
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
-from .training.checks import check_arguments, teacher_prompt_column
+from .training.checks import check_arguments, teacher_prompt_column, used_columns
 from .training.engine_check import EngineCheck
 from .training.episodes import as_played, read_tools
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
@@ -95,7 +95,7 @@ class TIPTrainer(ResumableTrainer):
     Args:
         model: student, a model, a PEFT model, a path or a hub id.
         teacher_model: teacher, a model, a path, a hub id or "self"; or several, name → any of these or a server's URL
-            (docs/teachers.md).
+            (docs/teachers.md); that of `args` where None.
         args: the configuration.
         train_dataset: rows with a `prompt` column, plain or conversational.
         eval_dataset: the same; its loss is the divergence over all tokens, whatever the rule.
@@ -141,6 +141,8 @@ class TIPTrainer(ResumableTrainer):
             args = TIPConfig(f"{name_of(model).split('/')[-1]}-TIP")
         if not isinstance(args, TIPConfig):
             raise TypeError(f"args must be a TIPConfig, got {type(args).__name__}.")
+        if teacher_model is None:
+            teacher_model = args.teacher_model_name_or_path
         check_arguments(model, teacher_model, args, train_dataset, eval_dataset)
         tasks = load_tasks(args.task_names(), args)
         train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
@@ -180,6 +182,7 @@ class TIPTrainer(ResumableTrainer):
         if self._run_tools is not None:
             self.tools, self.chat_template = self._run_tools.schemas, self._run_tools.dialect.chat_template
             self._tool_dict = {tool.__name__: tool for tool in self.tools}
+        self._signature_columns = used_columns(args)
         leave_out_router(self.plain_student())
         _accelerate.check_sharding(self.accelerator)
         _accelerate.keep_output_dtype(self.accelerator)

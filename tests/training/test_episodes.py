@@ -180,6 +180,7 @@ def test_a_task_with_an_environment_is_measured_while_training(models, tmp_path)
         (object, None, {}, "has no method `reset"),
         (Shop, None, {"max_tool_result_tokens": 0}, "max_tool_result_tokens must be an integer ≥ 1"),
         (Shop, None, {"tool_timeout": 0.0}, "tool_timeout must be a positive number"),
+        (Shop, None, {"remove_unused_columns": True}, "an environment is begun with all of its columns"),
     ],
 )
 def test_what_cannot_be_played_is_refused_before_weights_are_loaded(

@@ -1,10 +1,20 @@
-"""Images beside text: refused before weights are loaded, or read as text where a column holds none."""
+"""Images beside text: trained on, refused before weights are loaded, or read as text where a column holds none."""
 
 from types import SimpleNamespace
 
+import numpy
 import pytest
+import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from transformers import ProcessorMixin
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    ProcessorMixin,
+)
+from trl import DistillationConfig, DistillationTrainer
 
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.arrow import dataset_of
@@ -143,3 +153,77 @@ def test_a_stream_that_does_not_tell_its_columns_is_refused_at_the_first_row_tha
     with pytest.raises(ValueError, match=f"the dataset has a column '{column}'"):
         trainer.train()
     with_images([{"prompt": ASK, column: None}], config(tmp_path), READS)
+
+
+CONTENT = (
+    "{% for message in messages %}{% for block in message['content'] %}"
+    "{{ '<image>' if block['type'] == 'image' else block['text'] }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def seeing_pair(tiny_model_dir, tmp_path):
+    """Directories of two tiny models that see images, and their processor."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("llama", "student"), padding_side="left")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = LlavaProcessor(images, tokenizer, 4, "default", chat_template=CONTENT, num_additional_image_tokens=1)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    pair = []
+    for seed, role in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        config = LlavaConfig(
+            vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **sizes},
+            text_config={"model_type": "llama", "vocab_size": 416, "initializer_range": 0.2, **sizes, **ends},
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_seq_length=4,
+        )
+        model = LlavaForConditionalGeneration(config)
+        for parameter in model.model.multi_modal_projector.parameters():
+            torch.nn.init.normal_(parameter)  # so that what is in a picture matters
+        model.save_pretrained(tmp_path / role)
+        processor.save_pretrained(tmp_path / role)
+        pair.append(str(tmp_path / role))
+    return pair
+
+
+def pictured(count):
+    from_array, draw = pytest.importorskip("PIL.Image").fromarray, numpy.random.default_rng(0)
+    pictures = [[from_array(draw.integers(0, 256, (9 + row, 12, 3), dtype=numpy.uint8))] for row in range(count)]
+    message = {"role": Value("string"), "content": Value("string")}
+    features = Features({"prompt": List(message), "images": List(Image())})
+    asked = [[{"role": "user", "content": f"What is in picture {row}?"}] for row in range(count)]
+    return Dataset.from_dict({"prompt": asked, "images": pictures}, features=features)
+
+
+def test_a_student_that_sees_images_is_trained_as_by_trl(seeing_pair, tmp_path):
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 6,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    logged = {}
+    for name, trainer, config, ours in (
+        ("trl", DistillationTrainer, DistillationConfig, {}),
+        ("all", TIPTrainer, TIPConfig, {"selection_rule": "all", "retention": 1.0}),
+        ("some", TIPTrainer, TIPConfig, {"normalization": "micro_batch", "selection_rule": "divergence"}),
+    ):
+        run = trainer(*seeing_pair, config(str(tmp_path / name), **settings, **ours), pictured(8))
+        run.train()
+        logged[name] = [entry for entry in run.state.log_history if "loss" in entry]
+    for key in ("loss", "grad_norm", "entropy"):
+        theirs, of_all = ([entry[key] for entry in logged[name]] for name in ("trl", "all"))
+        assert of_all == pytest.approx(theirs, rel=1e-3)
+    for entry in logged["some"]:
+        assert 0.4 < entry["selection/kept_fraction"] <= 0.5
+        assert entry["selection/kept_divergence_share"] > entry["selection/kept_fraction"]

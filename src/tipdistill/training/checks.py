@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -18,6 +18,13 @@ from .images import COLUMNS as IMAGE_COLUMNS
 from .kept import check_kept
 from .lengths import configuration_of
 
+# fields of Trainer's that no step reads, here or in TRL's trainer → the value that asks for nothing, and why
+_WITHOUT_EFFECT = {
+    "data_seed": (None, "seed draws the order of the prompts too"),
+    "label_smoothing_factor": (0.0, "the loss compares two distributions, and has no labels to smooth"),
+    "train_sampling_strategy": ("random", "shuffle_dataset says in which order prompts come"),
+}
+
 
 def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse arguments of a trainer that contradict each other; see the functions below.
@@ -27,6 +34,7 @@ def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_datas
         ImportError: a package that they ask for is not installed, with the command that does.
     """
     check_packages(args)
+    check_has_effect(args)
     check_one_teacher(teacher_model, args)
     args.check_teachers(teacher_model)
     for one in named_teachers(teacher_model, args):
@@ -37,6 +45,31 @@ def check_arguments(model: Any, teacher_model: Any, args: TIPConfig, train_datas
         check_kept(student, args, given.get("attn_implementation"))
     check_datasets(train_dataset, eval_dataset)
     check_fills_a_batch(train_dataset, args)
+
+
+def check_has_effect(args: TIPConfig) -> None:
+    """Refuse settings of TRL's and Trainer's that would do nothing, or something else than they say.
+
+    Args:
+        args: of the run.
+
+    Raises:
+        ValueError: which, and what to set instead.
+    """
+    for name, (value, reason) in _WITHOUT_EFFECT.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"{name} = {getattr(args, name)} would do nothing: {reason}. Leave it out.")
+    returned = (args.generation_kwargs or {}).get("num_return_sequences", 1)
+    if returned != 1:
+        raise ValueError(
+            f"generation_kwargs: num_return_sequences = {returned} writes completions that belong to no row: set "
+            "num_generations, the rollouts of each prompt."
+        )
+    if args.auto_find_batch_size and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "auto_find_batch_size with gradient_accumulation_steps > 1 would leave out half of the prompts, and take "
+            "the others twice, once it has halved the batch: set per_device_train_batch_size."
+        )
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
@@ -92,6 +125,12 @@ def check_one_teacher(teacher_model: Any, args: TIPConfig) -> None:
         raise ValueError(
             "a teacher is needed: pass teacher_model, a model, a directory or a hub id, or set teacher_url."
         )
+    of_args = args.teacher_model_name_or_path
+    if of_args is not None and isinstance(teacher_model, str | Mapping) and teacher_model != of_args:
+        raise ValueError(
+            f"teacher_model = {teacher_model!r:.80} and teacher_model_name_or_path = {of_args!r:.80} name two "
+            "teachers: give one of them."
+        )
     if args.teacher_update != "frozen" and all(one.model != SELF for one in named_teachers(teacher_model, args)):
         raise ValueError(
             f'teacher_update = {args.teacher_update} is for the teacher "self", which follows the student: leave it '
@@ -138,6 +177,15 @@ def teacher_prompt_column(teacher_model: Any, args: TIPConfig, train_dataset: An
             f"dataset a column {column!r} with what the teacher sees besides (teacher_prompt_column names another)."
         )
     return column if has_prompts else None
+
+
+def used_columns(args: TIPConfig) -> list[str]:
+    """The columns of a dataset that `remove_unused_columns` leaves: those that the student and its teachers read.
+
+    Args:
+        args: of the run.
+    """
+    return ["prompt", *IMAGE_COLUMNS, args.teacher_column, args.teacher_prompt_column]
 
 
 def check_distinct(model: Any, teacher_model: Any) -> None:

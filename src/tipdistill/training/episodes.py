@@ -129,6 +129,11 @@ def read_tools(
             "the student sees images, and environments are played with text alone: give TRL's `tools`, or a student "
             "that reads text."
         )
+    if factory is not None and args.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns = true leaves of a row what both models read, and an environment is begun with all "
+            "of its columns: leave it out."
+        )
     check_tools(tools or (), "tools")
     for dataset in datasets:
         for rows in dataset.values() if isinstance(dataset, dict) else [dataset]:

@@ -102,14 +102,8 @@ KINDS_OF = {
     "zero3": ("whole", "few", "empty", "several", "acting"),
 }
 SHARDED = tuple(name for name in ("fsdp2", "zero3") if name in NAMES)  # killed, and in more tiles
-ACCUMULATED = (
-    "few",
-    "empty_micro_batch",
-    "running",
-    "kept",
-    "adam",
-    "several",
-)  # 4 micro-batches of one rollout on two processes
+# micro-batches a step on two processes; a first, a last and two between them are seen in "few"
+ACCUMULATED = {"few": 4, "empty_micro_batch": 2, "running": 2, "kept": 2, "adam": 2, "several": 2}
 
 
 def free_port():
@@ -142,7 +136,7 @@ class Jobs:
 
     def sharded(self, engine, processes, kind, suffix="", **more):
         settings, told = KINDS[kind]
-        accumulation = 4 if kind in ACCUMULATED and processes == 2 else 1
+        accumulation = ACCUMULATED.get(kind, 1) if processes == 2 else 1
         settings = {
             **settings,
             "gradient_accumulation_steps": accumulation,

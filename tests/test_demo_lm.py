@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
 from tiny_smollm2 import write_tiny_teacher
 
 from tipdistill import demo_lm
 from tipdistill.cli.demo import show_language_model
+from tipdistill.sweep import workers
 from tipdistill.tasks import smollm2
 
 
@@ -24,14 +26,16 @@ def finished(tmp_path_factory):
             grid["overrides"] |= {"max_steps": 2, "warmup_steps": 0, "per_device_train_batch_size": 2}
             grid["overrides"] |= {"max_completion_length": 6}
             grid["cells"] = dict(list(grid["cells"].items())[:2])
+            grid["test"][0] = f"{grid['test'][0].partition('[')[0]}[:16]"
             (grids / f"{name}.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
         patch.setattr(demo_lm, "GRIDS", grids)
         patch.setattr(demo_lm, "_MAP_PROMPTS", 4)
         patch.setattr(smollm2, "_write_teacher", write_tiny_teacher)
         grid = demo_lm.demo_grid("demo-lm", root)
         smollm2.prepare(root, 6, say=lambda line: None)
-    said = []
-    return demo_lm.run(grid, threads=1, say=said.append, layers=6), root, said
+        patch.setattr(workers, "START_METHOD", forks.context().get_start_method())
+        said = []
+        return demo_lm.run(grid, threads=1, say=said.append, layers=6), root, said
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ KINDS = {
     "empty": (SGD, {"empty": 4}),
     "empty_micro_batch": ({**SGD, "normalization": "micro_batch", "selection_rule": "divergence"}, {"empty": 4}),
     # thresholds and scales of the step before, over all ranks
-    "running": ({**SGD, "normalization": "running", "retention": 0.1, "selection_scope": "batch"}, {"empty": 4}),
+    "running": ({**SGD, "normalization": "running", "retention": 0.1, "selection_scope": "batch"}, {}),
     # the student goes forward twice inside one forward of its engine
     "kept": ({**SGD, "backward": "kept", "retention": 0.1, "selection_scope": "batch"}, {}),
     "kept_running": ({**SGD, "backward": "kept", "normalization": "running", "retention": 0.1}, {"empty": 4}),
@@ -105,16 +105,11 @@ KINDS_OF = {
     "zero3": ("whole", "few", "empty", "several", "acting"),
 }
 SHARDED = tuple(name for name in ("fsdp2", "zero3") if name in NAMES)  # killed, and in more tiles
-ACCUMULATED = (
-    "few",
-    "empty_micro_batch",
-    "running",
-    "kept",
-    "ahead",
-    "ahead_server",
-    "adam",
-    "several",
-)  # 4 micro-batches of one rollout on two processes
+# micro-batches a step on two processes; a first, a last and two between them are seen in "few"
+ACCUMULATED = {
+    **{"few": 4, "empty_micro_batch": 2, "running": 2, "kept": 2, "ahead": 2, "ahead_server": 2, "adam": 2},
+    "several": 2,
+}
 
 
 def free_port():
@@ -147,7 +142,7 @@ class Jobs:
 
     def sharded(self, engine, processes, kind, suffix="", **more):
         settings, told = KINDS[kind]
-        accumulation = 4 if kind in ACCUMULATED and processes == 2 else 1
+        accumulation = ACCUMULATED.get(kind, 1) if processes == 2 else 1
         settings = {
             **settings,
             "gradient_accumulation_steps": accumulation,

@@ -14,8 +14,11 @@ from tipdistill.tasks import smollm2
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("smollm2")
-    smollm2.prepare(root, say=lambda line: None)
+    """Both models; four prompts say which layers are dropped, where a demo reads 32."""
+    root, prompts = tmp_path_factory.mktemp("smollm2"), smollm2.train_prompts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smollm2, "train_prompts", lambda: prompts[:4])
+        smollm2.prepare(root, say=lambda line: None)
     return root
 
 

@@ -107,7 +107,13 @@ KINDS_OF = {
 SHARDED = tuple(name for name in ("fsdp2", "zero3") if name in NAMES)  # killed, and in more tiles
 # micro-batches a step on two processes; a first, a last and two between them are seen in "few"
 ACCUMULATED = {
-    **{"few": 4, "empty_micro_batch": 2, "running": 2, "kept": 2, "ahead": 2, "ahead_server": 2, "adam": 2},
+    "few": 4,
+    "empty_micro_batch": 2,
+    "running": 2,
+    "kept": 2,
+    "ahead": 2,
+    "ahead_server": 2,
+    "adam": 2,
     "several": 2,
 }
 

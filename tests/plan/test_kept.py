@@ -78,4 +78,5 @@ def test_a_plan_says_what_other_settings_would_take(small):
         ({"batch_normalization": False, "backward": "kept"}, [names[0], "backward: full"]),
         ({"teacher_place": "offload"}, [names[0], "backward: kept"]),
     ):
-        assert [row["setting"] for row in plan(replace(small, **change), MACHINE)["settings"]] == expected
+        offered = [row["setting"] for row in plan(replace(small, **change), MACHINE)["settings"]]
+        assert [name for name in offered if "server on" not in name] == expected

@@ -175,6 +175,7 @@ def test_accelerates_logger_is_used_where_there_is_a_trainer_and_nowhere_else():
     }
     assert users == {
         "trainer.py",
+        "training/ahead.py",
         "training/rollouts.py",
         "training/shared_tokens.py",
     }  # all are called by a trainer alone

@@ -58,3 +58,9 @@ def test_whose_positions_do_not_suffice():
     check_positions(limits, 12, 8, "--max_new_tokens")
     with pytest.raises(ValueError, match="that is more than the 20 positions of the teacher: lower --max_new"):
         check_positions(limits, 12, 9, "--max_new_tokens", " or x")
+    for completion in (20, 21):
+        said = f"--max_new_tokens {completion} takes all of the 20 positions of the teacher.*: lower --max_new_tokens."
+        with pytest.raises(ValueError, match=said):
+            check_positions({"student": None, "teacher": 20}, 1, completion, "--max_new_tokens", " or x")
+    with pytest.raises(ValueError, match="the longest prompt has 2 tokens"):
+        check_positions({"teacher": 20}, 2, 19, "--max_new_tokens", " or x")

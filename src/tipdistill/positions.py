@@ -65,6 +65,11 @@ def check_positions(
         ValueError: whose positions do not suffice, and what to lower.
     """
     for who, room in limits.items():
+        if room is not None and completion >= room:
+            raise ValueError(
+                f"{option} {completion} takes all of the {room} positions of the {who}, and a prompt needs some too: "
+                f"lower {option}."
+            )
         if room is not None and longest + completion > room:
             raise ValueError(
                 f"the longest prompt{f' of {of}' if of else ''} has {longest} tokens, and with {option} {completion} "

@@ -90,7 +90,7 @@ def loads_nothing(monkeypatch):
         (["--scope", "token"], "scope must be one of rollout, batch"),
         (["--temperature", "0"], "must be a positive number, got 0"),
         (["--max_new_tokens", "0"], "must be at least 1, got 0"),
-        (["--max_new_tokens", "600"], "more than the 512 positions of the student"),
+        (["--max_new_tokens", "600"], "takes all of the 512 positions of the student"),
         (["--entropy_threshold", "2"], "entropy_threshold must be in [0, 1]"),
         (["--dataset", "no.jsonl"], "there is no dataset at no.jsonl"),
         (["--prompt_column", "prom"], "no column 'prom', its columns are prompt. Did you mean 'prompt'"),

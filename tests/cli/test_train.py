@@ -112,7 +112,7 @@ def test_a_dry_run_names_end_tokens_that_differ(arguments, tmp_path, capsys):
 def test_dry_run_refuses_prompts_that_leave_too_few_positions(arguments, tmp_path, capsys):
     assert main(["train", *arguments, "--dry_run", "--max_completion_length", "600"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "with --max_completion_length 600 that is more than the 512 positions of the student: lower" in error
+    assert "--max_completion_length 600 takes all of the 512 positions of the student" in error
     scaled = json.dumps({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}})
     both = ["--model_init_kwargs", scaled, "--teacher_model_init_kwargs", scaled]
     assert main(["train", *arguments, *both, "--dry_run", "--max_completion_length", "600"]) == 0

@@ -43,6 +43,16 @@ def test_the_newest_whole_checkpoint_is_read(tmp_path):
     assert run.series["loss"] == ([1, 2], [2.0, 0.9])
 
 
+def test_a_run_that_saved_nothing_has_the_curves_that_it_logged(tmp_path):
+    lines = ['{"step": 1, "loss": 2.0}', "", "[]", '{"step": 2, "loss": 1.0, "lr": null}', '{"step": 3, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    (run,) = read_runs(tmp_path)
+    assert run.series == {"loss": ([1, 2], [2.0, 1.0])}
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 9, "loss": 0.5}]}')
+    (run,) = read_runs(tmp_path)  # what was saved at the end comes first
+    assert run.series == {"loss": ([9], [0.5])}
+
+
 def test_a_sweeps_cells(tmp_path):
     for name in ("q3-10", "all-100"):
         put(tmp_path / "cells" / name / "trainer_state.json", {"log_history": ENTRIES})

@@ -73,7 +73,7 @@ def test_a_trainer_refuses_them_before_weights_are_loaded(tiny_model_dir, config
 
 
 def test_a_completion_that_fits_no_prompt_is_refused_without_a_look(config):
-    with pytest.raises(ValueError, match="more than the 64 positions of the student"):
+    with pytest.raises(ValueError, match="takes all of the 64 positions of the student"):
         check_prompts_fit({"student": 64}, None, None, config(max_completion_length=64))
 
 

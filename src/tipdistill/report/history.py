@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..documents import read_json
+from ..documents import parse_json, read_json
 
 _ACCURACY = re.compile(r"(^|[_/])(accuracy|(mean|pass|maj)(@|_at_)(\d+|k))$", re.IGNORECASE)
 _DIVERGENCE = re.compile(r"eval_(reverse|forward)_kl\w*/mean$")
 _NUMBERED = re.compile(r"checkpoint-[0-9]+")
 MOST_CELLS = 12
+METRICS = "metrics.jsonl"
 _NOT_SERIES = {"step", "epoch", "total_flos"}
 
 
@@ -55,8 +56,8 @@ def read_runs(directory: Path) -> list[Run]:
     """The histories in a directory: a run's own, its newest readable checkpoint's, or those of the cells of a sweep.
 
     Args:
-        directory: of a run (`trainer_state.json`, `checkpoint-*/trainer_state.json`), or of a sweep or a demo
-            (`cells/*/trainer_state.json`).
+        directory: of a run (`trainer_state.json`, `checkpoint-*/trainer_state.json`, or `metrics.jsonl` where nothing
+            was saved), or of a sweep or a demo (`cells/*/trainer_state.json`).
 
     Returns:
         No run where there is no history, or more than `MOST_CELLS` of them: nobody can tell so many curves apart.
@@ -73,8 +74,22 @@ def read_runs(directory: Path) -> list[Run]:
                 if path.parent == directory:
                     raise ValueError(f"{path} is no trainer state that can be read: {error}") from error
                 # an interrupted save; an older checkpoint may be whole
+    if (directory / METRICS).is_file():
+        return [Run(name, _series(_logged(directory / METRICS)))]
     cells = sorted(path.parent for path in (directory / "cells").glob("*/trainer_state.json"))
     return [run for cell in cells for run in read_runs(cell)] if len(cells) <= MOST_CELLS else []
+
+
+def _logged(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a line that is none, such as the last one of a run that was killed, is left."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = parse_json(line, str(path))
+        except ValueError:
+            continue
+        step = entry.get("step") if isinstance(entry, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool):
+            yield entry
 
 
 def _checkpoints(directory: Path) -> list[Path]:

@@ -69,7 +69,7 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
         if not (sets or runs or probes or sweeps):
             raise ValueError(
                 f"{directory} holds neither token records (tokens.parquet, or records/step-*/ of a run) nor a training "
-                "history (trainer_state.json, or checkpoint-*/) nor a probe.json or sweep.json. "
+                "history (trainer_state.json, checkpoint-*/ or metrics.jsonl) nor a probe.json or sweep.json. "
                 "`tipdistill score` writes token records; TIPTrainer does with score_logging_steps."
             )
         sources.records.update(sets)

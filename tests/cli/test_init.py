@@ -1,5 +1,7 @@
 """A recipe for two models, and what is refused before it is written."""
 
+import json
+
 import pytest
 import yaml
 
@@ -28,6 +30,21 @@ def test_the_recipe_passes_a_dry_run(flags, tmp_path, capsys):
     assert settings["max_completion_length"] == 16
     assert main(["train", "--config", str(path), "--dry_run"]) == 0
     assert "# steps" in capsys.readouterr().out
+
+
+def test_lengths_fit_models_of_few_positions_and_the_column_is_named(flags, tmp_path, capsys):
+    rows = "".join(json.dumps({"question": f"{number} + 2 ="}) + "\n" for number in range(16))
+    (tmp_path / "questions.jsonl").write_text(rows)
+    given = [*flags[:-2]]  # the length is left open
+    given[given.index("--dataset") + 1] = str(tmp_path / "questions.jsonl")
+    assert main([*given]) == 2
+    assert "Name the column with prompt_column" in capsys.readouterr().err
+    assert main([*given, "--prompt_column", "question"]) == 0
+    path = tmp_path / "recipes" / "my.yaml"
+    settings = yaml.safe_load(path.read_text())
+    assert settings["prompt_column"] == "question"
+    assert (settings["max_completion_length"], settings["max_prompt_length"]) == (256, 256)  # of 512 positions
+    assert main(["train", "--config", str(path), "--dry_run"]) == 0
 
 
 def test_a_file_that_is_there_is_kept(flags, tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..terminal import say
 from .flags import Parser, at_least
 
+_TOKENS = 1024
 RECIPE = """\
 # yaml-language-server: $schema={schema}
 # {student} learns from {teacher}.
@@ -26,7 +27,7 @@ teacher_model_init_kwargs: {{dtype: {teacher_dtype}}}
 
 # prompts: a file, a directory or a hub id, with a column `prompt` of texts or of messages
 dataset_name: {dataset}
-{chat}max_prompt_length: 1024                 # drop longer ones
+{column}{chat}max_prompt_length: {prompt_tokens:<21}# drop longer ones
 
 # rollouts: {rollouts} a step on one {device}
 per_device_train_batch_size: {batch}
@@ -77,16 +78,20 @@ def main(argv: list[str]) -> int:
     configurations, processors, described = check_models(*named, options.trust_remote_code)
     from ..data import load_prompts
     from ..plan.models import sizes
+    from ..positions import position_limit
 
     chat = bool(getattr(processors[0], "chat_template", None))
-    plain = isinstance(load_prompts(options.dataset, "train")[0]["prompt"], str)
+    plain = isinstance(load_prompts(options.dataset, "train", column=options.prompt_column)[0]["prompt"], str)
+    limits = [limit for limit in map(position_limit, configurations) if limit is not None]
     described |= compare_models(*named, configurations, processors, chat or not plain)
     text = recipe(
         options.model,
         options.teacher,
         options.dataset,
         path,
+        prompt_column=options.prompt_column,
         as_chat=chat and plain,
+        positions=min(limits, default=None),
         max_new_tokens=options.max_new_tokens,
         parameters=sizes(configurations[0]).parameters,
     )
@@ -100,7 +105,16 @@ def main(argv: list[str]) -> int:
 
 
 def recipe(
-    student: str, teacher: str, dataset: str, path: Path, *, as_chat: bool, max_new_tokens: int, parameters: float
+    student: str,
+    teacher: str,
+    dataset: str,
+    path: Path,
+    *,
+    as_chat: bool,
+    max_new_tokens: int | None,
+    parameters: float,
+    prompt_column: str = "prompt",
+    positions: int | None = None,
 ) -> str:
     """The text of a recipe.
 
@@ -109,8 +123,10 @@ def recipe(
         dataset: of the prompts.
         path: where the recipe will lie.
         as_chat: the prompts are plain, and the model has a chat template.
-        max_new_tokens: of a rollout.
+        max_new_tokens: of a rollout; None: 1,024, or half of the positions where they are fewer than twice that.
         parameters: of the student.
+        prompt_column: of the dataset.
+        positions: that both models have at least; None: no limit.
 
     Example:
         >>> text = recipe("s", "t", "p.jsonl", Path("my.yaml"), as_chat=True, max_new_tokens=512, parameters=1e9)
@@ -121,6 +137,9 @@ def recipe(
 
     from ..recipes.fields import SCHEMA
 
+    if max_new_tokens is None:
+        max_new_tokens = _TOKENS if positions is None else max(1, min(_TOKENS, positions // 2))
+    left = _TOKENS if positions is None else max(1, min(_TOKENS, positions - max_new_tokens))
     small = parameters < 3e8
     batch = 8 if small else 4
     accumulation = 1 if small else 8
@@ -132,6 +151,8 @@ def recipe(
         teacher=_quoted(teacher),
         path=path,
         dataset=_quoted(dataset),
+        column="" if prompt_column == "prompt" else f"prompt_column: {_quoted(prompt_column)}\n",
+        prompt_tokens=left,
         chat="apply_chat: true                        # the prompts are plain: each becomes a user's message\n"
         if as_chat
         else "",
@@ -168,14 +189,14 @@ def parser() -> Parser:
     add("--model", required=True, help="student: a directory or a hub id")
     add("--teacher", required=True, help="teacher: a directory or a hub id")
     add("--dataset", required=True, help="prompts: a JSONL, JSON or Parquet file, a directory, or a hub id")
+    add("--prompt_column", default="prompt", help="its column with the prompts (default: prompt)")
     add("--output", required=True, help="the recipe to write, such as my.yaml")
     add(
         "--max_completion_length",
         "--max_new_tokens",
         dest="max_new_tokens",
         type=at_least(1),
-        default=1024,
-        help="tokens of a rollout, at most",
+        help=f"tokens of a rollout, at most (default: {_TOKENS:,}, or half of the models' positions if those are few)",
     )
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
     return parser

@@ -1,6 +1,7 @@
-"""Triton's interpreter as the GPU that it stands for, and twice as fast.
+"""Triton's interpreter, made to round as a GPU does and to start its functions faster.
 
-It cuts float32 off where a GPU rounds it to bfloat16, and looks through triton.language at every call of a function.
+By itself it cuts float32 off where a GPU rounds it to bfloat16, and replaces the builtins of triton.language anew at
+every call of a function.
 """
 
 from __future__ import annotations

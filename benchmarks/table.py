@@ -384,9 +384,9 @@ def _ahead(result: dict[str, Any]) -> str:
 
 
 def _paired(by_seed: dict[str, float], beside: dict[str, float]) -> str:
-    """Mean difference over seeds, with its standard error."""
-    differences = [value - beside[seed] for seed, value in by_seed.items()]
-    error = stdev(differences) / len(differences) ** 0.5
+    """Mean difference over the seeds of both, with its standard error."""
+    differences = [value - beside[seed] for seed, value in by_seed.items() if seed in beside]
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
     return f"{fmean(differences):+.3f} ± {error:.3f}".replace("-", "−")
 
 
@@ -398,9 +398,6 @@ def _kept(result: dict[str, Any]) -> str:
     rows = [["the student before", "", "", "", _accuracy(result["before"][task]), "", ""]]
     for row in result["rows"]:
         outcome = row["tasks"][task]
-        differences = [value - beside[seed] for seed, value in outcome["by_seed"].items() if seed in beside]
-        error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-        paired = f"{fmean(differences):+.3f} ± {error:.3f}".replace("-", "−")
         rows.append(
             [
                 f"`{row['rule']}`",
@@ -409,7 +406,7 @@ def _kept(result: dict[str, Any]) -> str:
                 f"{row['learning_rate']:g}",
                 _accuracy(outcome),
                 f"{row['seconds']:.0f}",
-                "" if row is control else paired,
+                "" if row is control else _paired(outcome["by_seed"], beside),
             ]
         )
     against = f"against random, {control['overrides']['max_steps']} steps"

@@ -114,14 +114,14 @@ def _written_beside(setup: Setup, machine: Machine) -> Iterator[dict[str, Any]]:
     split = best_split(setup, machine)
     if split is None:
         return
-    name = f"vllm_mode: server on {split.writers:,} of the {setup.gpus:,} GPUs"
+    name, taken = f"vllm_mode: server on {split.writers:,} of the {setup.gpus:,} GPUs", peak(memory(split.trainers))[1]
     for setting, seconds in (
         (name, split.rollout + split.training),
         (f"{name}, rollout_ahead: 1", max(split.rollout, split.training)),
     ):
         yield {
             "setting": setting,
-            "peak_bytes": peak(memory(split.trainers))[1],
+            "peak_bytes": taken,
             "step_seconds": seconds,
             "without_rollout_seconds": split.training,
         }

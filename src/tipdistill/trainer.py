@@ -31,7 +31,7 @@ from .config import TIPConfig
 from .environments import read_environment
 from .evaluate.task import Task
 from .integrations import _accelerate, _trl
-from .integrations._trl import TOKEN_KEYS
+from .integrations._trl import TOKEN_KEYS, take_rollouts, without_false_counts
 from .policy import sampled_with
 from .score import token_scores
 from .score.forward import evaluating, last_hidden_states
@@ -46,7 +46,7 @@ from .training.checks import check_arguments, teacher_prompt_column, used_column
 from .training.engine_check import EngineCheck
 from .training.episodes import as_played, read_tools
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
-from .training.images import prepared, with_images
+from .training.images import prepared, text_alone, with_images
 from .training.kept import KeptForward
 from .training.lengths import check_batch, check_completions, check_problems_fit, check_prompts_fit, position_limits
 from .training.monitor import (
@@ -148,8 +148,9 @@ class TIPTrainer(ResumableTrainer):
         train_dataset, eval_dataset = as_written(train_dataset), as_written(eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         check_chat_template_kwargs(args.chat_template_kwargs, processing_class)
-        train_dataset = prepared(train_dataset, "train_dataset", args, processing_class)
-        eval_dataset = prepared(eval_dataset, "eval_dataset", args, processing_class)
+        self.text_alone = text_alone(teacher_model, args, processing_class)
+        train_dataset = prepared(train_dataset, "train_dataset", args, processing_class, self.text_alone)
+        eval_dataset = prepared(eval_dataset, "eval_dataset", args, processing_class, self.text_alone)
         environment = args.environment if environment_factory is None else environment_factory
         factory = None if environment is None else read_environment(environment)
         self._run_tools = read_tools(args, processing_class, tools, factory, train_dataset, eval_dataset)
@@ -239,7 +240,9 @@ class TIPTrainer(ResumableTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if self._is_vlm:
-            return super()._tokenize_prompts(for_processor(prompts))
+            ids, images, fields = super()._tokenize_prompts(for_processor(prompts))
+            # of a row without images beside rows with some TRL says None here, which processors do not take
+            return ids, images and [of_row or [] for of_row in images], fields
         ids = encode_prompts(prompts, self.processing_class, self.chat_template_kwargs, self.tools, self.chat_template)
         return ids, None, {}
 
@@ -253,6 +256,7 @@ class TIPTrainer(ResumableTrainer):
     def write(self, prompt_ids: list[list[int]], images: Any = None, *seen: Any) -> list[list[int]]:
         """Completions of prompts, by the engine of the run with the student as it is now."""
         check_asked(self, prompt_ids)
+        images = images and [of_row or None for of_row in images]  # as vLLM takes them
         synced = self.use_vllm and self.state.global_step != self._last_loaded_step
         with sampled_with(self.plain_student(), self.generation_config):
             completion_ids = super()._generate_single_turn(prompt_ids, images, *(seen or ({},)))
@@ -270,11 +274,11 @@ class TIPTrainer(ResumableTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._student_check(self)
-        inputs = with_images(inputs, self.args, self.processing_class)
+        inputs = with_images(inputs, self.text_alone)
         if self._run_tools is not None:
             inputs = self._run_tools.begin(inputs)
         if not self.model.training:  # an evaluation is no part of a step's time
-            batch = super()._generate_and_score_completions(inputs)
+            batch = without_false_counts(super()._generate_and_score_completions(inputs))
             batch["examples"] = inputs
             if not self.teacher.answers_in_loss:
                 batch["teacher_answers"] = self.teacher.answer(for_models(batch), loss_mask(batch))
@@ -299,7 +303,7 @@ class TIPTrainer(ResumableTrainer):
         """
         with self._clock.part("rollout"):
             with self._ahead.due():
-                batch = super()._generate_and_score_completions(inputs)
+                batch = without_false_counts(super()._generate_and_score_completions(inputs))
             self._ahead.mark(batch)
             self._ahead.begin()
         if self.args.mask_truncated_completions:
@@ -308,12 +312,6 @@ class TIPTrainer(ResumableTrainer):
         if self._selection.is_inside or (self._keeps_all and self.teacher.answers_in_loss):
             self._selection.number_rollouts(batch)
             return batch
-        present = [key for key in _trl.MULTIMODAL_KEYS if key in batch]
-        if present:
-            raise ValueError(
-                f'normalization="batch" does not score multimodal inputs yet (the batch has {", ".join(present)}). '
-                'Use normalization="micro_batch", which scores inside the loss.'
-            )
         mask, fields = loss_mask(batch), self.fields_now()
         seen = for_models(batch)
         pieces = self.scoring_pieces(seen)
@@ -346,7 +344,8 @@ class TIPTrainer(ResumableTrainer):
     def scoring_pieces(self, batch: dict[str, Any]) -> list[Tensor]:
         """Rows of each forward of a scoring pass."""
         most, tokens = self.args.per_device_train_batch_size, self.args.scoring_tokens
-        return scoring_pieces(batch, self.accelerator, most, tokens, fixed_width=self.pad_to_multiple_of is not None)
+        fixed = self.pad_to_multiple_of is not None or any(key in batch for key in _trl.MULTIMODAL_KEYS)
+        return scoring_pieces(batch, self.accelerator, most, tokens, fixed_width=fixed)
 
     def _is_full_step(self) -> bool:
         every = self.args.score_logging_steps
@@ -380,7 +379,7 @@ class TIPTrainer(ResumableTrainer):
         student = self.plain_student()
 
         def score(rows: Tensor) -> TokenScores:
-            part = {key: batch[key][rows] for key in TOKEN_KEYS}
+            part = take_rollouts({key: value for key, value in batch.items() if key != "examples"}, rows)
             said = None if answers is None else [answers[row] for row in rows.tolist()]
             return self.redirected(
                 self.model_wrapped, student, self._score_rows, student, part, mask[rows], rows, fields, said
@@ -518,7 +517,8 @@ class TIPTrainer(ResumableTrainer):
 
     def hidden_rows(self, model: Any, batch: dict[str, Any], mask: Tensor) -> Tensor:
         """Hidden states [N, H] of a model that predict the completion tokens in `mask`, bool [B, T]."""
-        multimodal = {key: batch[key] for key in _trl.MULTIMODAL_KEYS if key in batch}
+        # no model takes the images of rollouts that have none
+        multimodal = {key: batch[key] for key in _trl.MULTIMODAL_KEYS if key in batch and len(batch[key])}
         tokens = {key: batch[key] for key in TOKEN_KEYS}
         if not multimodal and self.pad_to_multiple_of is None:
             tokens, mask = trimmed(tokens, mask)

@@ -98,6 +98,18 @@ def test_heads_of_different_sizes_and_dropped_prompts_are_told(tiny_model_dir, w
     assert f"{kept}, plain, the longest has {limit} tokens ({96 - kept} longer than {limit} dropped)" in shown
 
 
+def test_a_dry_run_says_what_works_in_turn(arguments, capsys):
+    assert main(["train", *arguments, "--dry_run", "--rollout_ahead", "1"]) == 0
+    assert "# rollouts  rollout_ahead = 1: the engine that writes the rollouts works in turn" in capsys.readouterr().out
+    assert main(["train", *arguments, "--dry_run"]) == 0
+    assert "in turn" not in capsys.readouterr().out
+
+
+def test_the_length_has_the_name_of_the_other_commands(arguments, capsys):
+    assert main(["train", *arguments, "--dry_run", "--max_new_tokens", "7"]) == 0
+    assert "up to 7 tokens" in capsys.readouterr().out
+
+
 def test_a_dry_run_names_end_tokens_that_differ(arguments, tmp_path, capsys):
     assert main(["train", *arguments, "--dry_run"]) == 0
     assert "end tokens" not in capsys.readouterr().out

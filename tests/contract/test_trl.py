@@ -93,6 +93,11 @@ def test_multimodal_keys_are_those_of_trl():
     assert all(f'"{key}"' in source for key in _trl.MULTIMODAL_KEYS)
     signature = inspect.signature(DistillationTrainer._get_last_hidden_state)
     assert tuple(signature.parameters)[5:] == _trl.MULTIMODAL_KEYS
+    source = inspect.getsource(DistillationTrainer._generate_and_score_completions)
+    assert all(f'output["{key}"]' in source for key in _trl.IMAGE_COUNTS)
+    source = inspect.getsource(DistillationTrainer._prepare_inputs)
+    order = [source.index(f"= {name}(") for name in ("split_pixel_values_by_grid", "shuffle_sequence_dict")]
+    assert order == sorted(order)
 
 
 def test_trl_still_refuses_padded_vocabularies():

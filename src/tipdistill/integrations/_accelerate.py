@@ -75,6 +75,14 @@ def check_sharding(accelerator: Accelerator) -> None:
         )
 
 
+def shards_weights() -> bool:
+    """Whether each process of this run holds a part of the weights; known before an Accelerator is there."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    by_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return by_fsdp or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" or is_deepspeed_zero3_enabled()
+
+
 @contextmanager
 def calling_lm_head(layer: Any) -> Iterator[None]:
     """Let a whole model be called once, although its lm_head is read and not called afterwards.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from trl.models import prepare_deepspeed
 from trl.trainer import distillation_trainer
 from trl.trainer.utils import (
@@ -16,6 +17,8 @@ from trl.trainer.utils import (
     create_model_from_path,
     disable_dropout_in_model,
     maybe_gather_lm_head_ctx,
+    split_pixel_values_by_grid,
+    unsplit_pixel_values_by_grid,
 )
 
 from ..environments.play import parsed_turn
@@ -33,6 +36,8 @@ __all__ = [
     "disable_dropout_in_model",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",
+    "take_rollouts",
+    "without_false_counts",
 ]
 
 OVERRIDDEN = {
@@ -100,6 +105,8 @@ MULTIMODAL_KEYS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+# by which the images of a batch are told apart: of each rollout, a list of B numbers
+IMAGE_COUNTS = ("num_images", "num_tiles")
 
 
 class EpochSampler(RepeatSampler):
@@ -119,6 +126,51 @@ class EpochSampler(RepeatSampler):
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + self.epoch)
         return super().__iter__()
+
+
+def without_false_counts(batch: dict[str, Any]) -> dict[str, Any]:
+    """A generation batch without the numbers of images where these lie by rollouts already, padded: [B, images, ...].
+
+    Idefics and SmolVLM have them so. TRL tells this from one row per image by the number of rows alone, and where there
+    are as many images as rollouts it would hand images to the wrong ones.
+
+    Example:
+        >>> padded = torch.zeros(2, 2, 3, 8, 8)  # two of the first rollout, none of the second
+        >>> sorted(without_false_counts({"pixel_values": padded, "num_images": [2, 0]}))
+        ['pixel_values']
+    """
+    images = batch.get("pixel_values")
+    if images is None or images.ndim != 5 or "image_sizes" in batch:  # 5 axes and sizes: the tiles of LLaVA-NeXT
+        return batch
+    return {key: value for key, value in batch.items() if key not in IMAGE_COUNTS}
+
+
+def take_rollouts(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rollouts of a generation batch as models see them: tokens, images and the dataset's rows.
+
+    Images are cut as TRL cuts them into micro-batches: models lay them out in several ways, few by rollouts.
+
+    Args:
+        batch: `TOKEN_KEYS`, [B, ...] each; `MULTIMODAL_KEYS` and `IMAGE_COUNTS` where there are images; maybe
+            "examples", B rows.
+        rows: int64 [b], which rollouts.
+
+    Example:
+        >>> tokens, images = torch.tensor([[1], [2], [3]]), torch.ones(3, 1)
+        >>> batch = {"prompt_ids": tokens, "pixel_values": images, "num_images": [2, 1, 0]}
+        >>> part = take_rollouts(batch, torch.tensor([1, 2]))
+        >>> part["prompt_ids"].tolist(), part["num_images"], len(part["pixel_values"])
+        ([[2], [3]], [1, 0], 1)
+    """
+    keys = (*TOKEN_KEYS, *MULTIMODAL_KEYS, *IMAGE_COUNTS, "examples")
+    by_rollout = split_pixel_values_by_grid({key: batch[key] for key in keys if batch.get(key) is not None})
+    numbers = rows.tolist()
+    return unsplit_pixel_values_by_grid(
+        {
+            key: value[rows] if isinstance(value, Tensor) else [value[number] for number in numbers]
+            for key, value in by_rollout.items()
+        }
+    )
 
 
 def _shown(value: Any) -> Any:

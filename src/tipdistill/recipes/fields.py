@@ -51,7 +51,12 @@ SECTIONS = {
     ),
 }
 # what the other commands call a field, which is a flag of `train` and `plan` too
-SHORT = {"model": "model_name_or_path", "teacher": "teacher_model_name_or_path", "dataset": "dataset_name"}
+SHORT = {
+    "model": "model_name_or_path",
+    "teacher": "teacher_model_name_or_path",
+    "dataset": "dataset_name",
+    "max_new_tokens": "max_completion_length",
+}
 _WIDTH = 100
 
 

@@ -32,9 +32,10 @@ from ..teachers import TeacherUnavailableError, open_server
 from ..teachers.named import SELF, named_teachers
 from ..teachers.served import check_ends
 from ..text import printable
+from ..training.ahead import IN_TURN
 from ..training.checkpoints import checkpoint_to_resume, final_step, finished
 from ..training.evaluation import load_tasks
-from ..training.images import prepared
+from ..training.images import prepared, text_alone
 from ..training.kept import check_kept
 from ..training.lengths import REMEDY, check_problems_fit, check_prompts_fit, configuration_of, position_limits
 from ..training.shared_tokens import check_problems_shared, check_prompts_shared
@@ -141,12 +142,15 @@ def _train(request: Request, namespace: Namespace, code: Sequence[str] = ()) -> 
     check_chat_template_kwargs(_as_dict(config.chat_template_kwargs), tokenizer)
     train_dataset, dropped = _prompts(request, "train", tokenizer)
     eval_dataset = _prompts(request, "test", tokenizer)[0] if config.eval_strategy != "no" else None
-    train_dataset = prepared(train_dataset, "the training set", config, tokenizer)
-    eval_dataset = prepared(eval_dataset, "the evaluation set", config, tokenizer)
+    blind = text_alone(config.teacher_model_name_or_path, config, tokenizer)
+    train_dataset = prepared(train_dataset, "the training set", config, tokenizer, blind)
+    eval_dataset = prepared(eval_dataset, "the evaluation set", config, tokenizer, blind)
     described |= _describe_steps(request, train_dataset, dropped, tokenizer)
     if config.push_to_hub and main_process:
         described["hub"] = check_hub(config)
     if script.dry_run:  # a run's trainer does the same
+        if config.rollout_ahead and not (config.use_vllm and config.vllm_mode == "server"):
+            described["rollouts"] = IN_TURN
         if config.backward == "kept":
             given = {"revision": model.model_revision}
             student = configuration_of(model.model_name_or_path, given, config.trust_remote_code)

@@ -33,6 +33,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "% of the tokens in Q4": ("quadrants/q4",),
     "% of the divergence kept": ("selection/kept_divergence_share",),
     "divergence of the dropped tokens (nats)": ("selection/dropped_divergence",),
+    "log-ratio to the student that wrote (nats)": ("rollout/log_ratio",),
     "entropy (nats)": ("entropy",),
     "reverse KL (nats)": ("reverse_kl",),
     "peak memory (GiB)": ("memory/peak_gib",),

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..integrations import _accelerate
-from ..integrations._trl import TOKEN_KEYS
+from ..integrations._trl import take_rollouts
 from ..score.forward import evaluating
 from ..score.models import head
 from . import Surroundings, TeacherCallback
@@ -164,7 +164,7 @@ class AdapterTeacher:
         everything = torch.arange(len(asked), device=asked.device)
         with self._teaching(student):
             for rows in [everything] if pieces is None else pieces:
-                part = batch if pieces is None else {key: batch[key][rows] for key in TOKEN_KEYS}
+                part = batch if pieces is None else take_rollouts(batch, rows)
                 hidden = ask(part, asked[rows])
                 for row, states in zip(rows.tolist(), hidden.split(asked[rows].sum(1).tolist()), strict=True):
                     answers[row] = HiddenStates(states if pieces is None else states.clone())

@@ -133,8 +133,7 @@ class LocalTeacher:
         plain, answers = self._plain, [HiddenStates(torch.empty(0))] * len(asked)
         everything = torch.arange(len(asked), device=asked.device)
         for rows in [everything] if pieces is None else pieces:
-            # a forward of all rows takes the batch as it is, since images are not cut by rollouts
-            part = batch if pieces is None else {key: batch[key][rows] for key in _trl.TOKEN_KEYS}
+            part = batch if pieces is None else _trl.take_rollouts(batch, rows)
             part = with_known_padding(part, self.vocabulary)
             # through its own wrapper, so that FSDP and DeepSpeed materialise the sharded weights
             hidden = self._trainer.redirected(self.model, plain, self._trainer.hidden_rows, plain, part, asked[rows])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
+from ..integrations._trl import take_rollouts
 from ..types import Head, TokenScores, TopTokens
 from . import Answer, Comparison, Surroundings, Teacher, TeacherCallback
 from .named import number_of
@@ -187,14 +187,8 @@ class RoutedTeacher:
         alone = accelerator.num_processes == 1
         if not rows and alone:
             return []
-        if any(key in batch for key in MULTIMODAL_KEYS):  # images are not cut by rollouts
-            own = torch.zeros(len(asked), dtype=torch.bool, device=device)
-            own[rows] = True
-            answers = teacher.answer(batch, asked & own[:, None], pieces)
-            return [answers[row] for row in rows]
         taken = torch.tensor(rows or [0], device=device)
-        part: dict[str, Any] = {key: batch[key][taken] for key in TOKEN_KEYS}
-        part["examples"] = [batch["examples"][row] for row in taken.tolist()]
+        part = take_rollouts(batch, taken)
         asked_here = asked[taken] if rows else torch.zeros_like(asked[taken])
         own_pieces = None if pieces is None else self._trainer.scoring_pieces(part)
         return list(teacher.answer(part, asked_here, own_pieces))[: len(rows)]

@@ -40,6 +40,10 @@ from .rollouts import sync_engine
 logger = get_logger(__name__)
 
 Ids = list[list[int]]
+IN_TURN = (
+    "rollout_ahead = 1: the engine that writes the rollouts works in turn with the training here, so they are a step "
+    "old and no time is saved. A vLLM server writes beside it: use_vllm, vllm_mode: server."
+)
 
 
 class RolloutsUnavailableError(OSError):
@@ -114,16 +118,13 @@ class RolloutsAhead:
         trainer, rows, self._rows = self._trainer, self._rows, None
         if not self._is_on or rows is None or trainer.state.global_step + 1 >= trainer.state.max_steps:
             return
-        rows = with_images(rows, trainer.args, trainer.processing_class)  # which looks at the rows of a stream
+        rows = with_images(rows, trainer.text_alone)  # which looks at the rows of a stream
         prompt_ids, _, _ = trainer._tokenize_prompts(copy.deepcopy([row["prompt"] for row in rows]))
         if self.has_server:
             sync_engine(trainer, prompt_ids)
             self._request = Request(trainer, prompt_ids)
         else:
-            logger.warning_once(
-                "rollout_ahead = 1: the engine that writes the rollouts works in turn with the training here, so they "
-                "are a step old and no time is saved. A vLLM server writes beside it: use_vllm, vllm_mode: server."
-            )
+            logger.warning_once(IN_TURN)
             completion_ids = trainer.write(prompt_ids)
             self._written = Written(prompt_ids, completion_ids, self._logprobs(prompt_ids, completion_ids))
 

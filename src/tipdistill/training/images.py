@@ -11,13 +11,37 @@ from transformers import ProcessorMixin
 from ..arrow import read_stored
 from ..chat import check_columns, is_begun
 from ..data import check_prompt, check_prompts
-from ..select import resolve_rule
+from ..integrations._accelerate import shards_weights
+from ..teachers.named import SELF, named_teachers
+from .lengths import configuration_of
 
 COLUMNS = ("images", "image")
 _BLOCKS = ("image", "image_url", "video")
 
 
-def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
+def text_alone(teacher_model: Any, args: Any, processing_class: Any) -> str | None:
+    """Which model of a run reads text alone, and the remedy, as an error goes on; None: all of them see images.
+
+    Args:
+        teacher_model: a model, a directory, a hub id or "self"; several by name; or None where `args` names others.
+        args: the `TIPConfig` of the run.
+        processing_class: the student's tokenizer or processor.
+    """
+    if not isinstance(processing_class, ProcessorMixin):
+        return "the student reads text alone: remove the images, or train a model that sees."
+    for one in named_teachers(teacher_model, args):
+        if one.args.teacher_url is not None:
+            return f"the {one.called} is behind a server, which is sent text alone: remove the images, or load it here."
+        if isinstance(one.model, str) and one.model == SELF:
+            continue
+        given = {"revision": one.args.teacher_model_revision, **dict(one.args.teacher_model_init_kwargs or {})}
+        config = configuration_of(one.model, given, args.trust_remote_code)
+        if config is not None and getattr(config, "vision_config", None) is None:
+            return f"the {one.called} reads text alone: remove the images, or take one that sees."
+    return None
+
+
+def prepared(dataset: Any, name: str, args: Any, processing_class: Any, blind: str | None) -> Any:
     """A dataset whose rows can be trained on; an image column without any image is no column.
 
     Args:
@@ -25,6 +49,7 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
         name: what errors call it.
         args: the `TIPConfig` of the run.
         processing_class: the student's tokenizer or processor.
+        blind: see `text_alone`.
 
     Raises:
         ValueError: the first row whose prompt, image or last turn this run cannot take.
@@ -33,18 +58,20 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
     if sees and args.rollout_ahead:
         raise ValueError("rollout_ahead = 1 is for students that read text alone: leave it out for one with images.")
     if isinstance(dataset, dict):
-        return {part: prepared(rows, f"{name}[{part!r}]", args, processing_class) for part, rows in dataset.items()}
+        return {
+            part: prepared(rows, f"{name}[{part!r}]", args, processing_class, blind) for part, rows in dataset.items()
+        }
     if not isinstance(dataset, Dataset):
         return dataset
     check_prompts(dataset, name)
-    plain = isinstance(dataset[0]["prompt"], str)
+    plain = isinstance(dataset.select_columns("prompt")[0]["prompt"], str)
     with_image = set()
     for column in COLUMNS:
         if column in dataset.column_names:
             rows = [row for row, value in enumerate(_stored(dataset, column)) if _holds_image(value)]
             if not rows:
                 dataset = dataset.remove_columns(column)
-            with_image |= set(rows[:1])
+            with_image |= set(rows)
     if not plain:
         for row, prompt in enumerate(_stored(dataset, "prompt")):
             messages = read_stored(prompt)
@@ -53,21 +80,25 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any) -> Any:
                     f"{name}, row {row} (counting from 0): the prompt ends with a turn of the assistant, which a model "
                     "that sees images cannot go on with here: end it with the user's turn."
                 )
-            if not with_image and _shows(messages):
+            if _shows(messages):
                 with_image.add(row)
     if with_image:
-        reason = _obstacle(args, sees, plain)
-        if reason:
-            raise ValueError(f"{name}, row {min(with_image)} (counting from 0) has an image, and {reason}")
+        _check_seen(f"{name}, row {min(with_image)}", plain, blind)
+        without = next((row for row in range(len(dataset)) if row not in with_image), None)
+        if without is not None and shards_weights():
+            raise ValueError(
+                f"{name}, row {min(with_image)} (counting from 0) has an image and row {without} has none: where FSDP "
+                "or ZeRO-3 shards the part that sees, all processes run it together, so give every row an image."
+            )
     return dataset
 
 
-def with_images(inputs: list[dict[str, Any]], args: Any, processing_class: Any) -> list[dict[str, Any]]:
+def with_images(inputs: list[dict[str, Any]], blind: str | None) -> list[dict[str, Any]]:
     """Rows of a batch as TRL reads them: a list of images each, and none at all where no row has one.
 
     Args:
         inputs: rows of the dataset.
-        args, processing_class: as in `prepared`.
+        blind: see `text_alone`.
 
     Raises:
         ValueError: a prompt, an image or a column that this run cannot take, as a stream may show.
@@ -80,16 +111,13 @@ def with_images(inputs: list[dict[str, Any]], args: Any, processing_class: Any) 
         if images is None:
             images = [row["image"]] if row.get("image") is not None else []
         of_rows.append(list(images))
-    sees, plain = isinstance(processing_class, ProcessorMixin), isinstance(inputs[0]["prompt"], str)
     with_image = [
         row
         for row, (images, given) in enumerate(zip(of_rows, inputs, strict=True))
         if images or (not isinstance(given["prompt"], str) and _shows(given["prompt"]))
     ]
     if with_image:
-        reason = _obstacle(args, sees, plain)
-        if reason:
-            raise ValueError(f"row {with_image[0]} of the batch (counting from 0) has an image, and {reason}")
+        _check_seen(f"row {with_image[0]} of the batch", isinstance(inputs[0]["prompt"], str), blind)
     if not any(column in row for row in inputs for column in COLUMNS):
         return inputs
     rest = [{name: value for name, value in row.items() if name not in COLUMNS} for row in inputs]
@@ -98,18 +126,12 @@ def with_images(inputs: list[dict[str, Any]], args: Any, processing_class: Any) 
     return [{**row, "images": images} for row, images in zip(rest, of_rows, strict=True)]
 
 
-def _obstacle(args: Any, sees: bool, plain: bool) -> str | None:
-    if not sees:
-        return "the student reads text alone: remove the images, or train a model that sees."
-    if plain:
-        return "its prompt is plain: give conversational prompts (lists of messages)."
-    keeps_all = resolve_rule(args.selection_rule).budget == "all" and not args.teacher_offload
-    if args.teacher_url is not None or (args.normalization != "micro_batch" and not keeps_all):
-        return (
-            f'normalization="{args.normalization}" does not score multimodal inputs yet. Use '
-            'normalization="micro_batch" with a local teacher, which scores inside the loss.'
-        )
-    return None
+def _check_seen(row: str, plain: bool, blind: str | None) -> None:
+    reason = blind
+    if reason is None and plain:
+        reason = "its prompt is plain: give conversational prompts (lists of messages)."
+    if reason is not None:
+        raise ValueError(f"{row} (counting from 0) has an image, and {reason}")
 
 
 def _stored(dataset: Dataset, column: str, rows: int = 1000) -> Iterator[Any]:

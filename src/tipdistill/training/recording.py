@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..environments import Episode
-from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
+from ..integrations._trl import take_rollouts
 from ..records import About, Choice, RecordsWriter
 from ..score.forward import evaluating
 from ..score.models import joined
@@ -107,8 +107,6 @@ def record_step(
         answers: the teacher's of every token of each rollout, where it was asked about them.
         episodes: of all rows, where the student calls tools.
     """
-    if any(key in batch for key in MULTIMODAL_KEYS):
-        return
     args, student, teacher, mask = trainer.args, trainer.plain_student(), trainer.teacher, loss_mask(batch)
     sample = sampled_rows(args.record_rollouts, len(mask), mask.device)
     about = About(
@@ -125,9 +123,9 @@ def record_step(
     )
 
     def score(rows: Tensor) -> Scored:
-        part, inside = {key: batch[key][rows] for key in TOKEN_KEYS}, mask[rows]
+        part, inside = take_rollouts(batch, rows), mask[rows]
         if answers is None or teacher.model is not None:
-            said = teacher.answer({**part, "examples": [batch["examples"][row] for row in rows.tolist()]}, inside)
+            said = teacher.answer(part, inside)
         else:
             said = [answers[row] for row in rows.tolist()]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrations._trl import MULTIMODAL_KEYS, TOKEN_KEYS
+from ..integrations._trl import IMAGE_COUNTS, MULTIMODAL_KEYS, TOKEN_KEYS
 from ..score import NonFiniteLogitsError
 from ..types import TokenScores
 
@@ -19,7 +19,7 @@ def for_models(batch: dict[str, Any]) -> dict[str, Any]:
 
     A teacher that needs more than the tokens, such as a column that names it, finds it in its rollout's row.
     """
-    return {key: batch[key] for key in (*TOKEN_KEYS, *MULTIMODAL_KEYS, "examples") if key in batch}
+    return {key: batch[key] for key in (*TOKEN_KEYS, *MULTIMODAL_KEYS, *IMAGE_COUNTS, "examples") if key in batch}
 
 
 def loss_mask(batch: dict[str, Any]) -> Tensor:

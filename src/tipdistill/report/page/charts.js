@@ -160,6 +160,7 @@ const PANELS = [
   ["Divergence of dropped tokens, nats", ["selection/dropped_divergence"], { logY: true }],
   ["Reverse KL, nats", ["reverse_kl"], { logY: true }],
   ["Forward KL, nats", ["forward_kl"], { logY: true }],
+  ["Log-ratio to the student that wrote, nats", ["rollout/log_ratio"], {}],
   ["Entropy, nats", ["entropy"], { zero: true }],
   ["Gradient norm", ["grad_norm"], { logY: true }],
   ["Completion length, tokens", ["completions/mean_length"], { zero: true }],

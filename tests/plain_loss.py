@@ -1,17 +1,12 @@
 """The loss of a micro-batch in plain PyTorch, on full logits, with any teacher for any rollout."""
 
 import torch
+from on_cpu import ON_CPU
 
 PLAIN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
+    **ON_CPU,
     "max_completion_length": 12,
     "learning_rate": 1e-3,
-    "disable_tqdm": True,
     "max_steps": 2,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,

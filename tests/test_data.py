@@ -3,7 +3,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tipdistill.data import drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
+from tipdistill.data import check_text_alone, drop_long_prompts, load_prompts, prepare_prompts, prompt_lengths
 
 CHAT = [{"role": "user", "content": "1 + 1 ="}]
 
@@ -138,6 +138,19 @@ def test_chat_template_kwargs_count():
 
     assert prompt_lengths([CHAT], Tokenizer()) == [3]
     assert prompt_lengths([CHAT], Tokenizer(), {"thinking": True}) == [5]
+
+
+@pytest.mark.parametrize("column", ["images", "image", "problem"])
+def test_an_image_is_refused_where_text_alone_is_read(column):
+    """And not opened."""
+    asked, shown = ([{"role": "user", "content": [{"type": kind}]}] for kind in ("text", "image"))
+    columns = {"problem": [asked, asked, shown if column == "problem" else asked]}
+    if column != "problem":
+        columns[column] = [None, None, ["a.png"] if column == "images" else "a.png"]
+    dataset = Dataset.from_dict(columns)
+    with pytest.raises(ValueError, match=r"^d.jsonl, row 2 \(counting from 0\) has an image, and text alone is read"):
+        check_text_alone(dataset, "d.jsonl", "problem")
+    check_text_alone(dataset.select([0, 1]), "d.jsonl", "problem")
 
 
 def test_a_file_that_is_not_utf8_names_itself(tmp_path):

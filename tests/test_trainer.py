@@ -13,6 +13,7 @@ import forks
 import pytest
 import torch
 from datasets import Dataset
+from on_cpu import ON_CPU
 from transformers import AutoModelForCausalLM
 from trl import DistillationConfig, DistillationTrainer
 
@@ -24,15 +25,9 @@ from tipdistill.training.scoring import scoring_pieces, trimmed
 from tipdistill.training.shared_tokens import share_tokens
 
 PLAIN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
+    **ON_CPU,
     "max_completion_length": 12,
     "learning_rate": 1e-3,
-    "disable_tqdm": True,
     # greedy, so that two ways to run the same step write the same rollouts
     "generation_kwargs": {"do_sample": False},
 }

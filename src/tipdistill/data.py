@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from .chat import check_columns, encode_prompts, filled_columns, is_begun
 from .documents import check_values, read_text
 from .text import nearest
 
+IMAGE_COLUMNS = ("images", "image")
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_BLOCKS = ("image", "image_url", "video")  # of a message
 
 
 def load_prompts(
@@ -388,3 +390,66 @@ def _dress(prompt: Any, template: str | None, as_chat: bool, name: str) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def rows_with_images(dataset: Dataset, column: str) -> set[int]:
+    """The rows of a column that hold an image, which is not decoded.
+
+    Args:
+        dataset: its rows.
+        column: one of `IMAGE_COLUMNS`, or the prompts, in whose messages an image may stand.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": ["a", "b"], "images": [None, ["picture.png"]]})
+        >>> rows_with_images(rows, "images"), rows_with_images(rows, "prompt")
+        ({1}, set())
+    """
+    if column not in IMAGE_COLUMNS:
+        prompts = enumerate(map(read_stored, stored_values(dataset, column)))
+        return {row for row, prompt in prompts if not isinstance(prompt, str) and shows_image(prompt)}
+    return {row for row, value in enumerate(stored_values(dataset, column)) if _holds_image(value)}
+
+
+def check_text_alone(dataset: Dataset, name: str, prompts: str = "prompt") -> None:
+    """Refuse rows with images where nothing reads them: a model would be asked without what it is asked about.
+
+    Args:
+        dataset: its rows.
+        name: what errors call it.
+        prompts: the column that they are in.
+
+    Raises:
+        ValueError: the first such row.
+    """
+    for column in (prompts, *IMAGE_COLUMNS):
+        rows = rows_with_images(dataset, column) if column in dataset.column_names else None
+        if rows:
+            raise ValueError(
+                f"{name}, row {min(rows)} (counting from 0) has an image, and text alone is read here: remove the "
+                "images. `tipdistill train` takes them (docs/prompts.md)."
+            )
+
+
+def stored_values(dataset: Dataset, column: str, rows: int = 1000) -> Iterator[Any]:
+    """The values of a column, images not decoded."""
+    arrow = dataset.select_columns(column).with_format("arrow")
+    for start in range(0, len(dataset), rows):
+        yield from arrow[start : start + rows][column].to_pylist()
+
+
+def _holds_image(value: Any) -> bool:
+    """Whether what is stored is an image: a list of them, a struct of bytes and path, or a path."""
+    if isinstance(value, list):
+        return any(map(_holds_image, value))
+    if isinstance(value, dict):
+        return any(inside is not None for inside in value.values())
+    return value is not None
+
+
+def shows_image(messages: Any) -> bool:
+    """Whether a message of a conversation has a block that is an image or a video."""
+    return any(
+        isinstance(block, dict) and block.get("type") in _BLOCKS
+        for message in messages
+        for block in (message.get("content") if isinstance(message.get("content"), list) else ())
+    )

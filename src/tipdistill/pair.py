@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from .chat import check_chat_template_kwargs, encode_prompts, is_conversational
-from .data import as_conversations, check_prompt, drop_long_prompts, load_prompts
+from .data import as_conversations, check_prompt, check_text_alone, drop_long_prompts, load_prompts
 from .environments import Acting, Limits, Worlds, read_environment
 from .environments.play import check_conversational, read_dialect
 from .extras import EXTRAS, require
@@ -363,6 +363,7 @@ def _read_prompts(config: PairConfig, tokenizer: Any) -> Dataset:
         dataset, _ = drop_long_prompts(dataset, tokenizer, config.max_prompt_length, config.chat_template_kwargs)
     if config.max_prompts:
         dataset = dataset.select(range(min(config.max_prompts, len(dataset))))
+    check_text_alone(dataset, config.dataset)
     return as_conversations(dataset, config.teacher_prompt_column) if config.apply_chat else dataset
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from on_cpu import ON_CPU
 from trl import DistillationConfig, ScriptArguments
 
 from tipdistill import TIPConfig, TIPTrainer
@@ -23,15 +24,9 @@ from tipdistill.recipes.read import TIPScriptArguments, build, read_arguments
 from tipdistill.records import open_records
 
 BASE = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
+    **ON_CPU,
     "max_steps": 2,
     "max_completion_length": 8,
-    "logging_steps": 1,
-    "save_strategy": "no",
 }
 
 

@@ -112,6 +112,13 @@ def test_what_is_wrong_is_refused_in_one_line(flags, extra, message, capsys, loa
     assert error.count("\n") == 1
 
 
+def test_images_that_nothing_would_read_are_refused(flags, tmp_path, capsys, loads_nothing):
+    rows = tmp_path / "shown.jsonl"
+    rows.write_text('{"prompt": "What is it?", "images": null}\n{"prompt": "And this?", "images": ["a.png"]}\n')
+    assert main([*flags, "--dataset", str(rows)]) == 2
+    assert "row 1 (counting from 0) has an image, and text alone is read here" in capsys.readouterr().err
+
+
 def test_different_tokenizers_are_refused(flags, tmp_path, tiny_model_dir, capsys, loads_nothing):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen3", "student"))
     tokenizer.save_pretrained(tmp_path / "teacher")

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from acting import NAMES, Shop, speaks_of_tools, turn_after
+from on_cpu import ON_CPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tipdistill import TIPTrainer, rollout
@@ -12,15 +13,9 @@ from tipdistill.cli import main
 from tipdistill.records import open_records
 
 BASE = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
+    **ON_CPU,
     "max_steps": 1,
     "max_completion_length": 400,
-    "logging_steps": 1,
-    "save_strategy": "no",
     "record_rollouts": 4,
 }
 

@@ -4,20 +4,15 @@ import json
 
 import pytest
 import yaml
+from on_cpu import ON_CPU
 
 from tipdistill import TIPTrainer
 from tipdistill.cli import main
 
 BASE = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
+    **ON_CPU,
     "max_steps": 1,
     "max_completion_length": 8,
-    "logging_steps": 1,
-    "save_strategy": "no",
     "record_rollouts": 0,
 }
 

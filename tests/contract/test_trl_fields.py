@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from on_cpu import ON_CPU
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import distillation_trainer
@@ -19,13 +20,7 @@ from trl.trainer import distillation_trainer
 from tipdistill import TIPConfig, TIPTrainer
 
 BASE = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
+    **ON_CPU,
     "max_steps": 2,
     "per_device_train_batch_size": 4,
     "max_completion_length": 6,

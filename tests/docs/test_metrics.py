@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from acting import NAMES, Shop, speaks_of_tools
 from datasets import Dataset
+from on_cpu import ON_CPU
 from serving import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,14 +15,8 @@ from tipdistill.tasks import TASKS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 TINY = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
+    **ON_CPU,
     "max_completion_length": 8,
-    "disable_tqdm": True,
     "max_steps": 1,
     "per_device_train_batch_size": 4,
     "record_rollouts": 2,

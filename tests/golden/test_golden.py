@@ -19,6 +19,7 @@ import yaml
 from datasets import Dataset
 from golden_file import digest, hold, weights
 from heads import FIELDS, incoming_of, leaves, make_pair, tokens_of
+from on_cpu import ON_CPU
 from safetensors.torch import load_file
 from serving import serving
 from transformers import AutoModelForCausalLM
@@ -34,15 +35,9 @@ HERE = Path(__file__).parent
 # figures of the clock and of the machine, and not of the run
 OF_THE_MACHINE = ("time/", "memory/", "tokens_per_second", "teacher/bytes", "completions/", "num_tokens", "step_time")
 PLAIN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
+    **ON_CPU,
     "max_completion_length": 12,
     "learning_rate": 1e-3,
-    "disable_tqdm": True,
     "max_steps": 3,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,

@@ -24,6 +24,14 @@ def test_a_file_with_problem_and_answer(tmp_path):
     )
 
 
+def test_problems_with_an_image_are_refused(tmp_path):
+    """The model would be asked about what it does not see."""
+    rows = [{"problem": "1 + 1", "answer": 2, "image": None}, {"problem": "How many?", "answer": 3, "image": "a.png"}]
+    with pytest.raises(ValueError, match=r"seen.jsonl, row 1 .* has an image, and text alone is read here"):
+        load_task(write(tmp_path / "seen.jsonl", rows))
+    assert len(load_task(write(tmp_path / "unseen.jsonl", rows[:1])).problems) == 1
+
+
 def test_a_local_copy_of_a_known_task_is_read_as_that_task(tmp_path):
     path = write(tmp_path / "copy.jsonl", [{"question": "Q", "answer": "It is 3 + 4 = 7.\n#### 7"}])
     task = load_task(f"gsm8k={path}")

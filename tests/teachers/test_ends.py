@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from on_cpu import ON_CPU
 from serving import serving
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,13 +21,7 @@ from tipdistill.types import TeacherLogprobs
 
 END, OTHER, LETTER = 2, 0, 40  # <|end|> is the student's, <|endoftext|> the teacher's
 SETTINGS = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
+    **ON_CPU,
     "record_rollouts": 0,
     "per_device_train_batch_size": 16,
     "max_completion_length": 32,

@@ -6,6 +6,7 @@ tests/teachers/test_served.py has the faults of a server, for every kind of teac
 import pytest
 import torch
 from datasets import Dataset
+from on_cpu import ON_CPU
 from serving import serving
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -278,15 +279,9 @@ def test_loss_gradient_and_kept_tokens_are_those_of_plain_pytorch(
 # Training, against the same teacher in this process.
 
 PLAIN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
+    **ON_CPU,
     "max_completion_length": 8,
     "learning_rate": 1e-3,
-    "disable_tqdm": True,
     "per_device_train_batch_size": 4,
     "max_steps": 2,
     "teacher_time_limit": 20.0,

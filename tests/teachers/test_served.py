@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from datasets import Dataset
+from on_cpu import ON_CPU
 from recorded import same_records
 from serving import serving
 from transformers import AutoModelForCausalLM
@@ -322,15 +323,9 @@ def test_an_answer_may_be_as_large_as_what_was_asked_and_no_larger(served, conne
 # Training.
 
 PLAIN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
+    **ON_CPU,
     "max_completion_length": 8,
     "learning_rate": 1e-3,
-    "disable_tqdm": True,
     "per_device_train_batch_size": 4,
     "record_rollouts": 0,
     "teacher_time_limit": 20.0,

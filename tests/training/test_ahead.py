@@ -7,6 +7,7 @@ import pytest
 import torch
 import vllm_server
 from datasets import Dataset, IterableDataset
+from on_cpu import ON_CPU
 from transformers import TrainerCallback
 from vllm_server import greedy, logprobs
 
@@ -16,14 +17,8 @@ from tipdistill.training import ahead
 from tipdistill.training.ahead import RolloutsUnavailableError
 
 SETTINGS = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
+    **ON_CPU,
     "max_completion_length": 8,
-    "disable_tqdm": True,
     "record_rollouts": 0,
     "optim": "sgd",
     "learning_rate": 3.0,  # so that each step's student writes something else

@@ -2,16 +2,12 @@
 
 import pytest
 from datasets import Dataset
+from on_cpu import ON_CPU
 
 from tipdistill import TIPConfig, TIPTrainer
 
 BASE = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    **ON_CPU,
     "max_steps": 1,
     "per_device_train_batch_size": 4,
     "max_completion_length": 4,

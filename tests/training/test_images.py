@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from on_cpu import ON_CPU
 from peft import LoraConfig
 from transformers import (
     AutoTokenizer,
@@ -227,18 +228,12 @@ def pictured(counts, **columns):
 def trained(trainer, config, pair, dataset, directory, **settings):
     """What two steps of a training logged."""
     settings = {
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
+        **ON_CPU,
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
         "max_completion_length": 6,
         "max_steps": 2,
-        "logging_steps": 1,
         "learning_rate": 1e-3,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "shuffle_dataset": False,
         **settings,
     }

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from on_cpu import ON_CPU
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -59,15 +60,10 @@ def pair(tiny_model_dir):
 def make(pair, tiny_tokenizer, tmp_path):
     def build(dataset=None, extra=None, **settings):
         settings = {
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
+            **ON_CPU,
             "per_device_train_batch_size": 8,
             "max_completion_length": 6,
             "max_steps": 1,
-            "disable_tqdm": True,
             "record_rollouts": 0,
             **settings,
         }

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from on_cpu import ON_CPU
 from tokenizers import AddedToken
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
@@ -39,13 +40,7 @@ def models(tiny_model_dir):
 def make(models, tiny_tokenizer, tmp_path):
     def build(tokenizers, dataset=None, **settings):
         settings = {
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
+            **ON_CPU,
             "record_rollouts": 0,
             "per_device_train_batch_size": 8,
             "max_completion_length": 12,

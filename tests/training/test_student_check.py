@@ -7,6 +7,7 @@ import pytest
 import torch
 from causal_models import tiny
 from datasets import Dataset
+from on_cpu import ON_CPU
 
 from tipdistill import TIPConfig, TIPTrainer
 
@@ -19,19 +20,13 @@ def make(tmp_path):
 
     def build(student, teacher, **settings):
         given = {
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
+            **ON_CPU,
             "max_steps": 1,
             "optim": "sgd",
             "max_completion_length": 6,
             "per_device_train_batch_size": 4,
             "shuffle_dataset": False,
             "record_rollouts": 0,
-            "disable_tqdm": True,
         }
         return Recording(
             student,

@@ -9,6 +9,7 @@ import forks
 import pytest
 import torch
 from datasets import Dataset
+from on_cpu import ON_CPU
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
@@ -55,13 +56,7 @@ def train(tiny_model_dir, tiny_tokenizer, tmp_path):
         before = student.state_dict()
         before = {name: value.clone() for name, value in before.items()}
         settings = {
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
+            **ON_CPU,
             "record_rollouts": 0,
             "max_completion_length": 5,
             "max_steps": 1,
@@ -195,13 +190,7 @@ def test_two_processes_leave_out_what_one_does(tiny_model_dir, word_problems, tm
     """Rollouts end at every sixth token of the vocabulary, or are cut at a length of their prompt's own."""
     pair = [str(tiny_model_dir("qwen3", role)) for role in ROLES]
     settings = {
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **ON_CPU,
         "max_completion_length": 12,
         "max_steps": 3,
         "shuffle_dataset": False,

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def _prune(options: Any, directory: Path) -> int:
-    from ..data import load_prompts
+    from ..data import check_text_alone, load_prompts
     from ..pair import device_of
     from ..prune import write_pruned
     from ..tasks.instructions import as_chat, train_prompts
@@ -44,7 +44,10 @@ def _prune(options: Any, directory: Path) -> int:
     if options.dataset is None:
         prompts: list[Any] = list(map(as_chat, train_prompts()))
     else:
-        prompts = load_prompts(options.dataset, "train", column=options.prompt_column)["prompt"][:]
+        dataset = load_prompts(options.dataset, "train", column=options.prompt_column)
+        dataset = dataset.select(range(min(options.max_prompts, len(dataset))))
+        check_text_alone(dataset, options.dataset)
+        prompts = dataset["prompt"][:]
     dropped = write_pruned(
         options.model,
         options.layers,

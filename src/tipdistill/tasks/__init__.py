@@ -27,7 +27,7 @@ from typing import Any
 
 from .. import dotted
 from ..arrow import as_written
-from ..data import load_rows
+from ..data import check_text_alone, load_rows
 from ..environments.deepplanning import prompts as deepplanning
 from ..environments.deepplanning.converter import named as named_converter
 from ..evaluate.task import DIVERGENCES, Problem, Task
@@ -212,6 +212,7 @@ def _of_rows(source: str, rows: Any, mapping: Mapping[str, Any]) -> tuple[Proble
     columns = rows.column_names
     problem = _column(source, columns, (mapping.get("problem"), *PROBLEM_COLUMNS))
     rows = as_written(rows, problem)
+    check_text_alone(rows, source, problem)
     if mapping.get("divergence"):
         return tuple(_problem(source, index, row[problem], "-") for index, row in enumerate(rows))
     if mapping.get("environment"):

@@ -10,11 +10,10 @@ from datasets import Dataset, IterableDataset
 from ..arrow import values_of
 from ..chat import check_columns, filled_columns
 from ..config import TIPConfig
-from ..data import check_prompt
+from ..data import IMAGE_COLUMNS, check_prompt
 from ..extras import check_packages
 from ..teachers.named import SELF, check_teacher_names, named_teachers
 from ..text import near_names
-from .images import COLUMNS as IMAGE_COLUMNS
 from .kept import check_kept
 from .lengths import configuration_of
 

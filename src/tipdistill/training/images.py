@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -10,13 +9,10 @@ from transformers import ProcessorMixin
 
 from ..arrow import read_stored
 from ..chat import check_columns, is_begun
-from ..data import check_prompt, check_prompts
+from ..data import IMAGE_COLUMNS, check_prompt, check_prompts, rows_with_images, shows_image, stored_values
 from ..integrations._accelerate import shards_weights
 from ..teachers.named import SELF, named_teachers
 from .lengths import configuration_of
-
-COLUMNS = ("images", "image")
-_BLOCKS = ("image", "image_url", "video")
 
 
 def text_alone(teacher_model: Any, args: Any, processing_class: Any) -> str | None:
@@ -65,23 +61,21 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any, blind: s
         return dataset
     check_prompts(dataset, name)
     plain = isinstance(dataset.select_columns("prompt")[0]["prompt"], str)
-    with_image = set()
-    for column in COLUMNS:
+    with_image: set[int] = set()
+    for column in IMAGE_COLUMNS:
         if column in dataset.column_names:
-            rows = [row for row, value in enumerate(_stored(dataset, column)) if _holds_image(value)]
+            rows = rows_with_images(dataset, column)
             if not rows:
                 dataset = dataset.remove_columns(column)
-            with_image |= set(rows)
-    if not plain:
-        for row, prompt in enumerate(_stored(dataset, "prompt")):
-            messages = read_stored(prompt)
-            if sees and is_begun(messages):
+            with_image |= rows
+    if sees and not plain:
+        for row, prompt in enumerate(stored_values(dataset, "prompt")):
+            if is_begun(read_stored(prompt)):
                 raise ValueError(
                     f"{name}, row {row} (counting from 0): the prompt ends with a turn of the assistant, which a model "
                     "that sees images cannot go on with here: end it with the user's turn."
                 )
-            if _shows(messages):
-                with_image.add(row)
+    with_image |= rows_with_images(dataset, "prompt")
     if with_image:
         _check_seen(f"{name}, row {min(with_image)}", plain, blind)
         without = next((row for row in range(len(dataset)) if row not in with_image), None)
@@ -114,13 +108,13 @@ def with_images(inputs: list[dict[str, Any]], blind: str | None) -> list[dict[st
     with_image = [
         row
         for row, (images, given) in enumerate(zip(of_rows, inputs, strict=True))
-        if images or (not isinstance(given["prompt"], str) and _shows(given["prompt"]))
+        if images or (not isinstance(given["prompt"], str) and shows_image(given["prompt"]))
     ]
     if with_image:
         _check_seen(f"row {with_image[0]} of the batch", isinstance(inputs[0]["prompt"], str), blind)
-    if not any(column in row for row in inputs for column in COLUMNS):
+    if not any(column in row for row in inputs for column in IMAGE_COLUMNS):
         return inputs
-    rest = [{name: value for name, value in row.items() if name not in COLUMNS} for row in inputs]
+    rest = [{name: value for name, value in row.items() if name not in IMAGE_COLUMNS} for row in inputs]
     if not any(of_rows):
         return rest
     return [{**row, "images": images} for row, images in zip(rest, of_rows, strict=True)]
@@ -132,27 +126,3 @@ def _check_seen(row: str, plain: bool, blind: str | None) -> None:
         reason = "its prompt is plain: give conversational prompts (lists of messages)."
     if reason is not None:
         raise ValueError(f"{row} (counting from 0) has an image, and {reason}")
-
-
-def _stored(dataset: Dataset, column: str, rows: int = 1000) -> Iterator[Any]:
-    """The values of a column, images not decoded."""
-    arrow = dataset.select_columns(column).with_format("arrow")
-    for start in range(0, len(dataset), rows):
-        yield from arrow[start : start + rows][column].to_pylist()
-
-
-def _holds_image(value: Any) -> bool:
-    """Whether what is stored is an image: a list of them, a struct of bytes and path, or a path."""
-    if isinstance(value, list):
-        return any(map(_holds_image, value))
-    if isinstance(value, dict):
-        return any(inside is not None for inside in value.values())
-    return value is not None
-
-
-def _shows(messages: Any) -> bool:
-    return any(
-        isinstance(block, dict) and block.get("type") in _BLOCKS
-        for message in messages
-        for block in (message.get("content") if isinstance(message.get("content"), list) else ())
-    )

@@ -252,6 +252,32 @@ def test_a_student_that_sees_images_is_trained_as_by_trl(seeing_pair, tmp_path):
         assert [entry[key] for entry in of_all] == pytest.approx([entry[key] for entry in theirs], rel=1e-3)
 
 
+def test_an_evaluation_on_images_is_that_of_trl(seeing_pair, tmp_path):
+    losses = []
+    for trainer, config in ((DistillationTrainer, DistillationConfig), (TIPTrainer, TIPConfig)):
+        args = config(str(tmp_path), **ON_CPU, max_completion_length=6, per_device_eval_batch_size=2, beta=1.0)
+        run = trainer(*seeing_pair, args, pictured([1] * 8), pictured([1] * 4))
+        torch.manual_seed(0)
+        losses.append(run.evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_an_evaluation_routes_images_to_their_teachers(seeing_pair, tmp_path):
+    """Of two teachers one is the student, who has nothing to learn from it; rows have two pictures, one or none."""
+    student, other = seeing_pair
+    losses = {}
+    for name in ("a", "b", "ab"):
+        asked = {"a": "aaaa", "b": "bbbb", "ab": "aabb"}[name]
+        sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_completion_length": 6}
+        args = TIPConfig(str(tmp_path), **ON_CPU, **sizes, beta=1.0)
+        rows = pictured([2, 0, 1, 0], teacher=list(asked))
+        run = TIPTrainer(student, {"a": other, "b": student}, args, rows, rows)
+        torch.manual_seed(0)
+        losses[name] = run.evaluate()["eval_loss"]
+    assert losses["b"] == pytest.approx(0.0, abs=1e-6)
+    assert 0 < losses["ab"] < losses["a"]
+
+
 @pytest.mark.parametrize("teacher", ["local", "offloaded", "several", "adapter"])
 @pytest.mark.parametrize("rule", ["soft_or", "entropy"])  # the teacher is asked about every token, or about the kept
 def test_tokens_of_images_are_chosen_ahead_of_the_loss_as_inside_it(seeing_pair, tmp_path, teacher, rule):

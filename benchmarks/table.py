@@ -583,6 +583,7 @@ OF_GPUS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 FILES = {"targets-cpu": "head-cpu"}  # table → the file, where that has another name
 HEADS = ("head-cpu", "head-qwen3-4k", "head-qwen3-8k", "head-qwen3-16k", "head-qwen3-32k")
+SMALL = ("addition", "modular", "machine")  # tasks
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **dict.fromkeys(HEADS, _head),
     **{f"{name}{WHOLE}": _whole_head for name in HEADS},
@@ -596,9 +597,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "select-cuda": _select,
     "targets-cpu": _cpu_targets,
     "positions-smollm2": _positions,
-    "running-modular": _running,
+    **{f"running-{task}": _running for task in SMALL},
+    **{f"ahead-{task}": _ahead for task in SMALL},
     "kept-modular": _kept,
-    "ahead-modular": _ahead,
     "wire-smollm2": _wire,
     "signals-trip": _signals,
     "students-smollm2": _students,

@@ -153,6 +153,11 @@ def test_an_image_is_refused_where_text_alone_is_read(column):
     check_text_alone(dataset.select([0, 1]), "d.jsonl", "problem")
 
 
+def test_what_is_no_image_is_none():
+    values = {"problem": [None, "text"], "image": ["", None], "images": [[], [None]]}
+    check_text_alone(Dataset.from_dict(values), "d.jsonl", "problem")
+
+
 def test_a_file_that_is_not_utf8_names_itself(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"prompt": "naïve"}'.encode("latin-1"))

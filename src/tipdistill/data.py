@@ -406,7 +406,7 @@ def rows_with_images(dataset: Dataset, column: str) -> set[int]:
     """
     if column not in IMAGE_COLUMNS:
         prompts = enumerate(map(read_stored, stored_values(dataset, column)))
-        return {row for row, prompt in prompts if not isinstance(prompt, str) and shows_image(prompt)}
+        return {row for row, prompt in prompts if shows_image(prompt)}
     return {row for row, value in enumerate(stored_values(dataset, column)) if _holds_image(value)}
 
 
@@ -438,18 +438,17 @@ def stored_values(dataset: Dataset, column: str, rows: int = 1000) -> Iterator[A
 
 
 def _holds_image(value: Any) -> bool:
-    """Whether what is stored is an image: a list of them, a struct of bytes and path, or a path."""
+    """Whether what is stored is an image: a list of them, a struct of bytes and path, or a path that is not empty."""
     if isinstance(value, list):
         return any(map(_holds_image, value))
     if isinstance(value, dict):
         return any(inside is not None for inside in value.values())
-    return value is not None
+    return value is not None and value != ""
 
 
 def shows_image(messages: Any) -> bool:
-    """Whether a message of a conversation has a block that is an image or a video."""
-    return any(
-        isinstance(block, dict) and block.get("type") in _BLOCKS
-        for message in messages
-        for block in (message.get("content") if isinstance(message.get("content"), list) else ())
-    )
+    """Whether a message of a conversation has a block that is an image or a video; what is no conversation has none."""
+    turns = messages if isinstance(messages, list) else []
+    contents = [message.get("content") for message in turns if isinstance(message, dict)]
+    blocks = [block for content in contents if isinstance(content, list) for block in content]
+    return any(isinstance(block, dict) and block.get("type") in _BLOCKS for block in blocks)

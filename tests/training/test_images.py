@@ -96,7 +96,8 @@ def test_a_stream_is_refused_at_the_first_image():
     assert with_images([text, text], BLIND) == [{"prompt": ASK}] * 2
     with pytest.raises(ValueError, match=r"row 1 of the batch .* has an image, and the student reads text alone"):
         with_images([text, image], BLIND)
-    assert [row["images"] for row in with_images([text, image], None)] == [[], [image["image"]]]
+    given = [text, image, {"prompt": ASK, "image": ""}, {"prompt": ASK, "images": [None, 1]}]
+    assert [row["images"] for row in with_images(given, None)] == [[], [image["image"]], [], [1]]
     block = {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}
     with pytest.raises(ValueError, match=r"row 1 of the batch .* has an image"):
         with_images([text, block], BLIND)

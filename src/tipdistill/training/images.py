@@ -103,12 +103,12 @@ def with_images(inputs: list[dict[str, Any]], blind: str | None) -> list[dict[st
             check_columns([column for column, value in row.items() if value], "the dataset")
         images = row.get("images")
         if images is None:
-            images = [row["image"]] if row.get("image") is not None else []
-        of_rows.append(list(images))
+            images = [row["image"]] if "image" in row else []
+        of_rows.append([image for image in images if image is not None and image != ""])
     with_image = [
         row
         for row, (images, given) in enumerate(zip(of_rows, inputs, strict=True))
-        if images or (not isinstance(given["prompt"], str) and shows_image(given["prompt"]))
+        if images or shows_image(given["prompt"])
     ]
     if with_image:
         _check_seen(f"row {with_image[0]} of the batch", isinstance(inputs[0]["prompt"], str), blind)

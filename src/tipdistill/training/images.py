@@ -104,7 +104,7 @@ def with_images(inputs: list[dict[str, Any]], blind: str | None) -> list[dict[st
         images = row.get("images")
         if images is None:
             images = [row["image"]] if "image" in row else []
-        of_rows.append([image for image in images if image is not None and image != ""])
+        of_rows.append([image for image in images if (bool(image) if isinstance(image, str) else image is not None)])
     with_image = [
         row
         for row, (images, given) in enumerate(zip(of_rows, inputs, strict=True))

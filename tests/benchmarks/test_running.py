@@ -41,6 +41,8 @@ def test_a_difference_is_paired_by_seed(task, rule):
     lines = TABLES[f"running-{task}"](result).splitlines()
     (line,) = [line for line in lines if "`running`" in line and rule_of(rule) in line]
     assert f"| {mean:+.3f} ± ".replace("-", "−") in line
+    error = float(line.rsplit("± ", 1)[1].rstrip(" |"))
+    assert abs(mean) < 2 * error, "within noise, as the page says"
 
 
 def rule_of(name):

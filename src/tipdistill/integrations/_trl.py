@@ -135,6 +135,7 @@ def without_false_counts(batch: dict[str, Any]) -> dict[str, Any]:
     are as many images as rollouts it would hand images to the wrong ones.
 
     Example:
+        >>> import torch
         >>> padded = torch.zeros(2, 2, 3, 8, 8)  # two of the first rollout, none of the second
         >>> sorted(without_false_counts({"pixel_values": padded, "num_images": [2, 0]}))
         ['pixel_values']
@@ -156,6 +157,7 @@ def take_rollouts(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         rows: int64 [b], which rollouts.
 
     Example:
+        >>> import torch
         >>> tokens, images = torch.tensor([[1], [2], [3]]), torch.ones(3, 1)
         >>> batch = {"prompt_ids": tokens, "pixel_values": images, "num_images": [2, 1, 0]}
         >>> part = take_rollouts(batch, torch.tensor([1, 2]))

@@ -320,6 +320,19 @@ def test_tokens_of_images_are_chosen_ahead_of_the_loss_as_inside_it(seeing_pair,
     assert all(0 < entry["selection/kept_fraction"] < 1 for entry in ahead)
 
 
+def test_an_engine_is_told_of_no_images_as_trl_tells_it(seeing_pair, tmp_path, monkeypatch):
+    """vLLM takes the first image of every list that is there."""
+    told, write = [], DistillationTrainer._generate_single_turn
+
+    def watched(self, prompt_ids, images, *rest):
+        told.append(images)
+        return write(self, prompt_ids, images, *rest)
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", watched)
+    trained(TIPTrainer, TIPConfig, seeing_pair, pictured([1, 0, 2, 0]), tmp_path / "run", max_steps=1)
+    assert [[image and len(image) for image in images] for images in told] == [[1, None, 2, None]]
+
+
 def test_records_of_rollouts_with_images(seeing_pair, tmp_path):
     trained(TIPTrainer, TIPConfig, seeing_pair, pictured([1, 0, 2, 1]), tmp_path / "run", record_rollouts=4)
     records = open_records(tmp_path / "run" / "records" / "step-0")

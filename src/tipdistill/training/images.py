@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 
 from ..arrow import read_stored
 from ..chat import check_columns, is_begun
-from ..data import IMAGE_COLUMNS, check_prompt, check_prompts, rows_with_images, shows_image, stored_values
+from ..data import IMAGE_COLUMNS, check_prompt, check_prompts, holds_image, rows_with_images, shows_image, stored_values
 from ..integrations._accelerate import shards_weights
 from ..teachers.named import SELF, named_teachers
 from .lengths import configuration_of
@@ -75,7 +75,8 @@ def prepared(dataset: Any, name: str, args: Any, processing_class: Any, blind: s
                     f"{name}, row {row} (counting from 0): the prompt ends with a turn of the assistant, which a model "
                     "that sees images cannot go on with here: end it with the user's turn."
                 )
-    with_image |= rows_with_images(dataset, "prompt")
+    if not plain:
+        with_image |= rows_with_images(dataset, "prompt")
     if with_image:
         _check_seen(f"{name}, row {min(with_image)}", plain, blind)
         without = next((row for row in range(len(dataset)) if row not in with_image), None)
@@ -104,7 +105,7 @@ def with_images(inputs: list[dict[str, Any]], blind: str | None) -> list[dict[st
         images = row.get("images")
         if images is None:
             images = [row["image"]] if "image" in row else []
-        of_rows.append([image for image in images if (bool(image) if isinstance(image, str) else image is not None)])
+        of_rows.append(list(filter(holds_image, images)))
     with_image = [
         row
         for row, (images, given) in enumerate(zip(of_rows, inputs, strict=True))

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from heads import leaves, make_pair, to
+from heads import leaves, make_pair, reference, to
 from measure import matmul_flops, peak_bytes
 
 import tipdistill as tip
 from tipdistill import Head, Selection, TokenScores
+from tipdistill.loss import fused_selected_loss
 from tipdistill.score import NonFiniteLogitsError, chunked
 from tipdistill.score.checks import scaled_
+from tipdistill.select import running_of
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -276,6 +278,195 @@ def test_an_infinite_loss_names_its_token(impl):
     with pytest.raises(NonFiniteLogitsError, match="token 0 of 3: the divergence is infinite"):
         tip.fused_divergence_loss(student, teacher, impl=impl)
     assert math.isfinite(tip.fused_divergence_loss(student, teacher, divergence="jsd", impl=impl))
+
+
+# Score, select and loss in one pass, against the same choice of the same tokens, projected again.
+
+GROUPS = {"one": [37], "several": [5, 0, 12, 1, 19], "many": [3] * 12 + [1], "long": [1, 30, 6]}
+
+
+def chosen_by(rule, retention, lengths, **options):
+    """How a rule chooses inside each group."""
+    group = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+    def choose(scores, tokens):
+        numbers = group[tokens].unique().tolist()
+        generators = [torch.Generator().manual_seed(number) for number in numbers]
+        return tip.select(scores, rule, retention, rollout=group[tokens], generator=generators, **options)
+
+    return choose
+
+
+def chosen(student, teacher, choose, lengths, **options):
+    tensors, student = leaves(student)
+    loss, scores, selection = fused_selected_loss(student, teacher, choose, lengths, **options)
+    loss.backward()
+    return loss.detach(), [None if tensor is None else tensor.grad for tensor in tensors], scores, selection
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("rows", [1, 5, 1000], ids="products of {} rows".format)
+@pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 3.0, "logit_scale": 1.3}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("lengths", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_one_pass_is_the_two_in_float64(divergence, lengths, head, rows, monkeypatch):
+    monkeypatch.setattr(chunked, "CHOSEN_ROWS", rows)
+    student, teacher = make_pair(37, 1021, **head)
+    options = {"divergence": divergence, "beta": 0.3, "temperature": 0.7}
+    fields = ["entropy_norm", "entropy", "reverse_kl", "gradient_norm"]
+    expected = reference(student, teacher, fields=fields, temperature=0.7)
+    for rule, denominator in (("soft_or", None), ("gradient_norm_sampling", 11.0), ("entropy_sampling", None)):
+        choose = chosen_by(rule, 0.4, lengths, running=running_of(expected, rule))
+        call = {"fields": fields, "denominator": denominator}
+        loss, gradients, scores, selection = chosen(student, teacher, choose, lengths, **call, **options)
+        for name in fields:
+            torch.testing.assert_close(getattr(scores, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
+        of_all = choose(expected, slice(0, 37))
+        assert torch.equal(selection.mask, of_all.mask)
+        assert 0 < selection.mask.sum() < 37
+        torch.testing.assert_close(selection.weight, of_all.weight)
+        weight = of_all.weight.double()
+        truth, of_truth = oracle(
+            student, teacher, weight, denominator=of_all.total if denominator is None else denominator, **options
+        )
+        torch.testing.assert_close(loss, truth, rtol=1e-6, atol=1e-12)  # weights are float32
+        for value, exact in zip(gradients, of_truth, strict=True):
+            assert (value is None) == (exact is None)
+            if value is not None:
+                torch.testing.assert_close(value, exact, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+@pytest.mark.parametrize("width", [24, 2, 1])
+def test_one_pass_of_what_is_trained_and_where_a_weight_is_infinite(width, trained):
+    student, teacher = make_pair(37, 1021, bias=True, logit_scale=1.3, teacher_vocabulary=1000)
+    student = replace(student, hidden=student.hidden[:, :width], weight=student.weight[:, :width].clone())
+    student.weight[5], student.bias[5], teacher.bias[5] = -math.inf, -math.inf, -math.inf
+    student = replace(student, hidden=student.hidden.abs())
+    results = []
+    for impl in ("chunked", "reference"):
+        tensors, head = leaves(student)
+        for tensor, need in zip(tensors, trained, strict=True):
+            tensor.requires_grad_(need)
+        choose = chosen_by("divergence", 0.3, GROUPS["several"])
+        loss, _, _ = fused_selected_loss(
+            head, teacher, choose, GROUPS["several"], fields=["reverse_kl"], denominator=7.0, impl=impl
+        )
+        loss.backward()
+        results.append([loss.detach(), *(tensor.grad for tensor in tensors)])
+    for value, truth in zip(*results, strict=True):
+        assert (value is None) == (truth is None)
+        if value is not None:
+            assert value.isfinite().all()
+            torch.testing.assert_close(value, truth.nan_to_num(0.0), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 1.0])
+def test_one_pass_projects_all_once_and_differentiates_what_is_kept(share):
+    lengths = [20, 20]
+    student, teacher = make_pair(40, 301, torch.float32)
+    of_student, of_teacher = (2 * 301 * width for width in (24, 40))
+    _, head = leaves(student)
+
+    def run(**options):
+        choose = chosen_by("divergence", share, lengths)
+        fused_selected_loss(head, teacher, choose, lengths, fields=["reverse_kl"], **options)[0].backward()
+
+    kept = round(share * 40)
+    assert matmul_flops(run) == 40 * (of_student + of_teacher) + kept * 2 * of_student
+
+
+def test_groups_that_fit_no_workspace_are_projected_again(monkeypatch):
+    lengths = [9, 31]
+    student, teacher = make_pair(40, 301, torch.float32)
+    choose, call = chosen_by("divergence", 0.5, lengths), {"fields": ["reverse_kl"], "denominator": 3.0}
+    loss, gradients, scores, selection = chosen(student, teacher, choose, lengths, **call)
+    row = 2 * 301 * 4
+    for rows, projected in ((31, 40), (30, 40 + int(selection.mask.sum()))):
+        monkeypatch.setattr(chunked, "CPU_CHOICE", rows * row)
+        again = []
+        flops = matmul_flops(lambda again=again: again.append(chosen(student, teacher, choose, lengths, **call)))
+        backward = 2 * int(selection.mask.sum()) * 2 * 301 * 24
+        assert flops == projected * 2 * 301 * 64 + backward
+        torch.testing.assert_close(again[0][0], loss)
+        for value, expected in zip(again[0][1], gradients, strict=True):
+            torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(again[0][2].reverse_kl, scores.reverse_kl)
+        assert torch.equal(again[0][3].mask, selection.mask)
+
+
+def test_one_pass_holds_the_logits_of_its_longest_group():
+    for lengths in ([40, 40, 40], [8] * 15):
+        student, teacher = make_pair(120, 20_000, torch.float32)
+        (_, weight, _), head = leaves(student)
+        choose = chosen_by("divergence", 0.5, lengths)
+        # the first rows lie where the lm_head's gradient will be; 16 MiB hold more than a group of eight
+        peak = peak_bytes(
+            lambda head=head, teacher=teacher, choose=choose, lengths=lengths: fused_selected_loss(
+                head, teacher, choose, lengths, fields=["reverse_kl"], denominator=9.0
+            )[0].backward()
+        )
+        longest = max(max(lengths) * 2 * 20_000 * 4, chunked.CPU_WORKSPACE)
+        assert peak <= weight.nbytes + 1.5 * longest
+
+
+def test_one_pass_over_nothing_is_0_and_reaches_the_graph():
+    for rows, lengths, impl in ((0, [], "auto"), (0, [0, 0], "auto"), (3, [3], "auto")):
+        student, teacher = make_pair(rows, 19, torch.float32)
+        (hidden, weight, _), head = leaves(student)
+        nothing = lambda scores, _: selection_of(torch.zeros(len(scores)))  # noqa: E731
+        loss, scores, selection = fused_selected_loss(head, teacher, nothing, lengths, fields=["entropy"], impl=impl)
+        loss.backward()
+        assert loss.item() == 0.0
+        assert len(scores.entropy) == len(selection.mask) == rows
+        assert hidden.grad.shape == (rows, 24)
+        assert not hidden.grad.any()
+        assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_of_an_infinite_divergence_only_a_kept_one_is_refused(kept, impl):
+    student, teacher = make_pair(6, 19, bias=True)
+    student = replace(student, hidden=torch.eye(6, 24, dtype=torch.float64))
+    student.bias[3], teacher.bias[3] = -math.inf, -math.inf
+    teacher.weight[3] = 0
+    student.bias[3] = 0.0  # the student may say it, the teacher may not: infinite at every token
+    call = {"divergence": "forward_kl", "fields": ["entropy"], "impl": impl}
+    weight = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    pick = lambda _, tokens: selection_of(weight[tokens])  # noqa: E731
+    (hidden, _, _), head = leaves(student)
+    loss, _, _ = fused_selected_loss(head, teacher, pick, [2, 4], **call)
+    loss.backward()
+    assert loss.isfinite()
+    assert hidden.grad.isfinite().all()
+    assert (hidden.grad != 0).any(1).tolist() == (weight > 0).tolist()
+    if kept:
+        with pytest.raises(NonFiniteLogitsError, match="token 1 of 6: the divergence is infinite"):
+            fused_selected_loss(head, teacher, pick, [2, 4], **{**call, "divergence": "reverse_kl"})
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_logits_that_are_no_numbers_are_refused_before_a_rule_reads_them(impl):
+    student, teacher = make_pair(9, 19)
+    student.hidden[6, 0] = math.nan
+    with pytest.raises(NonFiniteLogitsError, match="token 6 of"):
+        fused_selected_loss(
+            student, teacher, chosen_by("divergence", 0.5, [4, 5]), [4, 5], fields=["reverse_kl"], impl=impl
+        )
+
+
+def test_groups_and_choices_that_do_not_fit_are_refused():
+    student, teacher = make_pair(9, 19)
+    choose = chosen_by("divergence", 0.5, [4, 5])
+    for lengths in ([4, 4], [10, -1], []):
+        with pytest.raises(ValueError, match="groups of 9 tokens in all"):
+            fused_selected_loss(student, teacher, choose, lengths, fields=["reverse_kl"])
+    with pytest.raises(ValueError, match="the choice is of 2 tokens, and 9 were given"):
+        fused_selected_loss(student, teacher, lambda *_: selection_of([1.0, 0.0]), [4, 5], fields=["reverse_kl"])
+    with pytest.raises(ValueError, match="denominator must be positive"):
+        fused_selected_loss(student, teacher, choose, [4, 5], fields=["reverse_kl"], denominator=0.0)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import tipdistill.trainer
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.records import open_records
 from tipdistill.teachers import ChosenTeacher, local
+from tipdistill.training import choosing
 from tipdistill.training.scoring import scoring_pieces, trimmed
 from tipdistill.training.shared_tokens import share_tokens
 
@@ -354,27 +355,34 @@ def test_every_step_logs_what_happened_to_its_tokens(make, normalization):
 
 
 def test_entropy_rules_project_the_teacher_for_the_kept_rows_only(make, monkeypatch):
-    projected = {"score": [], "loss": []}
-    score, loss = local.token_scores, local.fused_divergence_loss
+    projected = []
 
-    def scoring(student, teacher=None, **options):
-        projected["score"].append(0 if teacher is None else len(teacher.hidden))
-        return score(student, teacher, **options)
+    def watched(module, function):
+        project = getattr(module, function)
 
-    def losing(student, teacher, *args, **options):
-        projected["loss"].append(len(teacher.hidden))
-        return loss(student, teacher, *args, **options)
+        def projecting(student, teacher=None, *args, **options):
+            projected.append((function, 0 if teacher is None else len(teacher.hidden)))
+            return project(student, teacher, *args, **options)
 
-    monkeypatch.setattr(tipdistill.trainer, "token_scores", scoring)
-    monkeypatch.setattr(local, "token_scores", scoring)
-    monkeypatch.setattr(local, "fused_divergence_loss", losing)
+        monkeypatch.setattr(module, function, projecting)
+
+    watched(tipdistill.trainer, "token_scores")
+    watched(local, "fused_divergence_loss")
+    watched(choosing, "fused_selected_loss")
     trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=2, max_steps=4, record_rollouts=0)
     trainer.train()
-    per_step = len(projected["score"]) // 4
-    teacher_rows = [sum(projected["score"][i * per_step : (i + 1) * per_step]) for i in range(4)]
-    assert [rows > 0 for rows in teacher_rows] == [True, False, True, False]
     kept = steps(trainer, "selection/trained_tokens")[0]
-    assert projected["loss"] == [b - a for a, b in zip([0, *kept], kept, strict=False)]
+    of_step = [b - a for a, b in zip([0, *kept], kept, strict=False)]
+    tokens = [round(k / share) for k, share in zip(of_step, steps(trainer, "selection/kept_fraction")[0], strict=True)]
+    # where the log compares all tokens with the teacher, its logits are there for the loss
+    assert projected == [
+        ("fused_selected_loss", tokens[0]),
+        ("token_scores", 0),
+        ("fused_divergence_loss", of_step[1]),
+        ("fused_selected_loss", tokens[2]),
+        ("token_scores", 0),
+        ("fused_divergence_loss", of_step[3]),
+    ]
 
 
 def test_num_generations_repeats_each_prompt(make, prompts):

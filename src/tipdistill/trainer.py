@@ -43,6 +43,7 @@ from .training.ahead import RolloutsAhead
 from .training.card import PAPER, TAGS
 from .training.checkpoints import LastWholeStep, last_complete_checkpoint
 from .training.checks import check_arguments, teacher_prompt_column, used_columns
+from .training.choosing import chosen_loss
 from .training.engine_check import EngineCheck
 from .training.episodes import as_played, read_tools
 from .training.evaluation import TaskEvaluation, evaluate_tasks, load_tasks
@@ -318,7 +319,7 @@ class TIPTrainer(ResumableTrainer):
         # a rule that reads the divergence needs the teacher's word on every token; for others, and from a teacher that
         # answers before the loss, what is trained on is enough
         answers = None
-        if self._projects_teacher(fields):
+        if self.projects_teacher(fields):
             with self._clock.part("teacher"):
                 answers = self.teacher.answer(seen, mask, pieces)
         with self._clock.part("score"):
@@ -363,7 +364,7 @@ class TIPTrainer(ResumableTrainer):
     def _logged_fields(self) -> tuple[str, ...]:
         return ALL_FIELDS if self._is_full_step() else LOGGED_FIELDS
 
-    def _projects_teacher(self, fields: tuple[str, ...]) -> bool:
+    def projects_teacher(self, fields: tuple[str, ...]) -> bool:
         return not fields or self._reads_teacher or "reverse_kl" in fields
 
     @torch.no_grad()
@@ -403,9 +404,9 @@ class TIPTrainer(ResumableTrainer):
             self._comparison(answers) as teacher,
             naming_rollouts(mask, rows),
         ):
-            return self._scores(of_student, teacher, fields, batch["completion_ids"][mask])
+            return self.scores_of(of_student, teacher, fields, batch["completion_ids"][mask])
 
-    def _scores(
+    def scores_of(
         self, student: Head, teacher: Comparison | None, fields: tuple[str, ...], tokens: Tensor
     ) -> TokenScores:
         reads_tokens = not fields or any(name.endswith("logprob") for name in fields)
@@ -442,7 +443,7 @@ class TIPTrainer(ResumableTrainer):
         There are three cases, and in each the rows that are trained on are projected once for the loss.
 
         1. The tokens were selected before, with the whole generation batch: the kept rows go into the loss.
-        2. They are selected here (training/selection.py): all rows are scored, the kept ones go into the loss.
+        2. They are selected here (training/selection.py, choosing.py): all are scored, the kept ones differentiated.
         3. Nothing is selected, in an evaluation or where the rule keeps all: one pass gives loss and statistics.
 
         With backward="kept" the first forward is without gradient, and the kept rows go through a second one with it.
@@ -480,16 +481,13 @@ class TIPTrainer(ResumableTrainer):
             selection = None
             # a micro-batch may hold nothing but what tools wrote
             if self.model.training and not self._keeps_all and len(student.hidden):
-                with naming_rollouts(asked):
-                    scores = self._score_here(student, teacher, inputs["completion_ids"][asked])
-                    selection = self._selection.inside(scores, asked, exact["rollout_number"])
-                kept = selection.mask
                 if self._selection.is_whole:
-                    options["denominator"] = selection.total.clamp(min=1e-20)
-                rows = student.hidden[kept] if forward is None else forward.rows(kept).to(student.hidden.device)
-                # back to [B, T], so that an error about a kept row names its place
-                with naming_rollouts(asked.masked_scatter(asked, kept)):
-                    loss, _ = teacher.take(kept).loss(replace(student, hidden=rows), selection.weight[kept], **options)
+                    options["denominator"] = None  # what is kept
+                choose, lengths = self._selection.inside(asked, exact["rollout_number"])
+                tokens = inputs["completion_ids"][asked]
+                loss, scores, selection = chosen_loss(
+                    self, student, teacher, choose, lengths, asked, tokens, forward, options
+                )
             else:
                 if forward is not None:  # nothing to select from, and an engine waits for a backward all the same
                     student = replace(student, hidden=forward.rows().to(student.hidden.device))
@@ -501,17 +499,12 @@ class TIPTrainer(ResumableTrainer):
                     now = self._logprobs_here(student, inputs["completion_ids"][asked])
                 self._ahead.compare(now, exact["writer_logprob"][asked])
         if self.model.training:
-            self._selection.add(scores, selection, asked, exact.get("examples", ()))
+            self._selection.add(scores, selection, asked, exact)
         return loss, scores.require("entropy").sum(), mask.sum()
 
     @torch.no_grad()
-    def _score_here(self, student: Head, teacher: Comparison, tokens: Tensor) -> TokenScores:
-        fields = self.fields_now()
-        return self._scores(student, teacher if self._projects_teacher(fields) else None, fields, tokens)
-
-    @torch.no_grad()
     def _logprobs_here(self, student: Head, tokens: Tensor) -> Tensor:
-        return self._scores(student, None, ("student_logprob",), tokens).require("student_logprob")
+        return self.scores_of(student, None, ("student_logprob",), tokens).require("student_logprob")
 
     # Hidden states and lm_heads, for all stages; teachers see `hidden_rows` and `redirected` (`teachers.Surroundings`).
 

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import tipdistill as tip
-from tipdistill import Head
+from tipdistill import Head, Selection
+from tipdistill.loss import fused_selected_loss
 from tipdistill.score import NonFiniteLogitsError, chunked
 
 try:
@@ -72,6 +73,7 @@ class Case:
     beta: float
     divergence: str
     small_tiles: bool
+    lengths: tuple[int, ...]  # of groups that are chosen from, each without the others
 
 
 LAYOUTS = st.sampled_from(["plain", "strided", "transposed", "sliced", "expanded"])
@@ -87,11 +89,12 @@ def cases(draw):
     shared = draw(st.integers(2, 300))
     padding = one_of((0, 0), (0, 0), (draw(st.integers(1, 70)), 0), (0, draw(st.integers(1, 70))))
     dtype = one_of(torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    lengths = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
     return Case(
         seed=draw(st.integers(0, 2**31)),
         dtype=dtype,
         teacher_dtype=one_of(None, None, None, torch.float32, torch.bfloat16),
-        rows=draw(st.integers(0, 6)),
+        rows=sum(lengths),
         vocabularies=(shared + padding[0], shared + padding[1]),
         widths=(draw(st.integers(1, 12)), draw(st.integers(1, 12))),
         spread=one_of(0.1, 1.0, 3.0, 30.0, 300.0),
@@ -106,6 +109,7 @@ def cases(draw):
         beta=one_of(0.5, 0.1, 0.9),
         divergence=one_of("reverse_kl", "forward_kl", "jsd"),
         small_tiles=draw(st.booleans()),
+        lengths=lengths,
     )
 
 
@@ -350,10 +354,10 @@ def of_likeliest(log_p, log_q, u):
 # What is held to it.
 
 
-def check_values(scores, truth, case, where):
+def check_values(scores, truth, case, where, names=FIELDS):
     times = TOLERANCES[case.dtype]["values"]
     expected_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
-    for name in FIELDS:
+    for name in names:
         value, exact, within = scores[name].detach(), truth.values[name], truth.allowed[name]
         assert value.dtype == expected_dtype, f"{where} {name} is {value.dtype}"
         value = value.double().cpu()
@@ -411,7 +415,7 @@ def tiles(small):
     """Tiles so small that a vocabulary is several and a row fills none, or those that are used."""
     with ExitStack() as stack:
         if small:
-            for name, value in (("CPU_TILE", (4, 256)), ("CPU_WORKSPACE", 3000)):
+            for name, value in (("CPU_TILE", (4, 256)), ("CPU_WORKSPACE", 3000), ("CHOSEN_ROWS", 2)):
                 stack.enter_context(patch.object(chunked, name, value))
         if kernels is not None:
             shape = kernels.Tile(4, 64, 32, 1) if small else kernels.Tile(8, 256, 256, 1)
@@ -420,6 +424,8 @@ def tiles(small):
             stack.enter_context(patch.object(kernels, "WIDE", shape.block))
             if small:
                 stack.enter_context(patch.object(kernels, "_rows_held", lambda hidden, *_: max(1, min(2, len(hidden)))))
+                half = torch.float16  # is not chosen from in one pass
+                stack.enter_context(patch.object(kernels, "choice_rows", lambda hidden, _: 3 * (hidden.dtype != half)))
         yield
 
 
@@ -452,6 +458,25 @@ def test_every_head(case):
             torch.where(dropped > 0, scores.divergence, 0.0).mul(dropped * signs).sum().backward()
             gradients = [None if tensor is None else tensor.grad for tensor in tensors]
             check_gradients(gradients, truth, case, student, dropped.double() * signs, f"{impl}, scored")
+
+            tensors, own = leaves(student)
+            fields = ("entropy", "reverse_kl", *(("hellinger", "student_logprob") if case.seed % 2 else ()))
+            loss, scores, selection = fused_selected_loss(
+                own,
+                teacher,
+                lambda _, tokens: Selection(dropped[tokens] > 0, dropped[tokens], torch.zeros_like(dropped[tokens])),
+                case.lengths,
+                fields=fields,
+                token_ids=token_ids,
+                denominator=2.0,
+                impl=impl,
+                **options,
+            )
+            assert torch.equal(selection.weight, dropped)
+            check_values(dict(scores.present()), truth, case, f"{impl}, chosen", fields)
+            (loss * 0.37).backward()
+            gradients = [None if tensor is None else tensor.grad for tensor in tensors]
+            check_gradients(gradients, truth, case, student, dropped.double() * (0.37 / 2), f"{impl}, chosen")
 
             tensors, own = leaves(student)
             call = {"weight": weights, "denominator": 2.0, "token_ids": token_ids, "fields": FIELDS, "impl": impl}

@@ -378,10 +378,15 @@ def test_a_kept_position_is_that_before_its_token(make, monkeypatch, settings):
         passed.append((reading.input_ids, kept))
         return kept_states(model, reading, kept)
 
-    def choosing(scores, mask, numbers):
-        selection = inside(scores, mask, numbers)
-        chosen.append(mask.masked_scatter(mask, selection.mask))
-        return selection
+    def choosing(mask, numbers):
+        choose, lengths = inside(mask, numbers)
+
+        def watched_choice(scores, tokens):
+            selection = choose(scores, tokens)
+            chosen.append(mask.masked_scatter(mask, selection.mask))
+            return selection
+
+        return watched_choice, lengths
 
     trainer._selection.inside = choosing
     inputs = trainer._prepare_inputs([trainer.train_dataset[row] for row in range(8)])

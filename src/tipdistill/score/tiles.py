@@ -7,7 +7,7 @@ that computes in tiles (chunked.py, triton.py, top.py) is made of these.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,10 @@ if ONEDNN:
     def _(hidden: Sequence[int], weight: Sequence[int], *rest: Any, **options: Any) -> int:
         """What FlopCounterMode counts for it: torch leaves it out."""
         return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+# (statistics of rows, the first of them, behind the last) → their factors in a loss, float [R]
+Choose = Callable[[dict[str, Tensor], int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,28 @@ def _spans(size: int, step: int) -> Iterator[tuple[int, int]]:
 def _even(size: int, most: int) -> int:
     """The step that covers `size` in as few steps as `most` does, of nearly equal length."""
     return max(1, math.ceil(size / max(1, math.ceil(size / most))))
+
+
+def packed(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Spans of rows that hold whole groups, up to `most` rows each; a longer group has one of its own.
+
+    Args:
+        lengths: rows of each group, one after the other.
+        most: rows.
+
+    Example:
+        >>> packed([2, 3, 0, 4, 7], 5)
+        [(0, 5), (5, 9), (9, 16)]
+    """
+    spans: list[tuple[int, int]] = []
+    row = 0
+    for length in lengths:
+        if spans and row + length - spans[-1][0] <= most:
+            spans[-1] = spans[-1][0], row + length
+        elif length:
+            spans.append((row, row + length))
+        row += length
+    return spans
 
 
 @dataclass

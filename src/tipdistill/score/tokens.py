@@ -27,7 +27,7 @@ from .top import OF_LIKELIEST, top_statistics
 if TYPE_CHECKING:
     from ..select import Rule
 
-__all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "token_scores"]
+__all__ = ["IMPLEMENTATIONS", "NonFiniteLogitsError", "fused_rows", "selected_rows", "token_scores"]
 
 _DEFAULT = (
     "entropy",
@@ -173,13 +173,7 @@ def fused_rows(
         check_rows(torch.zeros_like(divergences), vocabulary, divergence=divergences, factor=factor)
         loss = (scores.require("divergence") * factor).sum()
         return loss, TokenScores(**{name: getattr(scores, name).detach() for name in wanted})
-    computed = tuple(
-        dict.fromkeys(
-            {"divergence": divergence, "entropy_norm": "entropy"}.get(name, name)
-            for name in wanted
-            if name not in OF_LIKELIEST
-        )
-    )
+    computed = _computed(wanted, divergence)
     loss, of_rows, normaliser, *values = engine.FusedLoss.apply(
         student.hidden,
         student.weight,
@@ -195,14 +189,96 @@ def fused_rows(
     )
     check_rows(normaliser, vocabulary, token_ids, of_rows, factor)
     statistics = dict(zip(computed, values, strict=True))
+    likeliest = tuple(name for name in wanted if name in OF_LIKELIEST)
+    if likeliest:
+        statistics |= top_statistics(student, teacher, likeliest, temperature, vocabulary)
+    return loss, _named(statistics, wanted, divergence, vocabulary)
+
+
+def selected_rows(
+    student: Head,
+    teacher: Head,
+    factors: Callable[[TokenScores, slice], Tensor],
+    lengths: Sequence[int],
+    divergence: str,
+    beta: float,
+    temperature: float,
+    fields: Sequence[str] | None,
+    token_ids: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, TokenScores] | None:
+    """As `fused_rows`, of rows that are chosen when they are scored; None where that cannot be in one pass.
+
+    What `tipdistill.loss.fused_selected_loss` is made of.
+
+    Args:
+        factors: (statistics `fields` of some groups, which of the N rows they are) → their factors, [R], 0 for a row
+            that is not wanted.
+        lengths: rows of each group, N in all.
+
+    Returns:
+        The loss and the statistics of all N rows, detached.
+
+    Example:
+        >>> head = Head(torch.zeros(2, 3, requires_grad=True), torch.randn(9, 3))
+        >>> loss, scores = selected_rows(
+        ...     head, head, lambda scores, rows: scores.entropy, [2], "reverse_kl", 0.5, 1.0, ["entropy"], None, "auto")
+        >>> loss.item(), scores.entropy.shape
+        (0.0, torch.Size([2]))
+    """
+    vocabulary = check_inputs(student, teacher, divergence, beta, temperature, token_ids, impl)
+    engine = _engine(impl, student, teacher)
+    wanted = _wanted(fields, None, teacher, token_ids, 0.5)
+    # rules read the symmetric Jensen-Shannon divergence, and one pass has one β
+    one_beta = "jsd" not in wanted or divergence != "jsd" or beta == 0.5
+    fits = max(lengths, default=0) <= engine.choice_rows(student.hidden, vocabulary)
+    if impl == "reference" or not one_beta or not fits or any(name in OF_LIKELIEST for name in wanted):
+        return None
+    computed = _computed(wanted, "reverse_kl")
+    normalisers: list[Tensor] = []
+    given: list[Tensor] = []
+
+    def factors_of(of_rows: dict[str, Tensor], first: int, end: int) -> Tensor:
+        # numbers that are none are refused as the logits that they are, before a rule reads them
+        normalisers.append(of_rows["s_log"] + of_rows["t_log"])
+        check_rows(torch.cat(normalisers), vocabulary, None if token_ids is None else token_ids[:end])
+        statistics = {name: of_rows[name] for name in computed}
+        given.append(factors(_named(statistics, wanted, "reverse_kl", vocabulary), slice(first, end)))
+        return given[-1]
+
+    loss, of_rows, normaliser, *values = engine.FusedLoss.apply(
+        student.hidden,
+        student.weight,
+        student.bias,
+        divergence,
+        beta if divergence == "jsd" else 0.5,
+        chunked.Projection.of(student, vocabulary, temperature),
+        chunked.Projection.of(teacher, vocabulary, temperature),
+        teacher.hidden.detach(),
+        factors_of,
+        computed,
+        token_ids,
+        lengths,
+    )
+    if given:
+        factor = torch.cat(given)
+        check_rows(normaliser, vocabulary, None, torch.where(factor == 0, 0.0, of_rows), factor)
+    return loss, _named(dict(zip(computed, values, strict=True)), wanted, "reverse_kl", vocabulary)
+
+
+def _computed(wanted: Sequence[str], divergence: str) -> tuple[str, ...]:
+    """What the engine sums for these statistics, each once."""
+    names = {"divergence": divergence, "entropy_norm": "entropy"}
+    return tuple(dict.fromkeys(names.get(name, name) for name in wanted if name not in OF_LIKELIEST))
+
+
+def _named(statistics: dict[str, Tensor], wanted: Sequence[str], divergence: str, vocabulary: int) -> TokenScores:
+    """The statistics that were asked for, from those that were summed."""
     if "divergence" in wanted:
         statistics["divergence"] = statistics[divergence]
     if "entropy" in statistics:
         statistics["entropy_norm"] = statistics["entropy"] / math.log(vocabulary)
-    likeliest = tuple(name for name in wanted if name in OF_LIKELIEST)
-    if likeliest:
-        statistics |= top_statistics(student, teacher, likeliest, temperature, vocabulary)
-    return loss, TokenScores(**{name: statistics[name] for name in wanted})
+    return TokenScores(**{name: statistics[name] for name in wanted})
 
 
 def _engine(impl: str, student: Head, teacher: Head | None) -> ModuleType:

@@ -41,7 +41,7 @@ from torch import Tensor
 from ..types import Head
 from .checks import NonFiniteLogitsError, rounded
 from .sums import NORMALISERS, OF_GRADIENT, SECOND_PASS, STATISTICS, Online, SecondPass
-from .tiles import NEGATIVE, Projection, _even, _spans, without_infinities
+from .tiles import NEGATIVE, Choose, Projection, _even, _spans, packed, without_infinities
 
 HALF = (torch.float16, torch.bfloat16)
 # Logits and their gradients are held for as many tokens as fit into this share of a GPU's memory: of Qwen3's vocabulary
@@ -386,6 +386,7 @@ def _gradient_kernel(
     t_bias,
     references,
     of_rows,
+    kept,
     width,
     stride,
     gradient_stride,
@@ -399,6 +400,7 @@ def _gradient_kernel(
     log_of_teacher,
     slope,
     KIND: tl.constexpr,
+    KEPT: tl.constexpr,
     S_BIAS: tl.constexpr,
     T_BIAS: tl.constexpr,
     S_CAPPED: tl.constexpr,
@@ -412,19 +414,21 @@ def _gradient_kernel(
     """One token, one block of columns: factor · ∂D/∂(hidden @ weight.T), as in `chunked._gradient_tile`.
 
     Each element of `gradient` is written by the program that has read the logits in its place, after reading them, so
-    `gradient` may be the memory of `s_logits` where an element takes the same bytes.
+    `gradient` may be the memory of `s_logits` where an element takes the same bytes. With KEPT the token in row r of
+    `gradient` is in row kept[r] of the logits, and the memory is another.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    s_logits += row * stride
-    t_logits += row * stride
+    of_logits = tl.load(kept + row) if KEPT else row
+    s_logits += of_logits * stride
+    t_logits += of_logits * stride
     s_max, s_log = tl.load(of_rows + row), tl.load(of_rows + 1 * rows + row)
     t_max, t_log = tl.load(of_rows + 2 * rows + row), tl.load(of_rows + 3 * rows + row)
     mean = tl.load(of_rows + 4 * rows + row)
     factor = tl.load(of_rows + 5 * rows + row)
     if HELD:
-        reference = references + 2 * (row * blocks + columns // HELD_BLOCK)
+        reference = references + 2 * (of_logits * blocks + columns // HELD_BLOCK)
         # log-probabilities that a = 0 and b = 0 stand for
         s_zero = (tl.load(reference, mask=inside, other=0.0) - s_max) - s_log
         t_zero = (tl.load(reference + 1, mask=inside, other=0.0) - t_max) - t_log
@@ -556,7 +560,7 @@ class TokenDivergence(torch.autograd.Function):
 
 
 class FusedLoss(torch.autograd.Function):
-    """Σ factor · divergence over rows that are all wanted: projected once, the gradient formed on the spot."""
+    """Σ factor · divergence over rows that are projected once, the gradient formed on the spot; see `chunked`'s."""
 
     @staticmethod
     def forward(
@@ -569,9 +573,10 @@ class FusedLoss(torch.autograd.Function):
         s_head: Projection,
         t_head: Projection,
         teacher_hidden: Tensor,
-        factor: Tensor,
+        factor: Tensor | Choose,
         fields: Sequence[str],
         token_ids: Tensor | None,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, ...]:
         needs, vocabulary = ctx.needs_input_grad[:3], len(s_head.weight)
         s_head, t_head = _dense(s_head), _dense(t_head)
@@ -579,23 +584,49 @@ class FusedLoss(torch.autograd.Function):
         # "reverse_kl" always: its gradient needs the value, and the sum is nearly free
         wanted = (kind, *fields, "reverse_kl")
         spare = 4 * vocabulary * hidden.shape[1] if needs[1] else 0  # the float32 weight gradient of several blocks
-        pieces = []
+        pieces, factors, chosen = [], [], []
         with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-            hold = _rows_held(hidden, vocabulary, spare) if any(needs) or not set(SECOND_PASS).isdisjoint(wanted) else 0
+            if lengths is not None:
+                spans = packed(lengths, choice_rows(hidden, vocabulary))
+                hold = max((end - row for row, end in spans), default=0)
+            elif any(needs) or not set(SECOND_PASS).isdisjoint(wanted):
+                hold = _rows_held(hidden, vocabulary, spare)
+            else:
+                hold = 0
             scorer = _Scorer(s_head, t_head, wanted, beta, hidden, teacher_hidden, hold)
-            spans = list(_spans(len(hidden), scorer.tokens))
+            if lengths is None:
+                spans = list(_spans(len(hidden), scorer.tokens))
             gradients = _Gradients(hidden, weight, bias, needs, vocabulary, blocks=len(spans))
-            peak = _peak(factor, hidden.dtype)
+            peak = None if callable(factor) else _peak(factor, hidden.dtype)
+            place = 0  # of what is chosen, in the hidden states' gradient
             for row, end in spans:
                 per_row = scorer.score((row, end), token_ids)
                 pieces.append(per_row)
-                if any(needs):
-                    of_rows = _of_rows(kind, beta, per_row, factor[row:end].float(), peak, s_head)
-                    scorer.differentiate(kind, of_rows, slice(row, end), gradients)
+                given = factor(per_row, row, end) if callable(factor) else factor[row:end]
+                factors.append(given.float())
+                if not callable(factor):
+                    if any(needs):
+                        of_rows = _of_rows(kind, beta, per_row, factors[-1], peak, s_head)
+                        scorer.differentiate(kind, of_rows, hidden[row:end], slice(row, end), gradients)
+                    continue
+                kept = factors[-1].nonzero()[:, 0]
+                chosen.append(row + kept)
+                if len(kept) and any(needs):
+                    names = {*OF_GRADIENT, "held_kl"}.intersection(per_row)
+                    of_kept = {name: per_row[name][kept] for name in names}
+                    of_rows = _of_rows(kind, beta, of_kept, factors[-1][kept], peak, s_head)
+                    rows = slice(place, place + len(kept))
+                    scorer.differentiate(kind, of_rows, hidden[row + kept], rows, gradients, kept)
+                place += len(kept)
             scorer.release()
             gradients.rescale(peak)
             # the hidden states' is rounded when it is handed out: the factor that comes in may lift it into range
             of_hidden, gradients.hidden = gradients.hidden, None
+            index = torch.cat(chosen) if chosen else None
+            if of_hidden is not None and index is not None:
+                of_hidden = torch.zeros_like(of_hidden).index_copy_(0, index, of_hidden[:place])
+            if gradients.weight is not None and not gradients.rows_of_weight:
+                gradients.weight.zero_()  # no row was differentiated, so nothing is written there
             rounded(of_hidden if hidden.dtype == torch.float16 else None, hidden, hidden)
             ctx.gradients, ctx.dtype = [of_hidden, *gradients.finish(hidden)[1:]], hidden.dtype
         # no piece: a rank without a kept token has a loss of 0 that still reaches the graph
@@ -604,7 +635,10 @@ class FusedLoss(torch.autograd.Function):
         divergence = per_row[kind]
         statistics = [per_row[name] for name in fields]
         ctx.mark_non_differentiable(divergence, normaliser, *statistics)
-        return ((divergence * factor).sum(), divergence, normaliser, *statistics)
+        weight_of = torch.cat(factors) if factors else divergence
+        # an infinite divergence of a row that is not wanted must not turn the sum into NaN
+        weighed = divergence * weight_of if index is None else divergence[index] * weight_of[index]
+        return (weighed.sum(), divergence, normaliser, *statistics)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -616,7 +650,7 @@ class FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         with torch.cuda.device_of(grads[0]):
             of_hidden, *rest = (None if value is None else _scaled_(value, grads[0]) for value in gradients)
-        return (None if of_hidden is None else of_hidden.to(ctx.dtype), *rest, *(None,) * 8)
+        return (None if of_hidden is None else of_hidden.to(ctx.dtype), *rest, *(None,) * 9)
 
 
 class _Scorer:
@@ -755,14 +789,34 @@ class _Scorer:
             setattr(further, name, value)
         return further.finish()
 
-    def differentiate(self, kind: str, of_rows: Tensor, rows: slice, gradients: _Gradients) -> None:
-        """Form the gradient at the logits of the last span, in the place of the student's, and add its products."""
+    def differentiate(
+        self,
+        kind: str,
+        of_rows: Tensor,
+        hidden: Tensor,
+        rows: slice,
+        gradients: _Gradients,
+        kept: Tensor | None = None,
+    ) -> None:
+        """Form the gradient at the logits of the last span, and add its products.
+
+        Args:
+            kind: the divergence.
+            of_rows: of the rows that are differentiated, see `_of_rows`.
+            hidden: theirs, [R, H].
+            rows: their place in the gradient of the hidden states.
+            gradients: to add to.
+            kept: which rows of the span they are, int64 [R]; None: all, and the gradient takes the student's place.
+        """
         assert self.teacher is not None
-        s, t = (tile[: of_rows.shape[1], : self.vocabulary] for tile in self.held)
-        gradient = s.view(self.s_hidden.dtype)
+        s, t = (tile[:, : self.vocabulary] for tile in self.held)
+        if kept is None:
+            gradient = s[: len(hidden)].view(hidden.dtype)
+        else:
+            shape = (len(hidden), _aligned_up(self.vocabulary))
+            gradient = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)[:, : self.vocabulary]
         held = (self.references, self.blocks, self.tile.block)
-        _form_gradient(kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, held)
-        hidden = self.s_hidden[rows]
+        _form_gradient(kind, self.beta, s, t, gradient, of_rows, self.student, self.teacher, 0, held, kept)
 
         def tiles() -> Iterator[tuple[Tensor, Tensor, int]]:
             columns = _even_columns(self.vocabulary, math.ceil(self.vocabulary / 4), 64)
@@ -789,12 +843,13 @@ def _form_gradient(
     teacher: Projection,
     start: int,
     held: tuple[Tensor | None, int, int] = (None, 0, 1),
+    kept: Tensor | None = None,
 ) -> None:
     """Fill `gradient` [R, C] from held logits or from a projected tile of columns from `start`.
 
-    `held`: the references, how many a row has, and of how many columns each is.
+    `held`: the references, how many a row has, and of how many columns each is. `kept`: int64 [R], rows of the logits.
     """
-    rows, width = s.shape
+    rows, width = gradient.shape[0], s.shape[1]
     references, blocks, held_block = held
     _gradient_kernel[(rows, math.ceil(width / WIDE))](
         s,
@@ -804,6 +859,7 @@ def _form_gradient(
         _bias(teacher, start, of_rows),
         of_rows if references is None else references,
         of_rows,
+        of_rows if kept is None else kept,
         width,
         s.stride(0),
         gradient.stride(0),
@@ -814,6 +870,7 @@ def _form_gradient(
         *_logs(beta),
         0.0 if student.softcap is None else student.temperature / student.softcap,
         KIND=kind,
+        KEPT=kept is not None,
         S_BIAS=student.bias is not None,
         T_BIAS=teacher.bias is not None,
         S_CAPPED=student.softcap is not None,
@@ -1034,6 +1091,16 @@ def _rows_held(hidden: Tensor, vocabulary: int, spare: int = 0) -> int:
     if tokens * of_token <= workspace + spare:
         return max(tokens, 1)
     return _rows(tokens, max(1, workspace // of_token))
+
+
+def choice_rows(hidden: Tensor, vocabulary: int) -> int:
+    """Most rows of a group that `FusedLoss` chooses among: their logits and a gradient of as many fit the workspace.
+
+    None in float16: the factors of its gradients are scaled by the largest, which is known when all are chosen.
+    """
+    if hidden.dtype == torch.float16:
+        return 0
+    return _workspace(hidden.device) // (3 * vocabulary * (2 if hidden.dtype in HALF else 4))
 
 
 def _rows(tokens: int, most: int) -> int:

@@ -10,7 +10,7 @@ alone with normalization="micro_batch".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -116,16 +116,27 @@ class StepSelection:
         first = self._trainer.accelerator.process_index * count
         batch["rollout_number"] = torch.arange(first, first + count, device=batch["completion_ids"].device)
 
-    def inside(self, scores: TokenScores, mask: Tensor, numbers: Tensor) -> Selection:
-        """Select among the tokens of a micro-batch.
+    def inside(self, mask: Tensor, numbers: Tensor) -> tuple[Callable[[TokenScores, slice], Selection], Sequence[int]]:
+        """How to select among the tokens of a micro-batch: those of some groups of it at a time.
 
         Args:
-            scores: of the tokens in `mask`, at least one.
-            mask: bool [B, T].
+            mask: bool [B, T], the tokens, at least one.
             numbers: int64 [B], see `number_rollouts`.
+
+        Returns:
+            (scores of groups, which of the tokens they are) → the Selection of these; and the tokens of each group. A
+            group is a rollout where its choice depends on no other, else it is all tokens.
         """
-        trainer, device = self._trainer, mask.device
-        rollout = torch.arange(len(mask), device=device)[:, None].expand_as(mask)[mask]
+        rollout = _rollouts(mask)
+
+        def choose(scores: TokenScores, tokens: slice) -> Selection:
+            return self._choose(scores, rollout[tokens], numbers)
+
+        lengths = mask.sum(1) if self._normalization == "running" else mask.sum()[None]
+        return choose, lengths.tolist()
+
+    def _choose(self, scores: TokenScores, rollout: Tensor, numbers: Tensor) -> Selection:
+        trainer, device = self._trainer, rollout.device
         if self.is_whole:
             # TRL has shuffled the rollouts since; draws and ties go by the order of the batch
             order = numbers[rollout].argsort(stable=True)
@@ -136,10 +147,8 @@ class StepSelection:
             parts = {name: getattr(selection, name)[back] for name in ("mask", "weight", "score")}
             return replace(selection, **parts)
         if self._normalization == "running":
-            generators = [self._generator(device, int(number)) for number in numbers[mask.any(1)]]
-            selection = self._select(scores, rollout, generators, self._running)
-            self._remember(scores, selection, numbers[rollout])
-            return selection
+            generators = [self._generator(device, number) for number in numbers[rollout.unique()].tolist()]
+            return self._select(scores, rollout, generators, self._running)
         micro_batch = trainer._step % trainer.args.gradient_accumulation_steps
         seed = (self._seed() * 1_009 + micro_batch) * 10_007 + trainer.accelerator.process_index
         selection = self._select(scores, rollout, torch.Generator(device=device).manual_seed(seed % 2**63))
@@ -193,18 +202,20 @@ class StepSelection:
 
     # What the step did.
 
-    def add(self, scores: TokenScores, selection: Selection | None, mask: Tensor, examples: Sequence[Any]) -> None:
+    def add(self, scores: TokenScores, selection: Selection | None, mask: Tensor, batch: dict[str, Any]) -> None:
         """Put down what a micro-batch's loss did with its tokens.
 
         Args:
             scores: of the tokens in `mask`.
             selection: of them; None: it kept all.
             mask: bool [B, T].
-            examples: the B rows of the dataset.
+            batch: with `examples`, the B rows of the dataset, where they are read, and the rollouts' numbers.
         """
+        if selection is not None and self._normalization == "running":
+            self._remember(scores, selection, batch["rollout_number"][_rollouts(mask)])
         sums = tally(scores, selection)
         self._sums = sums if self._sums is None else self._sums + sums
-        self._by_teacher.add(scores, None if selection is None else selection.mask, mask, examples)
+        self._by_teacher.add(scores, None if selection is None else selection.mask, mask, batch.get("examples", ()))
 
     def take(self) -> Tensor:
         """The sums of the step's tokens over all processes (`tally`), and start the next."""
@@ -250,6 +261,11 @@ class StepSelection:
             args = self._trainer.args
             running = running_of(scores, args.selection_rule, self._trainer.retention, rollout, args.selection_scope)
             self._trainer.monitor.running = running.state()
+
+
+def _rollouts(mask: Tensor) -> Tensor:
+    """Which row of `mask`, bool [B, T], each of its true entries is in."""
+    return torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
 
 
 def has_dropout(model: Any) -> bool:

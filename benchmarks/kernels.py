@@ -25,7 +25,7 @@ POINTERS = {
     **dict.fromkeys(("larger_held", "difference_held"), "*fp16"),
     "values": "*bf16",
     "factor": "fp32",
-    "token_ids": "*i64",
+    **dict.fromkeys(("token_ids", "kept"), "*i64"),
 }
 ALIGNED = (
     "start",
@@ -63,12 +63,14 @@ def forms() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any]]]:
     for kind, held in product(("reverse_kl", "forward_kl", "jsd"), (True, False)):
         logits = "*fp16" if held else "*fp32"
         types = {"s_logits": logits, "t_logits": logits, "gradient": "*bf16"}
-        role = f"{kind}, {'held' if held else 'projected again'}"
-        yield "_gradient_kernel", role, types, dict.fromkeys(OF_HEADS, not held) | {"KIND": kind, "HELD": held}
+        constants = dict.fromkeys(OF_HEADS, not held) | {"KIND": kind, "HELD": held}
+        for chosen in (False, True) if held else (False,):
+            role = f"{kind}, {'chosen' if chosen else 'held' if held else 'projected again'}"
+            yield "_gradient_kernel", role, types, constants | {"KEPT": chosen}
     yield "_scale_kernel", "incoming scale", {"factor": "*fp32"}, {}
     # one token and one column: Triton makes a constant of an argument that is 1
     ones = dict.fromkeys(("width", "rows", "blocks"), 1)
-    constants = dict.fromkeys(OF_HEADS, True) | {"KIND": "jsd", "HELD": False} | ones
+    constants = dict.fromkeys(OF_HEADS, True) | {"KIND": "jsd", "HELD": False, "KEPT": False} | ones
     yield "_gradient_kernel", "one column", {"s_logits": "*fp32", "t_logits": "*fp32", "gradient": "*bf16"}, constants
     yield "_second_kernel", "one column", {}, {"MIXTURE": True, "HELLINGER": True, "CURVATURE": True} | ones
     ones = dict.fromkeys(("width", "sums_stride", "blocks"), 1)

@@ -87,7 +87,7 @@ class Case:
             completion=self.completion,
             rule=self.rule,
             retention=self.retention,
-            batch_normalization=self.normalization == "batch",
+            normalization=self.normalization,
             scoring_tokens=self.scoring_tokens,
             checkpointing=self.checkpointing,
             optimizer=self.optim,

@@ -92,19 +92,19 @@ def scale_table(name: str) -> str:
                 "yes" if enough else "no: " + "; ".join(changes(setup)),
                 f"{total:.0f}",
                 ", ".join(f"{part} {seconds[part] / total:.0%}" for part in largest),
-                _saving(setup, batch_normalization=True),
-                _saving(setup, batch_normalization=False),
+                _saving(setup, "batch"),
+                _saving(setup, "running"),
             ]
         )
     header = ["GPUs", "rollouts", "peak (GiB)", "fits", "step (s)", "most of it", "Soft-OR 0.1, batch", "micro_batch"]
     return markdown_table(header, rows)
 
 
-def _saving(setup: Setup, batch_normalization: bool) -> str:
+def _saving(setup: Setup, normalization: str) -> str:
     """Change of the time without rollout against all tokens."""
     every, some = (
         step_time(
-            replace(setup, rule=rule, retention=retention, batch_normalization=batch_normalization),
+            replace(setup, rule=rule, retention=retention, normalization=normalization),
             MACHINE,
         )
         for rule, retention in (("all", 1.0), ("soft_or", 0.1))

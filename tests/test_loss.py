@@ -396,6 +396,18 @@ def test_groups_that_fit_no_workspace_are_projected_again(monkeypatch):
         assert torch.equal(again[0][3].mask, selection.mask)
 
 
+def test_statistics_of_the_likeliest_tokens_come_from_a_pass_of_their_own():
+    lengths = GROUPS["several"]
+    student, teacher = make_pair(37, 301, torch.float32)
+    names, tokens = ["top16_teacher_mass", "argmax_in_top5", "reverse_kl", "teacher_logprob"], torch.arange(37)
+    choose = chosen_by("divergence", 0.5, lengths)
+    _, _, scores, _ = chosen(student, teacher, choose, lengths, fields=names, token_ids=tokens)
+    expected = tip.token_scores(student, teacher, fields=names, token_ids=tokens)
+    assert [name for name, _ in scores.present()] == [name for name, _ in expected.present()]
+    for name in names:
+        torch.testing.assert_close(getattr(scores, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+
+
 def test_one_pass_holds_the_logits_of_its_longest_group():
     for lengths in ([40, 40, 40], [8] * 15):
         student, teacher = make_pair(120, 20_000, torch.float32)

@@ -160,8 +160,8 @@ def fused_selected_loss(
     lm_head a token; scored first and projected again it is 2 + 4ρ, and 4 for all tokens.
 
     Where a group's logits do not fit into the workspace of a pass (256 MiB on a CPU, a 24th of a GPU's memory), and for
-    what one pass cannot give (statistics of the likeliest tokens, float16, `impl="reference"`), all tokens are scored
-    first and what was kept is projected again, with the same result.
+    what one pass cannot give (float16 on a GPU, a Jensen-Shannon divergence read at one β and trained on at another),
+    all tokens are scored first and what was kept is projected again, with the same result.
 
     Args:
         student: hidden states [N, H_S] of all tokens and lm_head [V_S, H_S].

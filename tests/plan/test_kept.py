@@ -43,7 +43,7 @@ def test_what_autograd_stores_is_about_what_was_planned(share):
 
 
 def test_it_is_read_once_and_the_kept_share_goes_forward_and_backward(small):
-    running = replace(small, batch_normalization=False)
+    running = replace(small, normalization="running")
     kept = replace(running, backward="kept")
     assert kept.kept_share == pytest.approx(0.1 * 384 / 512, rel=0.03)
     ratio = 1 / 3 + kept.kept_share
@@ -55,7 +55,7 @@ def test_it_is_read_once_and_the_kept_share_goes_forward_and_backward(small):
 
 
 def test_it_stores_less_the_fewer_are_kept(small):
-    running = replace(small, batch_normalization=False)
+    running = replace(small, normalization="running")
 
     def stored(retention):
         return memory(replace(running, backward="kept", retention=retention))["loss"]["activations"]
@@ -75,7 +75,7 @@ def test_a_plan_says_what_other_settings_would_take(small):
     for change, expected in (
         ({"rule": "all", "retention": 1.0}, names[:1]),
         ({"gpus": 8, "sharding": "zero3"}, names[:2]),
-        ({"batch_normalization": False, "backward": "kept"}, [names[0], "backward: full"]),
+        ({"normalization": "running", "backward": "kept"}, [names[0], "backward: full"]),
         ({"teacher_place": "offload"}, [names[0], "backward: kept"]),
     ):
         offered = [row["setting"] for row in plan(replace(small, **change), MACHINE)["settings"]]

@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.measure import stored_bytes
 from benchmarks.plan import CASES, TOLERANCE, Case, expected, measure
 from tipdistill.plan import MACHINES, memory, peak, plan, read_config, replay, setup_of, step_time
-from tipdistill.plan.memory import TEACHERS, fused_workspace
+from tipdistill.plan.memory import TEACHERS, fused_workspace, most_chosen
 from tipdistill.plan.models import PUBLISHED, sizes
 from tipdistill.plan.report import changes, fits
+from tipdistill.score import chunked
 
 SMALL = Case(width=128, layers=3, vocabulary=4096, teacher_width=128, teacher_layers=1, micro_batch=4, prompt=16)
 LIVE = {
@@ -162,4 +163,23 @@ def test_the_workspace_is_the_engine_s():
     for rows, gpu, held in ((1000, 80 * 2**30, 1000 * of_token), (10**6, 2**36, 2**36 * triton.WORKSPACE_SHARE)):
         taken = fused_workspace(rows, 150_000, 2560, 4096, torch.bfloat16, "cuda", lends=False, memory=gpu)
         assert taken == held + tiles
+    hidden = torch.empty(10**5, 2560, dtype=torch.bfloat16, device="meta")
+    for memory_of, device in ((16 * triton.INTERPRETED_WORKSPACE, "cuda"), (0, "cpu")):
+        engine = triton if device == "cuda" else chunked
+        rows = engine.choice_rows(hidden if device == "cuda" else hidden.float(), 150_000)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        assert most_chosen(150_000, dtype, device, memory_of) == rows
     assert CASES["Soft-OR 0.5"].setup().kept == 8 * 64
+
+
+def test_tokens_that_are_chosen_in_the_loss_are_projected_once_where_their_logits_can_be_held(small):
+    ahead, running = (replace(small, normalization=name) for name in ("batch", "running"))
+    assert [setup.chooses_in_one_pass for setup in (ahead, running)] == [False, True]
+    assert step_time(running, MACHINES["h100"])["lm_heads"] < step_time(ahead, MACHINES["h100"])["lm_heads"]
+    for change in ({"completion": 10**5}, {"rule": "entropy"}, {"backward": "kept"}, {"teacher_place": "offload"}):
+        assert not replace(running, **change).chooses_in_one_pass
+    # all tokens of a micro-batch are one group, unless the scales are those of the step before
+    assert replace(running, normalization="micro_batch").chooses_in_one_pass
+    long = replace(running, micro_batch=64, completion=1000)
+    assert long.chooses_in_one_pass
+    assert not replace(long, normalization="micro_batch").chooses_in_one_pass

@@ -6,6 +6,7 @@ P: trained parameters, N: GPUs, e: bytes of an element, n: rollouts of a generat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,7 +72,7 @@ class Setup:
         turns: of the student's in an episode; 1: it calls no tools.
         results: tokens of all results in a completion.
         rule, retention, scope: of the selection.
-        batch_normalization: score the generation batch once, ahead of the loss.
+        normalization: "batch" scores the generation batch once, ahead of the loss; "running" and "micro_batch" in it.
         backward: "full", or "kept": through the positions of the kept tokens alone.
         logs_divergence: a rule that reads no teacher projects it all the same now and then.
         scoring_tokens: tokens of a scoring forward; 0: micro_batch rollouts.
@@ -103,7 +104,7 @@ class Setup:
     rule: str = "soft_or"
     retention: float = 0.5
     scope: str = "rollout"
-    batch_normalization: bool = True
+    normalization: str = "batch"
     backward: str = "full"
     logs_divergence: bool = True
     scoring_tokens: int = 0
@@ -136,7 +137,27 @@ class Setup:
         if self.teacher_place == "offload":
             return True
         is_whole = self.gpus == self.accumulation == 1 and not self.asks_a_server
-        return self.batch_normalization and self.rule != "all" and not is_whole
+        return self.normalization == "batch" and self.rule != "all" and not is_whole
+
+    @property
+    def chooses_in_one_pass(self) -> bool:
+        """Whether the logits that tokens are scored by are held until they are chosen (`fused_selected_loss`)."""
+        if self.scores_ahead or self.backward == "kept" or self.asks_a_server or not needs_teacher(self.rule):
+            return False
+        vocabulary = min(self.student_sizes.vocabulary, self.teacher_sizes.vocabulary)
+        return max(self.groups) <= most_chosen(vocabulary, self.logits_dtype, self.device, self.memory)
+
+    @property
+    def groups(self) -> list[int]:
+        """Tokens of the groups of a micro-batch that are chosen from each without the others."""
+        lengths = [self.written] * self.micro_batch
+        return lengths if self.normalization == "running" else [sum(lengths)]
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """What hidden states are in when they meet an lm_head."""
+        width = replay.forward(self.computing(self.student), 1, 8).width
+        return torch.float32 if width == self.student_sizes.width * 4 else torch.bfloat16
 
     @property
     def kept_share(self) -> float:
@@ -165,6 +186,7 @@ def fused_workspace(
     device: str,
     lends: bool = True,
     memory: int = 80 * 2**30,
+    lengths: Sequence[int] | None = None,
 ) -> int:
     """Bytes that `fused_divergence_loss` (reverse KL) holds beside its gradients: blocks of rows, tiles and scratch.
 
@@ -176,6 +198,7 @@ def fused_workspace(
         device: "cpu" (chunked) or "cuda" (triton).
         lends: whether the lm_head is trained, so that its gradient's memory can hold the first rows.
         memory: bytes of the GPU, of which the kernels hold logits in a share.
+        lengths: of groups that are chosen from, where `fused_selected_loss` is meant.
 
     Example:
         >>> fused_workspace(10**6, 50_000, 512, 1024, torch.float32, "cpu") / 2**20 < 52
@@ -183,15 +206,30 @@ def fused_workspace(
     """
     if device == "cpu":
         hidden, weight = (torch.empty(size, student, device="meta") for size in (rows, vocabulary))
-        spans, lent, columns = chunked._fused_spans(hidden, vocabulary, weight if lends else None)
+        spans, lent, columns = chunked._fused_spans(hidden, vocabulary, weight if lends else None, lengths)
         most = max((stop - start for start, stop in spans), default=0)
         lent_rows = max((stop - start for start, stop in spans if start >= lent), default=0)
         operands = 0 if dtype == torch.float32 else (columns + most) * (student + teacher) * 4
         tiles = (3 if lent else 1) * most * columns * 4  # scratch, and a lent block's logits before they are moved
         return 2 * lent_rows * vocabulary * 4 + tiles + operands
     of_token = 2 * vocabulary * (4 if dtype == torch.float32 else 2)
+    if lengths is not None:  # and a gradient of those that are chosen
+        held = min(rows, most_chosen(vocabulary, dtype, device, memory))
+        return held * of_token * 3 // 2 + _GPU_SCRATCH
     held = int(memory * GPU_WORKSPACE_SHARE) + (4 * vocabulary * student if lends else 0)
     return min(rows * of_token, held) + _GPU_SCRATCH
+
+
+def most_chosen(vocabulary: int, dtype: torch.dtype, device: str, memory: int) -> int:
+    """Longest group of tokens that is chosen from in one pass (the engine's `choice_rows`); see `fused_workspace`.
+
+    Example:
+        >>> most_chosen(151_936, torch.bfloat16, "cuda", 80 * 2**30)
+        5889
+    """
+    if device == "cpu":
+        return chunked.CPU_CHOICE // (2 * vocabulary * 4)
+    return int(memory * GPU_WORKSPACE_SHARE) // (3 * vocabulary * (4 if dtype == torch.float32 else 2))
 
 
 # Of triton.py, which cannot be imported everywhere: its WORKSPACE_SHARE, and two float32 tiles. A test compares them.
@@ -362,8 +400,7 @@ def _score(setup: Setup, parts: dict[str, int], cached: int) -> None:
         moments.append(student.casts + own + teacher.peak)
     vocabulary = min(setup.student_sizes.vocabulary, setup.teacher_sizes.vocabulary)
     widths = setup.student_sizes.width + setup.teacher_sizes.width
-    dtype = torch.float32 if student.width == setup.student_sizes.width * 4 else torch.bfloat16
-    moments.append(own + of_teacher + scoring_workspace(rows, vocabulary, widths, dtype, setup.device))
+    moments.append(own + of_teacher + scoring_workspace(rows, vocabulary, widths, setup.logits_dtype, setup.device))
     everything = setup.rollouts * setup.written * _teacher_width(setup) if _caches(setup) else 0
     last = max(moments) + max(0, everything - of_teacher)
     chosen = everything + cached  # all rows, and copies of the kept ones, before the former go
@@ -381,7 +418,7 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
     vocabulary = min(setup.student_sizes.vocabulary, setup.teacher_sizes.vocabulary)
     widths = setup.student_sizes.width + setup.teacher_sizes.width
     forward = replay.forward(compute, 1, 8)
-    dtype = torch.float32 if forward.width == setup.student_sizes.width * 4 else torch.bfloat16
+    dtype = setup.logits_dtype
     own, its = setup.student_sizes.width, setup.teacher_sizes.width
     lends = setup.student.lora is None
     workspace = fused_workspace(setup.kept, vocabulary, own, its, dtype, setup.device, lends, setup.memory)
@@ -389,7 +426,11 @@ def _loss(setup: Setup, parts: dict[str, int], gradients: int) -> None:
     teacher_rows = setup.kept * _teacher_width(setup)
     if not _caches(setup) and setup.teacher_place != "server":
         teacher = replay.forward(setup.computing(setup.teacher), setup.micro_batch, length, setup.padded).peak
-        if not setup.scores_ahead and setup.kept < every:  # scored here: all rows of both models, then the kept ones
+        if setup.chooses_in_one_pass:  # all rows of both models, and in two copies those that are kept
+            teacher_rows = every * _teacher_width(setup)
+            lengths = setup.groups
+            workspace = fused_workspace(every, vocabulary, own, its, dtype, setup.device, lends, setup.memory, lengths)
+        elif not setup.scores_ahead and setup.kept < every:  # scored here: all rows of both models, then the kept ones
             teacher_rows += every * (_teacher_width(setup) + forward.width)
             workspace = max(workspace, scoring_workspace(every, vocabulary, widths, dtype, setup.device))
     sharded = setup.sharding != "none"

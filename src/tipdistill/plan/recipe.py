@@ -99,7 +99,7 @@ def setup_of_recipe(
         rule=values.selection_rule,
         retention=values.retention,
         scope=values.selection_scope or resolve_rule(values.selection_rule).scope,
-        batch_normalization=values.normalization == "batch",
+        normalization=values.normalization,
         backward=values.backward,
         logs_divergence=values.score_logging_steps > 0,
         scoring_tokens=values.scoring_tokens,

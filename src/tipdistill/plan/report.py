@@ -86,14 +86,14 @@ def _at(setup: Setup, machine: Machine, retention: float) -> dict[str, Any]:
 def _settings(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Settings that keep the rule and change what a step computes, the recipe's own first."""
     yield "as the recipe has it", setup
-    running = replace(setup, batch_normalization=False)
+    running = replace(setup, normalization="running")
     if running.scores_ahead != setup.scores_ahead:
         yield "normalization: running", running
     if setup.rule == "all":
         return
     if setup.backward == "full" and setup.sharding not in ("zero2", "zero3"):
         kept = replace(running if setup.teacher_place != "offload" else setup, backward="kept")
-        yield "backward: kept" + ("" if kept.batch_normalization else ", normalization: running"), kept
+        yield "backward: kept" + (", normalization: running" if kept.normalization == "running" else ""), kept
     elif setup.backward == "kept":
         yield "backward: full", replace(setup, backward="full")
 

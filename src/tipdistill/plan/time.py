@@ -62,13 +62,19 @@ def step_time(setup: Setup, machine: Machine) -> dict[str, float]:
 def head_flops(setup: Setup) -> float:
     """Flops of both lm_heads: scores 2·N·V·(H_S + H_T), and of the kept rows as much again and two products back.
 
+    Where tokens are chosen while their logits are held, the kept rows are projected once.
+
     Example:
         >>> from dataclasses import replace
         >>> from tipdistill.plan import setup_of
-        >>> half = setup_of("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", retention=0.5)
+        >>> half = setup_of("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", retention=0.5, completion=2048)
+        >>> half = replace(half, accumulation=2)
         >>> all_tokens = replace(half, rule="all", retention=1.0)
         >>> t = 4096 / 2560
         >>> abs(head_flops(half) / head_flops(all_tokens) - (1 + t + 0.5 * (3 + t)) / (3 + t)) < 1e-9
+        True
+        >>> held = replace(half, normalization="running")  # rollouts whose logits fit into the engine's workspace
+        >>> abs(head_flops(held) / head_flops(all_tokens) - (1 + t + 0.5 * 2) / (3 + t)) < 1e-9
         True
     """
     vocabulary = min(setup.student_sizes.vocabulary, setup.teacher_sizes.vocabulary)
@@ -77,7 +83,8 @@ def head_flops(setup: Setup) -> float:
         teacher = 0
     tokens, kept = setup.rollouts * setup.written, setup.accumulation * setup.kept
     scored = 0 if setup.rule == "all" else student + (teacher if needs_teacher(setup.rule) else 0)
-    return 2.0 * vocabulary * (tokens * scored + kept * (3 * student + teacher))
+    of_kept = 2 * student if setup.chooses_in_one_pass else 3 * student + teacher
+    return 2.0 * vocabulary * (tokens * scored + kept * of_kept)
 
 
 def _sequence_flops(sizes: Sizes, length: float) -> float:

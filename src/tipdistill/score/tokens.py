@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -232,10 +233,11 @@ def selected_rows(
     # rules read the symmetric Jensen-Shannon divergence, and one pass has one β
     one_beta = "jsd" not in wanted or divergence != "jsd" or beta == 0.5
     fits = max(lengths, default=0) <= engine.choice_rows(student.hidden, vocabulary)
-    if impl == "reference" or not one_beta or not fits or any(name in OF_LIKELIEST for name in wanted):
+    if impl == "reference" or not one_beta or not fits:
         return None
-    computed = _computed(wanted, "reverse_kl")
+    computed, likeliest = _computed(wanted, "reverse_kl"), tuple(name for name in wanted if name in OF_LIKELIEST)
     normalisers: list[Tensor] = []
+    scored: list[TokenScores] = []
     given: list[Tensor] = []
 
     def factors_of(of_rows: dict[str, Tensor], first: int, end: int) -> Tensor:
@@ -243,10 +245,14 @@ def selected_rows(
         normalisers.append(of_rows["s_log"] + of_rows["t_log"])
         check_rows(torch.cat(normalisers), vocabulary, None if token_ids is None else token_ids[:end])
         statistics = {name: of_rows[name] for name in computed}
-        given.append(factors(_named(statistics, wanted, "reverse_kl", vocabulary), slice(first, end)))
+        if likeliest:  # a pass of their own
+            own, its = (replace(head, hidden=head.hidden[first:end].detach()) for head in (student, teacher))
+            statistics |= top_statistics(own, its, likeliest, temperature, vocabulary)
+        scored.append(_named(statistics, wanted, "reverse_kl", vocabulary))
+        given.append(factors(scored[-1], slice(first, end)))
         return given[-1]
 
-    loss, of_rows, normaliser, *values = engine.FusedLoss.apply(
+    loss, of_rows, normaliser, *_ = engine.FusedLoss.apply(
         student.hidden,
         student.weight,
         student.bias,
@@ -260,10 +266,12 @@ def selected_rows(
         token_ids,
         lengths,
     )
-    if given:
-        factor = torch.cat(given)
-        check_rows(normaliser, vocabulary, None, torch.where(factor == 0, 0.0, of_rows), factor)
-    return loss, _named(dict(zip(computed, values, strict=True)), wanted, "reverse_kl", vocabulary)
+    if not given:
+        return loss, TokenScores(**dict.fromkeys(wanted, torch.zeros_like(normaliser)))
+    factor = torch.cat(given)
+    check_rows(normaliser, vocabulary, None, torch.where(factor == 0, 0.0, of_rows), factor)
+    names = [name for name, _ in scored[0].present()]
+    return loss, TokenScores(**{name: torch.cat([part.require(name) for part in scored]) for name in names})
 
 
 def _computed(wanted: Sequence[str], divergence: str) -> tuple[str, ...]:

@@ -371,7 +371,9 @@ def head(sizes: Sizes, flush: Flush) -> dict[str, Any]:
     def whole(entries: dict[str, Any]) -> dict[str, Any]:
         return {"settings": asdict(sizes.head), "left_out": left_out, "variants": entries}
 
-    variants = [*peers, *ours, *held]
+    # scored, chosen and differentiated with the logits made once: of the rules that read the teacher
+    chosen = [Variant("triton", *rule, one_pass=True) for rule in sizes.rules if rule[0] == "soft_or"]
+    variants = [*peers, *ours, *chosen, *held]
     return whole(measure(sizes.head, variants, sizes.rounds, print, lambda entries: flush(whole(entries)), Here))
 
 

@@ -1,6 +1,7 @@
 """Score + select + loss of two lm_heads, forward and backward: ours, plain PyTorch, TRL's, Liger's, on the same inputs.
 
-Ours is what a training step does: statistics of all tokens without gradients, then the fused loss of the kept rows. On
+Ours is what a training step does: statistics of all tokens without gradients, then the fused loss of the kept rows; or,
+where tokens are chosen in the loss, both in one pass. On
 a CPU every variant has a process of its own; on a GPU one process holds the inputs, which are drawn there, and the
 variants share them. Rounds go through all of them in turn, and a ratio is the median over rounds of what two variants
 took in the same round, so that a machine that is busy for a while is busy for both. A variant that does not agree with
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tipdistill.loss import fused_divergence_loss
+from tipdistill.loss import fused_divergence_loss, fused_selected_loss
 from tipdistill.provenance import environment
 from tipdistill.score import IMPLEMENTATIONS, token_scores
-from tipdistill.select import RULES, kept_counts, needs_teacher, rule_fields, select
+from tipdistill.select import RULES, kept_counts, needs_teacher, rule_fields, running_of, select
 from tipdistill.text import check_known
-from tipdistill.types import Head
+from tipdistill.types import Head, Selection, TokenScores
 
 from . import measure as measuring
 from .measure import Here, Worker, growth, kernels, matmul_rate, peak_bytes, spread, time_split, timed
@@ -96,6 +97,7 @@ class Variant:
     Attributes:
         engine: of PEERS, or an `impl` of ours.
         rule, retention: what is selected.
+        one_pass: each rollout's tokens are chosen while their logits are held, with the scales of the step before.
         switches: (attribute, value) pairs of score/triton.py that hold while it runs.
 
     Example:
@@ -107,10 +109,12 @@ class Variant:
     rule: str = "all"
     retention: float = 1.0
     switches: tuple[tuple[str, Any], ...] = ()
+    one_pass: bool = False
 
     @property
     def name(self) -> str:
         name = self.engine if self.rule == "all" else f"{self.engine} {self.rule} {self.retention:g}"
+        name += ", one pass" if self.one_pass else ""
         return name + "".join(f", {attribute}={shown(value)}" for attribute, value in self.switches)
 
     def floor(self, width_ratio: float) -> float:
@@ -119,12 +123,16 @@ class Variant:
         Example:
             >>> Variant("chunked").floor(2.0), Variant("chunked", "entropy", 0.1).floor(2.0), Variant("trl").floor(2.0)
             (5.0, 1.5, 8.0)
+            >>> Variant("chunked", "soft_or", 0.1, one_pass=True).floor(2.0)
+            3.2
         """
         whole = 3 + width_ratio
         if self.engine == "trl":
             return 2 * (1 + width_ratio) + 2
         if self.rule == "all":
             return whole
+        if self.one_pass:
+            return 1 + width_ratio + self.retention * 2
         return 1 + (width_ratio if needs_teacher(self.rule) else 0) + self.retention * whole
 
 
@@ -149,7 +157,8 @@ def variants_of(device: str) -> list[Variant]:
     engines = [name for name in ("chunked", "triton") if name in IMPLEMENTATIONS]
     engines = [name for name in engines if name == "chunked" or device == "cuda"]
     rules = [("all", 1.0), *((rule, retention) for rule in ("soft_or", "entropy") for retention in RETENTIONS)]
-    return peers + [Variant(engine, *rule) for engine in engines for rule in rules]
+    held = [Variant(engine, "soft_or", share, one_pass=True) for engine in engines for share in RETENTIONS]
+    return peers + [Variant(engine, *rule) for engine in engines for rule in rules] + held
 
 
 def missing_peers(device: str) -> dict[str, str]:
@@ -217,6 +226,13 @@ class HeadWork:
         inputs = HeadInputs(settings) if inputs is None else inputs
         self.student, self.teacher, self.rollout = inputs.student, inputs.teacher, inputs.rollout
         self.everything = torch.tensor(float(settings.tokens), device=settings.device)
+        if variant.one_pass:
+            with torch.no_grad():
+                before = token_scores(self.student, self.teacher, fields=rule_fields(variant.rule))
+            self.running = running_of(before, variant.rule, variant.retention, self.rollout)
+            self.lengths = self.rollout.unique(return_counts=True)[1].tolist()
+            kept = kept_counts(torch.tensor(self.lengths), variant.retention, variant.rule).sum()
+            self.kept = kept.to(settings.device, torch.float32)
         self.work: Callable[[], tuple[Tensor, Tensor | None]] = {
             "plain": self._plain,
             "trl": self._trl,
@@ -304,6 +320,8 @@ class HeadWork:
                 self.student, self.teacher, denominator=self.everything, fields=LOGGED_FIELDS, impl=engine
             )
             return loss, None
+        if self.variant.one_pass:
+            return self._one_pass()
         teacher = self.teacher if needs_teacher(rule) else None
         logged = LOGGED_FIELDS if teacher is not None else ("entropy", "entropy_norm")
         with torch.no_grad():
@@ -313,6 +331,25 @@ class HeadWork:
         kept = _take(self.student, self.teacher, selection.mask)
         weight = selection.weight[selection.mask]
         return fused_divergence_loss(*kept, weight, denominator=selection.total, impl=engine), selection.mask
+
+    def _one_pass(self) -> tuple[Tensor, Tensor]:
+        """The same where tokens are chosen in the loss (`training/choosing.py`)."""
+        rule, retention = self.variant.rule, self.variant.retention
+
+        def choose(scores: TokenScores, tokens: slice) -> Selection:
+            return select(scores, rule, retention, self.rollout[tokens], running=self.running)
+
+        fields = tuple(dict.fromkeys((*(rule_fields(rule) or ()), *LOGGED_FIELDS)))
+        loss, _, selection = fused_selected_loss(
+            self.student,
+            self.teacher,
+            choose,
+            self.lengths,
+            fields=fields,
+            denominator=self.kept,
+            impl=self.variant.engine,
+        )
+        return loss, selection.mask
 
 
 def run_head(

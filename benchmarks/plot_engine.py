@@ -20,6 +20,8 @@ SHOWN = {
     "chunked": "ours, all tokens",
     "chunked soft_or 0.5": "ours, Soft-OR 0.5",
     "chunked soft_or 0.1": "ours, Soft-OR 0.1",
+    "chunked soft_or 0.5, one pass": "ours, Soft-OR 0.5, one pass",
+    "chunked soft_or 0.1, one pass": "ours, Soft-OR 0.1, one pass",
     "chunked entropy 0.1": "ours, entropy 0.1",
 }
 PARTS = {"matmul": "#35608d", "exponential": "#d9843b", "other": "#b9b9b9"}

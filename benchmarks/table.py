@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -108,6 +109,7 @@ def _label(entry: dict[str, Any]) -> str:
         return _LABELS[entry["engine"]]
     rule = {"all": "all tokens", "soft_or": "Soft-OR"}.get(entry["rule"], entry["rule"])
     label = f"`{entry['engine']}`, {rule}" + ("" if entry["rule"] == "all" else f" {entry['retention']:g}")
+    label += ", one pass" if entry.get("one_pass") else ""
     return label + "".join(f", {attribute} = {shown(value)}" for attribute, value in entry.get("switches", ()))
 
 
@@ -299,11 +301,14 @@ def _agreement(result: dict[str, Any]) -> str:
 def _cpu_targets(result: dict[str, Any]) -> str:
     """The lines of a CPU beside what the head stage took."""
     rows = []
-    for rule in targets.RULES:
-        ratio = result["variants"].get(targets.variant_of("chunked", rule), {}).get("ratio", {})
+    for rule, how in product(targets.RULES, ("", ", one pass")):
+        name = targets.variant_of("chunked", rule) + how
+        if how and name not in result["variants"]:
+            continue
+        ratio = result["variants"].get(name, {}).get("ratio", {})
         measured = [f"{ratio[peer]['median']:.2f}" if peer in ratio else NOT_MEASURED for peer in targets.ON_CPU]
         most = [f"{lines[rule]:.2f}" for lines in targets.ON_CPU.values()]
-        rows.append([targets.label(rule), *(cell for pair in zip(most, measured, strict=True) for cell in pair)])
+        rows.append([targets.label(rule) + how, *(cell for pair in zip(most, measured, strict=True) for cell in pair)])
     return markdown_table(["", "time / plain, at most", "measured", "time / TRL, at most", "measured"], rows)
 
 

@@ -120,8 +120,9 @@ def test_without_trl_the_others_are_measured_beside_plain(monkeypatch):
         (Variant("chunked", "soft_or", 0.5), {"entropy", "entropy_norm", "reverse_kl"}),
         (Variant("chunked", "entropy", 0.5), {"entropy", "entropy_norm"}),
         (Variant("chunked"), None),
+        (Variant("chunked", "soft_or", 0.5, one_pass=True), {"entropy", "entropy_norm", "reverse_kl"}),
     ],
-    ids=["soft_or", "entropy", "all"],
+    ids=["soft_or", "entropy", "all", "one pass"],
 )
 def test_what_is_timed_is_what_a_training_step_does(variant, of_scores, monkeypatch):
     """Scores without a gradient and with the logged statistics, then the fused loss of the kept rows."""
@@ -137,10 +138,14 @@ def test_what_is_timed_is_what_a_training_step_does(variant, of_scores, monkeypa
 
         monkeypatch.setattr(head, name, call)
 
-    recorded("token_scores")
-    recorded("fused_divergence_loss")
-    work(variant).run()
-    if of_scores is None:
+    own = work(variant)
+    for name in ("token_scores", "fused_divergence_loss", "fused_selected_loss"):
+        recorded(name)
+    _, mask = own.run()
+    if variant.one_pass:
+        assert calls == [("fused_selected_loss", 24, of_scores, True)]
+        assert mask.sum() == 3 + 3 + 3 + 1
+    elif of_scores is None:
         assert calls == [("fused_divergence_loss", 24, set(head.LOGGED_FIELDS), True)]
     else:
         kept = 3 + 3 + 3 + 1  # half of rollouts of 7, 7, 7 and 3 tokens

@@ -96,7 +96,7 @@ def scale_table(name: str) -> str:
                 _saving(setup, "running"),
             ]
         )
-    header = ["GPUs", "rollouts", "peak (GiB)", "fits", "step (s)", "most of it", "Soft-OR 0.1, batch", "micro_batch"]
+    header = ["GPUs", "rollouts", "peak (GiB)", "fits", "step (s)", "most of it", "Soft-OR 0.1, batch", "running"]
     return markdown_table(header, rows)
 
 

@@ -15,7 +15,8 @@ from heads import FIELDS, error, gradients, incoming_of, leaves, make_pair, refe
 
 import tipdistill as tip
 from benchmarks import gpu_lease
-from tipdistill import Head
+from tipdistill import Head, Selection
+from tipdistill.loss import fused_selected_loss
 from tipdistill.score import tokens
 
 pytestmark = [
@@ -67,6 +68,21 @@ def fused(heads, weight, **options):
     return loss.detach(), [tensor.grad for tensor in tensors]
 
 
+def chosen(heads, weight, **options):
+    """The same, of rows that are chosen by their weights in two groups."""
+    tensors, student = leaves(heads[0])
+    loss, _, _ = fused_selected_loss(
+        student,
+        heads[1],
+        lambda _, rows: Selection(weight[rows] > 0, weight[rows], weight[rows]),
+        [1000, ROWS - 1000],
+        fields=["entropy"],
+        **options,
+    )
+    loss.backward()
+    return loss.detach(), [tensor.grad for tensor in tensors]
+
+
 @pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 3.0, "logit_scale": 1.3}], ids=["plain", "softcap"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values(dtype, head):
@@ -82,7 +98,7 @@ def test_values(dtype, head):
         assert error(value.detach(), exact) <= allowed, name
 
 
-@pytest.mark.parametrize("way", ["scored", "fused"])
+@pytest.mark.parametrize("way", ["scored", "fused", "chosen"])
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(dtype, kind, way):
@@ -93,7 +109,8 @@ def test_gradients(dtype, kind, way):
         options = {"divergence": kind, "temperature": 0.7, "beta": 0.3, "impl": impl}
         if way == "scored":
             return gradients(*heads, incoming.to(heads[0].hidden.dtype), **options)
-        return fused(heads, incoming.abs().to(heads[0].hidden.dtype), denominator=100.0, **options)[1]
+        call = {"fused": fused, "chosen": chosen}[way]
+        return call(heads, incoming.abs().to(heads[0].hidden.dtype), denominator=100.0, **options)[1]
 
     exact, naive = of(doubles(heads), "reference"), of(heads, "reference")
     for value, truth, rounded in zip(of(heads, "triton"), exact, naive, strict=True):

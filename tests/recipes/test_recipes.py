@@ -119,11 +119,17 @@ def acting_on(environment, folder, student):
 def test_two_steps_with_tiny_models(recipe, tiny_model_dir, word_problems, tmp_path, monkeypatch):
     multiplied = []
 
-    def fused_rows(student, teacher, *arguments):
-        multiplied.extend((student.hidden.dtype, teacher.hidden.dtype))
-        return score.fused_rows(student, teacher, *arguments)
+    def watched(name):
+        multiply = getattr(score, name)
 
-    monkeypatch.setattr(loss, "fused_rows", fused_rows)
+        def multiplying(student, teacher, *arguments):
+            multiplied.extend((student.hidden.dtype, teacher.hidden.dtype))
+            return multiply(student, teacher, *arguments)
+
+        monkeypatch.setattr(loss, name, multiplying)
+
+    watched("fused_rows")
+    watched("selected_rows")
     written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     architecture, teacher_rows = STAND_INS.get(recipe.stem, ("qwen3", None))
     small = {

@@ -266,6 +266,8 @@ def truth_of(case, student, teacher, token_ids, weights):
         relative = 2 * noise.norm() / g.norm() + 2 * ((p * noise**2).sum() / curvature).sqrt()
         of_g = held["forward_kl at logits"]
         roughly = 2 * of_g.norm() / g.norm() + 2 * ((p * of_g**2).sum() / curvature).sqrt()
+        # and the probabilities that the curvature is a mean over
+        roughly = roughly + (p * held["student's logit"] * (g - (p * g).sum()) ** 2).sum() / curvature
         # a quotient of what vanishes where both models agree: asked for where its digits are not all lost
         clear = relative < 1e-4 and roughly < 1e-3
         put("signal_to_curvature", ratio, ratio * (relative + roughly) if clear else math.inf)

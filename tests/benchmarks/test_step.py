@@ -120,4 +120,10 @@ def test_what_the_documents_say_of_smollm2s_step_is_in_its_file():
     page = " ".join((ROOT / "docs" / "smollm2.md").read_text(encoding="utf-8").split())
     assert f"they cost {half:.2f} of all tokens, and a tenth costs {sampled:.2f} to {tenth:.2f}" in page
     assert seconds["tip soft_or 0.5"] > seconds["tip all"]  # "dearer than all of them"
+    kept, whole = (result["variants"][f"tip {name}"] for name in ("gradient_norm_sampling 0.1, running, kept", "all"))
+    share, stored = (
+        kept["training_seconds"]["median"] / seconds["tip all"],
+        kept["stored_bytes"] / whole["stored_bytes"],
+    )
+    assert f"a step takes {share:.2f} of all tokens' time, and the backward stores {stored:.2f} of" in page
     assert result["variants"]["tip all"]["above_ratio"]["plain"] == pytest.approx(2 / 3, abs=0.02)

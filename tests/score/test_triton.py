@@ -16,7 +16,8 @@ from heads import FIELDS, HEADS, error, gradients, leaves, make_head, make_pair,
 from measure import matmul_flops
 
 import tipdistill as tip
-from tipdistill import Head
+from tipdistill import Head, Selection
+from tipdistill.loss import fused_selected_loss
 from tipdistill.score import NonFiniteLogitsError, checks, tokens
 
 pytest.importorskip("triton", reason="triton is built for Linux")
@@ -449,6 +450,41 @@ def test_all_tokens_in_one_block_are_what_several_blocks_are(monkeypatch):
     _, one = fused(student, teacher, None)
     for value, expected in zip(one[:2], several[:2], strict=True):
         assert error(value, expected) <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 0, 5], [2] * 4 + [1]], ids=str)
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_chosen_among_held_ones(dtype, kind, lengths, monkeypatch):
+    """Spans of one group and of several, of which the first rows, the last ones, or none are kept."""
+    monkeypatch.setattr(engine, "choice_rows", lambda hidden, _: 5)
+    student, teacher = pair(9, 97, dtype, bias=True, softcap=3.0)
+    weight = torch.tensor([0.0, 0.5, 0.0, 0.0, 0.0, 2.0, 0.0, 1.0, 0.3], device=DEVICE)
+
+    def chosen(student, teacher, impl):
+        tensors, own = leaves(student)
+        loss, _, _ = fused_selected_loss(
+            own,
+            teacher,
+            lambda _, rows: Selection(weight[rows] > 0, weight[rows], weight[rows]),
+            lengths,
+            kind,
+            fields=["entropy"],
+            denominator=2.0,
+            impl=impl,
+            **OPTIONS,
+        )
+        loss.backward()
+        return loss.detach(), [tensor.grad for tensor in tensors]
+
+    loss, found = chosen(student, teacher, "triton")
+    truth, exact = chosen(*doubles(student, teacher), "reference")
+    # the Jensen-Shannon divergence is of held logits, which are float16 in half precision
+    rounding = 1e-5 if dtype == torch.float32 or kind != "jsd" else torch.finfo(torch.float16).eps
+    torch.testing.assert_close(loss.double(), truth, rtol=rounding, atol=1e-6)
+    assert (found[0] != 0).any(1).tolist() == (weight > 0).tolist()
+    for value, of_truth in zip(found, exact, strict=True):
+        assert error(value, of_truth) <= (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_rows_are_held_together_where_that_costs_no_more_than_a_copy_of_the_weight_gradient(monkeypatch):

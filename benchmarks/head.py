@@ -1,7 +1,7 @@
 """Score + select + loss of two lm_heads, forward and backward: ours, plain PyTorch, TRL's, Liger's, on the same inputs.
 
-Ours is what a training step does: statistics of all tokens without gradients, then the fused loss of the kept rows; or,
-where tokens are chosen in the loss, both in one pass. On
+Ours is what a training step does: statistics of all tokens without gradients, then the fused loss of the
+kept rows. "One pass" is what it does where tokens are chosen in the loss: both at once. On
 a CPU every variant has a process of its own; on a GPU one process holds the inputs, which are drawn there, and the
 variants share them. Rounds go through all of them in turn, and a ratio is the median over rounds of what two variants
 took in the same round, so that a machine that is busy for a while is busy for both. A variant that does not agree with

@@ -1,6 +1,7 @@
 """The loss of selected tokens: both ways to it, their denominators, and what they refuse."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -297,6 +298,11 @@ def chosen_by(rule, retention, lengths, **options):
     return choose
 
 
+def choosing(weight):
+    """How the tokens of a weight above 0 are chosen."""
+    return lambda _, tokens: selection_of(weight[tokens])
+
+
 def chosen(student, teacher, choose, lengths, **options):
     tensors, student = leaves(student)
     loss, scores, selection = fused_selected_loss(student, teacher, choose, lengths, **options)
@@ -427,8 +433,9 @@ def test_one_pass_over_nothing_is_0_and_reaches_the_graph():
     for rows, lengths, impl in ((0, [], "auto"), (0, [0, 0], "auto"), (3, [3], "auto")):
         student, teacher = make_pair(rows, 19, torch.float32)
         (hidden, weight, _), head = leaves(student)
-        nothing = lambda scores, _: selection_of(torch.zeros(len(scores)))  # noqa: E731
-        loss, scores, selection = fused_selected_loss(head, teacher, nothing, lengths, fields=["entropy"], impl=impl)
+        loss, scores, selection = fused_selected_loss(
+            head, teacher, choosing(torch.zeros(rows)), lengths, fields=["entropy"], impl=impl
+        )
         loss.backward()
         assert loss.item() == 0.0
         assert len(scores.entropy) == len(selection.mask) == rows
@@ -447,7 +454,7 @@ def test_of_an_infinite_divergence_only_a_kept_one_is_refused(kept, impl):
     student.bias[3] = 0.0  # the student may say it, the teacher may not: infinite at every token
     call = {"divergence": "forward_kl", "fields": ["entropy"], "impl": impl}
     weight = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
-    pick = lambda _, tokens: selection_of(weight[tokens])  # noqa: E731
+    pick = choosing(weight)
     (hidden, _, _), head = leaves(student)
     loss, _, _ = fused_selected_loss(head, teacher, pick, [2, 4], **call)
     loss.backward()
@@ -473,7 +480,7 @@ def test_groups_and_choices_that_do_not_fit_are_refused():
     student, teacher = make_pair(9, 19)
     choose = chosen_by("divergence", 0.5, [4, 5])
     for lengths in ([4, 4], [10, -1], []):
-        with pytest.raises(ValueError, match="groups of 9 tokens in all"):
+        with pytest.raises(ValueError, match=re.escape(f"groups of 9 tokens in all, got {lengths}")):
             fused_selected_loss(student, teacher, choose, lengths, fields=["reverse_kl"])
     with pytest.raises(ValueError, match="the choice is of 2 tokens, and 9 were given"):
         fused_selected_loss(student, teacher, lambda *_: selection_of([1.0, 0.0]), [4, 5], fields=["reverse_kl"])

@@ -203,7 +203,7 @@ def fused_selected_loss(
     """
     count = len(student.hidden)
     if sum(lengths) != count or min(lengths, default=0) < 0:
-        raise ValueError(f"lengths must be those of groups of {count} tokens in all, got {sum(lengths)}.")
+        raise ValueError(f"lengths must be those of groups of {count} tokens in all, got {list(lengths)}.")
     device, dtype = student.hidden.device, torch.promote_types(torch.float32, student.hidden.dtype)
     on_gpu = isinstance(denominator, Tensor) and denominator.is_cuda  # is looked at with the logits
     given = denominator if denominator is None or on_gpu else _denominator(torch.zeros(()), denominator)

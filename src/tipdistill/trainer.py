@@ -69,6 +69,7 @@ from .training.scoring import (
     for_models,
     loss_mask,
     naming_rollouts,
+    reads_tokens,
     scores_by_position,
     scoring_pieces,
     take_tokens,
@@ -409,8 +410,7 @@ class TIPTrainer(ResumableTrainer):
     def scores_of(
         self, student: Head, teacher: Comparison | None, fields: tuple[str, ...], tokens: Tensor
     ) -> TokenScores:
-        reads_tokens = not fields or any(name.endswith("logprob") for name in fields)
-        token_ids = tokens if reads_tokens else None
+        token_ids = tokens if reads_tokens(fields) else None
         if teacher is not None:
             return teacher.scores(student, fields, self.temperature, token_ids)
         return token_scores(student, temperature=self.temperature, token_ids=token_ids, fields=fields or None).detach()

@@ -1,7 +1,7 @@
-"""Loss of a micro-batch whose tokens are chosen in it: scored, selected and differentiated in one forward.
+"""Loss of a micro-batch whose tokens are chosen in it: score, select and loss in one forward.
 
-in one pass     a teacher whose lm_head is at hand: the logits are made once, and are there until tokens are chosen
-in two          other teachers, rules that need none, backward="kept": the kept tokens are projected again
+in one pass     a teacher whose lm_head is at hand: logits are made once, and held until tokens are chosen
+in two          other teachers, rules that need none, backward="kept": kept tokens are projected again
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..loss import fused_selected_loss
 from ..types import Head, Selection, TokenScores
 from .kept import KeptForward
-from .scoring import naming_rollouts
+from .scoring import naming_rollouts, reads_tokens
 
 
 def chosen_loss(
@@ -45,7 +45,6 @@ def chosen_loss(
     fields = trainer.fields_now()
     compares = trainer.projects_teacher(fields)
     if compares and forward is None and hasattr(teacher, "head"):
-        reads_tokens = not fields or any(name.endswith("logprob") for name in fields)
         with naming_rollouts(asked):
             return fused_selected_loss(
                 student,
@@ -53,7 +52,7 @@ def chosen_loss(
                 choose,
                 lengths,
                 fields=fields or None,
-                token_ids=tokens if reads_tokens else None,
+                token_ids=tokens if reads_tokens(fields) else None,
                 **options,
             )
     with torch.no_grad(), naming_rollouts(asked):

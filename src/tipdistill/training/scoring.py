@@ -147,6 +147,16 @@ def take_tokens(answer: Any, kept: Tensor) -> Any:
     return None if answer is None else answer.map(lambda value: value[kept.to(value.device)])
 
 
+def reads_tokens(fields: Sequence[str]) -> bool:
+    """Whether statistics are of the sampled tokens; no name stands for the default ones, of which some are.
+
+    Example:
+        >>> reads_tokens(["entropy"]), reads_tokens(["entropy", "student_logprob"]), reads_tokens([])
+        (False, True, True)
+    """
+    return not fields or any(name.endswith("logprob") for name in fields)
+
+
 @contextmanager
 def naming_rollouts(mask: Tensor, rollouts: Tensor | None = None) -> Iterator[None]:
     """Let an error about non-finite logits say which rollout and token it was.

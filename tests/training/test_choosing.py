@@ -10,6 +10,7 @@ from on_cpu import ON_CPU
 import tipdistill.loss
 from tipdistill import TIPConfig, TIPTrainer
 from tipdistill.score import NonFiniteLogitsError, chunked
+from tipdistill.training import selection
 
 SETTINGS = {
     **ON_CPU,
@@ -88,17 +89,33 @@ def test_one_pass_trains_as_two_do(make, monkeypatch, passes, settings):
         assert entry == pytest.approx(expected, rel=1e-4)
 
 
-def test_rollouts_are_chosen_from_as_many_at_a_time_as_fit(make, monkeypatch, passes):
-    """With scales of the step before what is chosen of a rollout does not depend on those beside it."""
-    together = history(make())
+@pytest.mark.parametrize("normalization", ["running", "micro_batch"])
+def test_rollouts_are_chosen_from_as_many_at_a_time_as_fit(make, monkeypatch, passes, normalization):
+    """With scales of the step before what is chosen of a rollout does not depend on those beside it; without, all are
+    one group, however little fits."""
+    together = history(make(normalization=normalization))
     row = 2 * 400 * 4  # bytes of a token's logits of both models
     # one rollout at a time, none of them in the memory of the lm_head's gradient
     monkeypatch.setattr(chunked, "CPU_WORKSPACE", 12 * row)
     monkeypatch.setattr(chunked, "CPU_TILE", (1, 64))
-    apart = history(make())
+    apart = history(make(normalization=normalization))
     assert set(passes) == {0}
     for entry, expected in zip(apart, together, strict=True):
         assert entry == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_step_tells_the_next_is_told_by_rollout(make, monkeypatch):
+    told, tell = [], selection.running_of
+
+    def telling(scores, rule, retention, rollout, scope):
+        told.append(rollout)
+        return tell(scores, rule, retention, rollout, scope)
+
+    monkeypatch.setattr(selection, "running_of", telling)
+    history(make())
+    assert len(told) == 3
+    for rollout in told:
+        assert rollout.unique_consecutive().tolist() == list(range(8))
 
 
 def test_one_divergence_has_one_beta(make, passes):

@@ -136,6 +136,16 @@ def test_the_command_writes_a_model_that_loads(teacher, tmp_path, capsys):
     assert "holds a model already" in capsys.readouterr().err
 
 
+def test_a_model_has_the_same_bytes_whether_its_teacher_was_read_offline_or_not(teacher, tmp_path):
+    for offline in (False, True):
+        prune.save_tokenizer(AutoTokenizer.from_pretrained(teacher, local_files_only=offline), tmp_path / str(offline))
+    names = sorted(path.name for path in (tmp_path / "True").iterdir())
+    assert "tokenizer_config.json" in names
+    assert [(tmp_path / "True" / name).read_bytes() for name in names] == [
+        (tmp_path / "False" / name).read_bytes() for name in names
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

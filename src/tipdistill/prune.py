@@ -139,6 +139,17 @@ def drop_layers(model: Any, numbers: Sequence[int]) -> Any:
     return model
 
 
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer, without a word on how it was read.
+
+    transformers notes `local_files_only` in tokenizer_config.json, which HF_HUB_OFFLINE=1 sets. So the same model would
+    have other bytes where it was written offline, and what is known by a hash of them would have to be made again.
+    """
+    for name in ("is_local", "local_files_only"):
+        getattr(tokenizer, "init_kwargs", {}).pop(name, None)
+    tokenizer.save_pretrained(directory)
+
+
 def write_pruned(
     model: str,
     layers: int,
@@ -211,7 +222,7 @@ def write_pruned(
     with TemporaryDirectory(dir=output_dir, prefix=".pruned-") as folder:
         partial = Path(folder)
         loaded.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
         del loaded
         _check_loaded(last_hidden_states(load(folder), probe, mask).float(), expected, kind)
         about = {

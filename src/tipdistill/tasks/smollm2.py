@@ -100,6 +100,8 @@ def _write_teacher(path: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+    from ..prune import save_tokenizer
+
     source: dict[str, Any] = {"gguf_file": path.name}
     read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
     # what was read calls itself quantized, and would not be saved
@@ -109,7 +111,7 @@ def _write_teacher(path: Path, directory: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(directory)
+    save_tokenizer(AutoTokenizer.from_pretrained(path.parent, **source), directory)
 
 
 @contextmanager

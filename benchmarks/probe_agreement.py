@@ -11,7 +11,7 @@ rank correlation.
 import json
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import correlation, mean, stdev
 
 from . import measure
 
@@ -84,12 +84,9 @@ def ranks(values):
 
 
 def spearman(first, second):
+    """The correlation of the ranks; 0 where one side is constant, and orders nothing."""
     x, y = ranks(first), ranks(second)
-    mx, my = mean(x), mean(y)
-    return (
-        sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-        / (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
-    )
+    return correlation(x, y) if len(set(x)) > 1 and len(set(y)) > 1 else 0.0
 
 
 def compare(outcomes, probes):
@@ -101,18 +98,18 @@ def compare(outcomes, probes):
     }
     rows = [{(row["rule"], row["retention"]): row for row in result["rows"]} for result in probes]
     figures = ("descent", "cosine", "divergence_share", "q3_share", "kept")
-    correlation = {}
+    by_figure = {}
     for name in figures:
         each = [spearman([by_cell[cell][name] for cell in CELLS], list(accuracy.values())) for by_cell in rows]
         averaged = [mean(by_cell[cell][name] for by_cell in rows) for cell in CELLS]
-        correlation[name] = {
+        by_figure[name] = {
             "per_probe": each,
             "standard_deviation": stdev(each) if len(each) > 1 else None,
             "of_the_mean_over_probes": spearman(averaged, list(accuracy.values())),
         }
     sparse = [cell for cell in CELLS if cell[0] not in ("all", "random")]
     return {
-        "spearman_with_trained_accuracy": correlation,
+        "spearman_with_trained_accuracy": by_figure,
         "spearman_of_descent_without_controls": spearman(
             [mean(by_cell[cell]["descent"] for by_cell in rows) for cell in sparse], [accuracy[cell] for cell in sparse]
         ),

@@ -87,9 +87,7 @@ def run_students(
     students: dict[str, Callable[[], Any]] = {"the teacher itself": lambda: teacher}
     for layers in LAYERS:
         numbers = least_influential(influence, layers)
-        students[f"without {layers} layers"] = partial(
-            lambda dropped: drop_layers(copy.deepcopy(teacher), dropped), numbers
-        )
+        students[f"without {layers} layers"] = partial(_without, teacher, numbers)
     students["rounded to 4 bits"] = lambda: rounded_to_bits(copy.deepcopy(teacher))
     if healed is not None:
         students["healed"] = lambda: AutoModelForCausalLM.from_pretrained(healed).eval().requires_grad_(False)

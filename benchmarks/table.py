@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tipdistill.files import write_text
+from tipdistill.sweep.result import is_divergence
 from tipdistill.text import check_known, markdown_table, replace_blocks
 
 from . import measure, targets
@@ -278,6 +279,23 @@ _OF_PROBE = {
 }
 
 
+def _order(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            label,
+            f"{_hundredths(figure['mean'])} [{', '.join(map(_hundredths, figure['interval']))}]",
+            " ".join(map(_hundredths, figure["per_probe"])),
+        ]
+        for name, label in {**_OF_PROBE, "q2_of_kept": "share of Q2 in what is kept"}.items()
+        for figure in (result["correlation"][name],)
+    ]
+    return markdown_table(["figure of the probe", "rank correlation", "each probe"], rows)
+
+
+def _hundredths(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
 def _agreement(result: dict[str, Any]) -> str:
     by_prompts = {count: agreement["spearman_with_trained_accuracy"] for count, agreement in result["prompts"].items()}
     rows = [
@@ -368,24 +386,24 @@ def _running(result: dict[str, Any]) -> str:
                 f"`{row['rule']}`",
                 f"{row['retention']:.0%}".replace("%", " %"),
                 f"`{normalization}`" if normalization else "",
-                _accuracy(outcome),
+                _outcome(outcome),
                 paired,
             ]
         )
-    return markdown_table(["rule", "kept", "`normalization`", "accuracy", "against `batch`"], rows)
+    return markdown_table(["rule", "kept", "`normalization`", _measure(result), "against `batch`"], rows)
 
 
 def _ahead(result: dict[str, Any]) -> str:
     """A row for each rule with its rollouts of now and of the step before; the last column is paired by seed."""
     (task,) = result["test"]
     by_seed = {row["name"]: row["tasks"][task]["by_seed"] for row in result["rows"]}
-    rows = [["the student before", "", "", "", _accuracy(result["before"][task]), ""]]
+    rows = [["the student before", "", "", "", _outcome(result["before"][task]), ""]]
     for row in result["rows"]:
         outcome, (rule, _, written) = row["tasks"][task], row["name"].partition(", ")
         cells = [f"`{row['rule']}`", f"{row['retention']:.0%}".replace("%", " %"), "0" if written == "now" else "1"]
         paired = "" if written == "now" else _paired(outcome["by_seed"], by_seed[f"{rule}, now"])
-        rows.append([*cells, f"{row['learning_rate']:g}", _accuracy(outcome), paired])
-    return markdown_table(["rule", "kept", "`rollout_ahead`", "rate", "accuracy", "against 0"], rows)
+        rows.append([*cells, f"{row['learning_rate']:g}", _outcome(outcome), paired])
+    return markdown_table(["rule", "kept", "`rollout_ahead`", "rate", _measure(result), "against 0"], rows)
 
 
 def _paired(by_seed: dict[str, float], beside: dict[str, float]) -> str:
@@ -400,7 +418,7 @@ def _kept(result: dict[str, Any]) -> str:
     (task,) = result["test"]
     control = [row for row in result["rows"] if row["rule"] == "random"][-1]
     beside = control["tasks"][task]["by_seed"]
-    rows = [["the student before", "", "", "", _accuracy(result["before"][task]), "", ""]]
+    rows = [["the student before", "", "", "", _outcome(result["before"][task]), "", ""]]
     for row in result["rows"]:
         outcome = row["tasks"][task]
         rows.append(
@@ -409,16 +427,22 @@ def _kept(result: dict[str, Any]) -> str:
                 f"`{row['overrides'].get('backward', 'full')}`",
                 str(row["overrides"]["max_steps"]),
                 f"{row['learning_rate']:g}",
-                _accuracy(outcome),
+                _outcome(outcome),
                 f"{row['seconds']:.0f}",
                 "" if row is control else _paired(outcome["by_seed"], beside),
             ]
         )
     against = f"against random, {control['overrides']['max_steps']} steps"
-    return markdown_table(["rule", "`backward`", "steps", "rate", "accuracy", "seconds", against], rows)
+    return markdown_table(["rule", "`backward`", "steps", "rate", _measure(result), "seconds", against], rows)
 
 
-def _accuracy(outcome: dict[str, Any]) -> str:
+def _measure(result: dict[str, Any]) -> str:
+    """What the outcome of a sweep is called over its column: an accuracy, or a divergence, of which less is better."""
+    (task,) = result["test"]
+    return "reverse KL, nats" if is_divergence(result["rows"][0]["tasks"][task]) else "accuracy"
+
+
+def _outcome(outcome: dict[str, Any]) -> str:
     return f"{outcome['mean']:.3f} [{', '.join(f'{bound:.3f}' for bound in outcome['interval'])}]"
 
 
@@ -588,7 +612,7 @@ OF_GPUS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 FILES = {"targets-cpu": "head-cpu"}  # table → the file, where that has another name
 HEADS = ("head-cpu", "head-qwen3-4k", "head-qwen3-8k", "head-qwen3-16k", "head-qwen3-32k")
-SMALL = ("addition", "modular", "machine")  # tasks
+TASKS = ("addition", "modular", "machine", "smollm2")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **dict.fromkeys(HEADS, _head),
     **{f"{name}{WHOLE}": _whole_head for name in HEADS},
@@ -597,14 +621,15 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels-compiled": _kernels,
     "plan-cpu": _plan,
     "probe-agreement": _agreement,
+    "probe_order-smollm2": _order,
     "records-cpu": _records,
     "select-cpu": _select,
     "select-cuda": _select,
     "targets-cpu": _cpu_targets,
     "positions-smollm2": _positions,
-    **{f"running-{task}": _running for task in SMALL},
-    **{f"ahead-{task}": _ahead for task in SMALL},
-    "kept-modular": _kept,
+    **{f"running-{task}": _running for task in TASKS},
+    **{f"ahead-{task}": _ahead for task in TASKS},
+    **{f"kept-{task}": _kept for task in ("modular", "smollm2")},
     "wire-smollm2": _wire,
     "signals-trip": _signals,
     "students-smollm2": _students,

@@ -863,6 +863,37 @@ def test_records_are_what_the_step_did(make, tmp_path, pair):
     assert records.sidecar["settings"] == {"normalization": "batch", "num_generations": 2}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"selection_rule": "soft_or", "selection_scope": "batch"},
+        {"selection_rule": "gradient_norm_sampling", "selection_scope": "batch", "gradient_accumulation_steps": 2},
+        {"selection_rule": "soft_or", "retention": 0.2},
+    ],
+    ids=str,
+)
+def test_records_hold_the_tokens_that_running_scales_keep(make, tmp_path, settings):
+    trainer = make(normalization="running", record_rollouts=3, score_logging_steps=1, max_steps=3, **settings)
+    kept = {}  # step, number of the rollout → which of its tokens were trained on
+    original = trainer._selection.add
+
+    def add(scores, selection, mask, batch):
+        numbers = batch["rollout_number"].tolist()
+        of_rollouts = selection.mask.split(mask.sum(1).tolist())
+        kept.update({(trainer.state.global_step, n): m.tolist() for n, m in zip(numbers, of_rollouts, strict=True)})
+        return original(scores, selection, mask, batch)
+
+    trainer._selection.add = add
+    trainer.train()
+    assert {step for step, _ in kept} == {1, 2}  # the first step is chosen ahead
+    count = 1 + max(number for _, number in kept)
+    for step in (1, 2):
+        table = open_records(tmp_path / "run" / "records" / f"step-{step}").read(["kept"])
+        rows = [row * count // 3 for row in range(3)]
+        assert table["kept"].to_pylist() == [token for row in rows for token in kept[step, row]]
+        assert any(table["kept"].to_pylist())
+
+
 def test_records_that_cannot_be_written_do_not_stop_a_run(make, tmp_path, caplog):
     trainer = make(record_rollouts=2, max_steps=1)
     (tmp_path / "run").mkdir(exist_ok=True)

@@ -161,8 +161,3 @@ def verdict_row(claim: str, verdicts: Sequence[str], figures: Sequence[str]) -> 
 def verdict_table(rows: Sequence[Sequence[str]], first: str = "claim") -> str:
     """The table of such rows."""
     return markdown_table([first, "in all", *TASKS.values()], rows)
-
-
-def verdicts(results: Results, comparisons: Sequence[Comparison]) -> str:
-    """A table of comparisons: the verdict in all, then by task the verdict, the difference and its interval."""
-    return verdict_table([verdict_row(claim.claim, *judged(results, claim)) for claim in comparisons])

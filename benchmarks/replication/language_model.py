@@ -124,16 +124,21 @@ def judged(result: Mapping[str, Any], claim: Comparison) -> tuple[str, str]:
     return answer, f"{percent(measured['mean'])} {brackets(measured, percent)}"
 
 
+def told(results: Results, claim: Comparison, grid: str = next(iter(PAIRS))) -> str:
+    """The verdict of a claim on a pair with the lead that it rests on, as a cell of a table."""
+    answer, figure = judged(results[grid], claim) if grid in results else (NOT_RUN, "")
+    return f"{answer}: {figure}" if figure else answer
+
+
 def claims(results: Results) -> str:
     """Every claim and control that rows of these sweeps can decide."""
     lines = []
     for claim in (*CLAIMS, *CONTROLS, *OURS):
-        answers = [judged(results[grid], claim) if grid in results else (NOT_RUN, "") for grid in PAIRS]
-        if all(answer == NOT_RUN for answer, _ in answers):
+        cells = [told(results, claim, grid) for grid in PAIRS]
+        if all(cell == NOT_RUN for cell in cells):
             continue
-        number = f"{claim.number}. " if claim.number else ""
-        told = [f"{answer}: {figure}" if figure else answer for answer, figure in answers]
-        lines.append([f"{number}{claim.claim}", overall([answer for answer, _ in answers]), *told])
+        number = f"{claim.number}. " if claim.number and claim not in OURS else ""
+        lines.append([f"{number}{claim.claim}", overall([cell.partition(":")[0] for cell in cells]), *cells])
     return markdown_table(["claim", "in all", *PAIRS.values()], lines) if lines else "*Not run yet.*"
 
 

@@ -26,9 +26,9 @@ from .claims import (
     verdict,
     verdict_row,
     verdict_table,
-    verdicts,
 )
 from .language_model import BLOCKS as OF_LANGUAGE_MODEL
+from .language_model import told as of_language_model
 from .planning import BLOCKS as OF_PLANNING
 from .results import RATES, RESULTS, TASKS, TEACHER, At, Results, difference, figure_of, row_of
 from .wording import brackets, percent, row_name, signed, signed_with_interval, with_interval
@@ -68,9 +68,16 @@ def rendered(text: str, results: Results) -> str:
     return replace_blocks(text, "sweep", block)
 
 
-def claims(results: Results) -> str:
-    """Every claim that is a difference of two rows, by its number."""
-    return verdict_table([verdict_row(f"{claim.number}. {claim.claim}", *judged(results, claim)) for claim in CLAIMS])
+def verdicts(results: Results, comparisons: Sequence[Comparison]) -> str:
+    """A table of comparisons: the verdict of the small tasks, each one's with its difference, a language model's."""
+    rows = [
+        [
+            *verdict_row(f"{claim.number}. {claim.claim}" if claim.number else claim.claim, *judged(results, claim)),
+            of_language_model(results, claim),
+        ]
+        for claim in comparisons
+    ]
+    return markdown_table(["claim", "in all", *TASKS.values(), "SmolLM2, of the gain"], rows)
 
 
 def in_short(results: Results) -> str:
@@ -438,7 +445,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     ),
     "table6": of_the_paper(("all", 1.0), ("soft_or", 0.5), ("complement:soft_or", 0.5), ("random", 0.5)),
     "table8": of_the_paper(("all", 1.0), ("divergence", 0.5), ("divergence", 0.1), ("q3", 0.1), ("random", 0.1)),
-    "claims": claims,
+    "claims": partial(verdicts, comparisons=CLAIMS),
     "controls": partial(verdicts, comparisons=CONTROLS),
     "in-short": in_short,
     "of-the-gain-in-short": partial(of_the_gain, rows=IN_SHORT),

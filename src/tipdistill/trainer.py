@@ -292,7 +292,7 @@ class TIPTrainer(ResumableTrainer):
         if recorded:
             with self._clock.part("record"):
                 episodes = None if self._run_tools is None else self._run_tools.episodes
-                record_step(self, batch, self._selection.choice, answers, episodes)
+                record_step(self, batch, self._selection, answers, episodes)
         self._selection.choice = None
         return batch
 

@@ -5,16 +5,16 @@ from statistics import fmean
 import pytest
 from sweeps import result_and_grid
 
-from benchmarks.table import SMALL, TABLES
+from benchmarks.table import TABLES, TASKS
 
 
-@pytest.mark.parametrize("task", SMALL)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_result_is_that_of_the_grid(task):
     result, _ = result_and_grid("ahead", task)
     assert [row["overrides"]["rollout_ahead"] for row in result["rows"]] == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("task", SMALL)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("rule", "shown"), [("all", "`all`"), ("sampling", "`gradient_norm_sampling`")])
 def test_a_difference_is_paired_by_seed(task, rule, shown):
     result, grid = result_and_grid("ahead", task)

@@ -160,12 +160,12 @@ def results(tmp_path):
 
 def test_blocks_say_what_the_rows_say(results):
     lines = tables.BLOCKS["claims"](results).splitlines()
-    assert lines[0] == "| claim | in all | addition | modular | machine |"
+    assert lines[0] == "| claim | in all | addition | modular | machine | SmolLM2, of the gain |"
     assert "does not hold: −0.3" in next(line for line in lines if line.startswith("| 1. Entropy sampling"))
     assert "| holds: +0.3" in next(line for line in lines if line.startswith("| 4. "))
-    assert all(line.count("|") == 6 for line in lines)
+    assert all(line.count("|") == 7 for line in lines)
     assert " | does not hold: 1 | does not hold: −0." in lines[2]
-    assert lines[2].endswith(f"| {claims.NOT_RUN} | {claims.NOT_RUN} |")
+    assert lines[2].endswith(f"| {claims.NOT_RUN} | {claims.NOT_RUN} | {claims.NOT_RUN} |")
     table = tables.BLOCKS["table6"](results).splitlines()
     assert table[0] == "|  | before | all tokens 100 % | Soft-OR 50 % | bottom half 50 % | random 50 % |"
     assert table[2].startswith("| addition | 0.250 [")

@@ -20,6 +20,7 @@ from ..teachers.local import name_of
 from ..teachers.rollouts import bounds_of, score_comparison
 from ..types import Rollout, Scored
 from .scoring import loss_mask
+from .selection import StepSelection
 from .trackers import show_records
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def rollout_of_row(
 def record_step(
     trainer: Any,
     batch: dict[str, Any],
-    choice: Choice | None,
+    selection: StepSelection,
     answers: Sequence[Any] | None = None,
     episodes: Sequence[Episode] | None = None,
 ) -> None:
@@ -103,7 +104,8 @@ def record_step(
     Args:
         trainer: a `TIPTrainer` in a step.
         batch: its generation batch.
-        choice: what the step kept of the tokens of all processes; None: the records choose as the step would.
+        selection: of the step; its choice where it was made ahead of the loss. Where the tokens of a micro-batch are
+            chosen among each other, the records choose among theirs.
         answers: the teacher's of every token of each rollout, where it was asked about them.
         episodes: of all rows, where the student calls tools.
     """
@@ -141,6 +143,11 @@ def record_step(
         scored = [score(rows) for rows in sample.split(args.per_device_train_batch_size)]
     if not trainer.accelerator.is_main_process or not mask[sample].any():
         return
+    every = joined(scored)
+    if selection.choice is not None:
+        choice: Choice | None = choice_of_rows(selection.choice, mask, sample)
+    else:
+        choice = selection.of_rows(every.scores, mask, sample)
     tokenizer, directory = trainer._tokenizer, Path(args.output_dir) / "records" / f"step-{about.step}"
     try:
         shutil.rmtree(directory, ignore_errors=True)  # of a run that was resumed from before this step
@@ -150,8 +157,8 @@ def record_step(
                     rollout_of_row(batch, mask, row, tokenizer, args.num_generations, trainer.eos_token_ids, episodes)
                     for row in sample.tolist()
                 ],
-                joined(scored),
-                choice and choice_of_rows(choice, mask, sample),
+                every,
+                choice,
             )
         show_records(trainer.callback_handler.callbacks, directory, about.step or 0)
     except (OSError, ValueError) as error:

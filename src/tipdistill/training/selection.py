@@ -158,6 +158,19 @@ class StepSelection:
             selection = replace(selection, weight=selection.weight * scale)
         return selection
 
+    def of_rows(self, scores: TokenScores, mask: Tensor, rows: Tensor) -> Choice | None:
+        """What the loss will keep of some rollouts, for their records; None where it hangs on the others too.
+
+        Args:
+            scores: of their tokens.
+            mask: bool [B, T], the tokens of this process's rollouts, which come first of all.
+            rows: int64, ascending; which rollouts.
+        """
+        if self._normalization != "running" or not self.is_inside or self._budget == "all":
+            return None
+        selection = self._choose(scores, _rollouts(mask[rows]), rows)
+        return Choice(quadrants(scores), selection.mask, selection.score)
+
     def count_ahead(self, micro_batches: list[dict[str, Any]]) -> None:
         """Set the loss denominator: the global number of kept tokens, known from the lengths before any is scored."""
         args, kept, tokens = self._trainer.args, 0, 0

@@ -612,7 +612,7 @@ OF_GPUS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 FILES = {"targets-cpu": "head-cpu"}  # table → the file, where that has another name
 HEADS = ("head-cpu", "head-qwen3-4k", "head-qwen3-8k", "head-qwen3-16k", "head-qwen3-32k")
-TASKS = ("addition", "modular", "machine", "smollm2")
+TASKS = ("addition", "modular", "machine")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **dict.fromkeys(HEADS, _head),
     **{f"{name}{WHOLE}": _whole_head for name in HEADS},
@@ -629,7 +629,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "positions-smollm2": _positions,
     **{f"running-{task}": _running for task in TASKS},
     **{f"ahead-{task}": _ahead for task in TASKS},
-    **{f"kept-{task}": _kept for task in ("modular", "smollm2")},
+    "kept-modular": _kept,
     "wire-smollm2": _wire,
     "signals-trip": _signals,
     "students-smollm2": _students,

@@ -73,13 +73,13 @@ def run_probe(
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("student", "teacher"))
+    fields = Settings(rules=tuple({row["rule"] for row in rows.values()} - {"all", "random"})).fields()
     asked = []
     for seed in range(probes):
         texts = random.Random(seed).sample(train_prompts(), prompts)
         (rollouts,) = generate(
             student, tokenizer, list(map(as_chat, texts)), max_new_tokens=tokens, seed=seed, batch_size=prompts
         )
-        fields = Settings(rules=tuple({row["rule"] for row in rows.values()} - {"all", "random"})).fields()
         scores = score_rollouts(student, teacher, rollouts, fields).scores
         asked.append(figures_of(student, teacher, rollouts, scores, rows, seed))
         say(f"probe {seed + 1} of {probes}")

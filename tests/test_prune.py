@@ -129,6 +129,7 @@ def test_the_command_writes_a_model_that_loads(teacher, tmp_path, capsys):
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     torch.testing.assert_close(student(input_ids=TOKENS).logits, expected(input_ids=TOKENS).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "student").get_vocab()
+    assert "local_files_only" not in json.loads((tmp_path / "student" / "tokenizer_config.json").read_text())
     assert "--teacher_model_name_or_path" in capsys.readouterr().out
     assert {path.name[0] for path in (tmp_path / "student").iterdir() if path.is_dir()} == set()
     # and a second time it is refused

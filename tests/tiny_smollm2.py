@@ -1,7 +1,10 @@
 """A tiny model in the place of SmolLM2, with its tokenizer and chat template."""
 
+import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tipdistill.tasks import smollm2
 
 
 def write_tiny_teacher(gguf, directory):
@@ -16,3 +19,11 @@ def write_tiny_teacher(gguf, directory):
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def write_tiny_pair(root):
+    """What `smollm2.prepare` writes, of the tiny teacher; returns `root`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smollm2, "_write_teacher", write_tiny_teacher)
+        smollm2.prepare(root, say=lambda line: None)
+    return root

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from tiny_smollm2 import write_tiny_teacher
+from tiny_smollm2 import write_tiny_pair
 
 from benchmarks import positions
 from benchmarks.table import TABLES
-from tipdistill.tasks import smollm2
 
 
-def test_fewer_kept_tokens_leave_more_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2, "_write_teacher", write_tiny_teacher)
-    smollm2.prepare(tmp_path, say=lambda line: None)
+def test_fewer_kept_tokens_leave_more_out(tmp_path):
+    write_tiny_pair(tmp_path)
     threads = torch.get_num_threads()
     result = positions.run_positions(tmp_path, 32, 12, batches=2, threads=threads, say=lambda line: None)
     shares = {

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from tiny_smollm2 import write_tiny_teacher
+from tiny_smollm2 import write_tiny_pair
 
 from benchmarks import probe_order
 from benchmarks.table import TABLES
-from tipdistill.tasks import smollm2
 
 ROWS = [
     ("all", "all", 1.0, {}, "1.0 1.1 0.9"),
@@ -19,11 +18,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("smollm2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smollm2, "_write_teacher", write_tiny_teacher)
-        smollm2.prepare(root, say=lambda line: None)
-    return root
+    return write_tiny_pair(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-from tiny_smollm2 import write_tiny_teacher
+from tiny_smollm2 import write_tiny_pair
 
 from benchmarks import students
 from benchmarks.table import TABLES
-from tipdistill.tasks import smollm2
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("smollm2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smollm2, "_write_teacher", write_tiny_teacher)
-        smollm2.prepare(root, say=lambda line: None)
-    return root
+    return write_tiny_pair(tmp_path_factory.mktemp("smollm2"))
 
 
 def test_each_student_is_measured_and_has_its_line(root):

@@ -22,6 +22,7 @@ from tipdistill.text import check_known, markdown_table, replace_blocks
 
 from . import measure, targets
 from .head import shown
+from .replication.results import LANGUAGE_MODEL
 
 NOT_MEASURED = "not measured"
 DOCUMENTS = (
@@ -610,7 +611,11 @@ OF_GPUS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu-micro": partial(_stage, "micro", _gpu_micro),
     "gpu-switches": partial(_stage, "switches", _gpu_switches),
 }
-FILES = {"targets-cpu": "head-cpu"}  # table → the file, where that has another name
+# table → the file, where that has another name
+FILES = {
+    "targets-cpu": "head-cpu",
+    **{f"{kind}-{LANGUAGE_MODEL}": f"replication/{LANGUAGE_MODEL}/{kind}" for kind in ("running", "ahead", "kept")},
+}
 HEADS = ("head-cpu", "head-qwen3-4k", "head-qwen3-8k", "head-qwen3-16k", "head-qwen3-32k")
 TASKS = ("addition", "modular", "machine")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -627,9 +632,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "select-cuda": _select,
     "targets-cpu": _cpu_targets,
     "positions-smollm2": _positions,
-    **{f"running-{task}": _running for task in TASKS},
-    **{f"ahead-{task}": _ahead for task in TASKS},
-    "kept-modular": _kept,
+    **{f"running-{task}": _running for task in (*TASKS, LANGUAGE_MODEL)},
+    **{f"ahead-{task}": _ahead for task in (*TASKS, LANGUAGE_MODEL)},
+    **{f"kept-{task}": _kept for task in ("modular", LANGUAGE_MODEL)},
     "wire-smollm2": _wire,
     "signals-trip": _signals,
     "students-smollm2": _students,

@@ -5,17 +5,18 @@ from statistics import fmean
 import pytest
 from sweeps import result_and_grid
 
+from benchmarks.replication.results import LANGUAGE_MODEL
 from benchmarks.table import TABLES, TASKS
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, LANGUAGE_MODEL])
 def test_the_result_is_that_of_the_grid(task):
     result, _ = result_and_grid("running", task)
     for row in result["rows"][1:]:
         assert row["overrides"]["normalization"] == row["name"].partition(", ")[2]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, LANGUAGE_MODEL])
 @pytest.mark.parametrize("rule", ["Soft-OR", "sampling"])
 def test_a_difference_is_paired_by_seed(task, rule):
     result, grid = result_and_grid("running", task)

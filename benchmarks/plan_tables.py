@@ -71,6 +71,7 @@ def scenario(name: str, gpus: int) -> Setup:
         engine="colocate",
         vllm_sleeps=True,
         vllm_parallel=1 if alone else parallel,
+        normalization="running",
     )
 
 

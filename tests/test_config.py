@@ -38,4 +38,38 @@ def test_bad_fields_are_refused(tmp_path, setting, message):
 def test_defaults_are_the_papers(tmp_path):
     config = TIPConfig(str(tmp_path), **CPU)
     assert (config.selection_rule, config.retention, config.selection_scope) == ("soft_or", 0.5, "rollout")
-    assert (config.normalization, config.beta, config.temperature) == ("batch", 1.0, 1.0)
+    assert (config.beta, config.temperature) == (1.0, 1.0)
+
+
+def surprise(scores):
+    return -scores.token_logprob
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"teacher_offload": True},
+        {"teacher_url": "http://localhost:8000/v1"},
+        {"teacher_model_name_or_path": "self"},
+        {"teachers": {"maths": "m", "code": "http://localhost:8000/v1"}},
+        {"teachers": {"maths": "m", "own": "self"}},
+        {"selection_rule": surprise},
+    ],
+    ids=["offloaded", "served", "self", "one of two served", "one of two self", "a rule that says nothing of itself"],
+)
+def test_what_must_be_scored_before_the_loss_has_its_own_scales(tmp_path, settings):
+    assert TIPConfig(str(tmp_path), **CPU, **settings).normalization == "batch"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"teachers": {"maths": "m", "code": "c"}},
+        {"selection_rule": "all"},
+        {"selection_rule": "complement:soft_or"},
+    ],
+    ids=str,
+)
+def test_all_else_takes_the_scales_of_the_step_before(tmp_path, settings):
+    assert TIPConfig(str(tmp_path), **CPU, **settings).normalization == "running"

@@ -62,6 +62,14 @@ def test_the_figures_of_the_head_stage_are_the_measured_ones():
     assert 1 - everything["memory_ratio"]["plain"] > 0.9 * (1 - memory)
 
 
+def test_what_is_said_of_a_whole_step_was_measured():
+    result = json.loads((ROOT / "benchmarks" / "results" / "step-smollm2.json").read_text(encoding="utf-8"))
+    half, everything = (result["variants"][f"tip {name}"] for name in ("soft_or 0.5, running", "all"))
+    share = half["training_seconds"]["median"] / everything["training_seconds"]["median"]
+    assert "A whole step costs a little less with half of the tokens" in in_one_line(README)
+    assert 0.9 < share < 1
+
+
 def test_its_requirements_are_those_of_the_package():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     said = in_one_line(README)

@@ -177,9 +177,10 @@ def count_forwards(trainer, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "scoring"),
     [
-        ({}, 0),  # one micro-batch is the whole batch
-        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 6),
-        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "normalization": "running"}, 2),
+        ({}, 1),  # of the first step, which has none before it
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 2),
+        ({"normalization": "batch"}, 0),  # one micro-batch is the whole batch
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "normalization": "batch"}, 6),
         ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "normalization": "micro_batch"}, 0),
         ({"teacher_offload": True}, 3),
     ],
@@ -195,7 +196,7 @@ def test_the_student_runs_once_where_its_tokens_can_be_chosen_in_the_loss(make, 
 
 def test_dropout_keeps_the_scoring_pass(make, monkeypatch):
     """Tokens are chosen by the student that wrote them, which has no dropout."""
-    trainer = make(record_rollouts=0)
+    trainer = make(record_rollouts=0, normalization="batch")
     trainer._student_check = lambda trainer: None
     for module in trainer.model.modules():
         if hasattr(module, "attention_dropout"):
@@ -207,7 +208,7 @@ def test_dropout_keeps_the_scoring_pass(make, monkeypatch):
 
 def test_the_first_step_of_running_is_that_of_batch_and_the_next_reads_it(make):
     settings = {"retention": 0.3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 3}
-    exact, running = make(**settings), make(**settings, normalization="running")
+    exact, running = (make(**settings, normalization=name) for name in ("batch", "running"))
     for trainer in (exact, running):
         trainer.train()
     names = ("loss", "grad_norm", "quadrants/q1", "selection/kept_fraction")
@@ -225,7 +226,7 @@ def test_running_logs_what_the_step_computed_and_not_what_the_next_will(make, ru
     """Which statistics there are changes every score_logging_steps, and the step ends before they are summed up."""
     settings = {"selection_rule": rule, "score_logging_steps": 3, "max_steps": 5, "record_rollouts": 0}
     settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-    exact, running = make(**settings), make(**settings, normalization="running")
+    exact, running = (make(**settings, normalization=name) for name in ("batch", "running"))
     for trainer in (exact, running):
         trainer.train()
     names = ("forward_kl", "reverse_kl", "quadrants/q4", "selection/kept_divergence_share", "entropy")
@@ -369,7 +370,8 @@ def test_entropy_rules_project_the_teacher_for_the_kept_rows_only(make, monkeypa
     watched(tipdistill.trainer, "token_scores")
     watched(local, "fused_divergence_loss")
     watched(choosing, "fused_selected_loss")
-    trainer = make(selection_rule="entropy", retention=0.25, score_logging_steps=2, max_steps=4, record_rollouts=0)
+    settings = {"score_logging_steps": 2, "max_steps": 4, "record_rollouts": 0, "normalization": "batch"}
+    trainer = make(selection_rule="entropy", retention=0.25, **settings)
     trainer.train()
     kept = steps(trainer, "selection/trained_tokens")[0]
     of_step = [b - a for a, b in zip([0, *kept], kept, strict=False)]
@@ -834,7 +836,8 @@ def test_a_gradient_of_exactly_0_stops_the_run(make):
 
 
 def test_records_are_what_the_step_did(make, tmp_path, pair):
-    trainer = make(record_rollouts=4, score_logging_steps=1, max_steps=1, num_generations=2, retention=0.3)
+    settings = {"num_generations": 2, "retention": 0.3, "normalization": "batch"}
+    trainer = make(record_rollouts=4, score_logging_steps=1, max_steps=1, **settings)
     seen = []
     original = trainer._generate_and_select
     trainer._generate_and_select = lambda inputs: seen.append(original(inputs)) or seen[-1]

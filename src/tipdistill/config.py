@@ -15,7 +15,7 @@ from .environments import Limits, read_environment
 from .http import server_url, variable_name
 from .redact import without_secrets
 from .select import SCOPES, resolve_rule, rule_name
-from .teachers.named import ENTRY, named_teachers, read_teachers, read_update
+from .teachers.named import ENTRY, SELF, named_teachers, read_teachers, read_update
 from .text import check_known
 
 NORMALIZATIONS = ("batch", "running", "micro_batch")
@@ -35,7 +35,7 @@ class TIPConfig(DistillationConfig):
         normalization: "batch" scores the whole generation batch once, so that normalisers, budgets and the loss
             denominator are the same whatever the micro-batch size and the number of processes; "running" takes
             percentiles, minima, maxima and thresholds over from the step before, and so saves one student forward;
-            "micro_batch" has them of each micro-batch alone, and saves it too.
+            "micro_batch" has them of each micro-batch alone, and saves it too. None: see `usual_normalization`.
         backward: "full" differentiates through all positions, so that the gradient of the kept tokens' loss is exact;
             "kept" through those of the kept tokens alone, with the keys and values of all others as constants: cheaper
             in time and memory, and an approximation (docs/scaling.md).
@@ -103,11 +103,12 @@ class TIPConfig(DistillationConfig):
         default=None,
         metadata={"help": "Spend the budget per 'rollout' (paper Eq. 8) or over the 'batch'; null: as the rule does."},
     )
-    normalization: str = field(
-        default="batch",
+    normalization: str | None = field(
+        default=None,
         metadata={
             "help": "Scale and budget over the generation 'batch', as the step before did ('running'), or over "
-            "each 'micro_batch'; the latter two save a forward."
+            "each 'micro_batch'; the latter two save a forward. null: 'running', or 'batch' where tokens must be "
+            "scored before the loss."
         },
     )
     backward: Literal["full", "kept"] = field(
@@ -243,6 +244,8 @@ class TIPConfig(DistillationConfig):
         rule = resolve_rule(self.selection_rule)
         if self.selection_scope is None:
             self.selection_scope = rule.scope
+        if self.normalization is None:
+            self.normalization = usual_normalization(self)
         check_values(self)
         if self.normalization == "running" and (rule.scaled is None or rule.fields is None):
             raise ValueError(
@@ -398,6 +401,31 @@ class TIPConfig(DistillationConfig):
         return [name.strip() for name in (self.eval_tasks or "").split(",") if name.strip()]
 
 
+def usual_normalization(values: Any) -> str:
+    """The normalization of a run that names none.
+
+    "running", which costs no scoring pass; "batch" where tokens have to be scored before the loss: the teacher is
+    offloaded, on a server, or the student itself, or the rule does not say what it reads and scales.
+
+    Args:
+        values: a `TIPConfig`, or what has its fields.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> one_teacher = {"teachers": None, "teacher_url": None, "teacher_model_name_or_path": "Qwen/Qwen3-8B"}
+        >>> run = SimpleNamespace(selection_rule="soft_or", teacher_offload=False, **one_teacher)
+        >>> usual_normalization(run)
+        'running'
+        >>> run.teacher_offload = True
+        >>> usual_normalization(run)
+        'batch'
+    """
+    rule = resolve_rule(values.selection_rule)
+    teachers = named_teachers(values.teacher_model_name_or_path, values)
+    ahead = values.teacher_offload or any(one.model == SELF or one.args.teacher_url is not None for one in teachers)
+    return "batch" if ahead or rule.scaled is None or rule.fields is None else "running"
+
+
 def check_values(values: Any) -> None:
     """Refuse a value of ours that is out of range, before anything is built from it.
 
@@ -418,7 +446,8 @@ def check_values(values: Any) -> None:
         raise ValueError("drift_retention acts on the drift guard's warning, and drift_factor = 0 turns that off.")
     if values.selection_scope is not None:
         check_known("selection_scope", values.selection_scope, SCOPES)
-    check_known("normalization", values.normalization, NORMALIZATIONS)
+    if values.normalization is not None:
+        check_known("normalization", values.normalization, NORMALIZATIONS)
     check_known("backward", values.backward, BACKWARDS)
     if isinstance(values.rollout_ahead, bool) or values.rollout_ahead not in (0, 1):
         raise ValueError(f"rollout_ahead must be 0 or 1 steps, got {values.rollout_ahead!r}.")

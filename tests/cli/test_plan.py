@@ -5,8 +5,10 @@ import json
 import pytest
 
 from tipdistill.cli import main
+from tipdistill.plan import MACHINES
 from tipdistill.plan.models import PUBLISHED
-from tipdistill.plan.recipe import sharding_of
+from tipdistill.plan.recipe import setup_of_recipe, sharding_of
+from tipdistill.recipes.read import read_values
 
 SMALL = ["plan", "--config", "laptop", "--model_name_or_path", "Qwen/Qwen3-0.6B", "--max_completion_length", "64"]
 SMALL += ["--teacher_model_name_or_path", "Qwen/Qwen3-0.6B", "--per_device_train_batch_size", "2"]
@@ -45,6 +47,18 @@ def test_a_machine_file_changes_the_rates(capsys, tmp_path, shallow):
     shown = capsys.readouterr().out
     assert "on 1 × H100" in shown
     assert f"on 1 × {path}" in shown
+
+
+@pytest.mark.parametrize(
+    ("place", "normalization"), [([], "running"), (["offload"], "batch"), (["server"], "batch"), (["student"], "batch")]
+)
+def test_tokens_are_scored_ahead_where_the_teacher_s_place_wants_it(tmp_path, shallow, place, normalization):
+    recipe = tmp_path / "plain.yaml"
+    recipe.write_text("output_dir: runs/plain\nbf16: false\n")
+    values = read_values([flag if flag != "laptop" else str(recipe) for flag in shallow[1:]])
+    assert setup_of_recipe(values, MACHINES["h100"], 1, None, *place).normalization == normalization
+    values.normalization = "micro_batch"
+    assert setup_of_recipe(values, MACHINES["h100"], 1, None, *place).normalization == "micro_batch"
 
 
 def test_a_gpu_that_is_too_small_is_told_apart(capsys, shallow):

@@ -44,6 +44,7 @@ PLAIN = {
     "num_generations": 2,
     "score_logging_steps": 2,
     "record_rollouts": 8,
+    "normalization": "batch",
 }
 TRAINED = {
     "all": {"selection_rule": "all", "retention": 1.0},

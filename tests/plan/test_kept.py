@@ -76,7 +76,9 @@ def test_a_plan_says_what_other_settings_would_take(small):
         ({"rule": "all", "retention": 1.0}, names[:1]),
         ({"gpus": 8, "sharding": "zero3"}, names[:2]),
         ({"normalization": "running", "backward": "kept"}, [names[0], "backward: full"]),
+        ({"normalization": "running"}, [names[0], "backward: kept"]),
         ({"teacher_place": "offload"}, [names[0], "backward: kept"]),
+        ({"teacher_place": "server"}, [names[0], "backward: kept"]),
     ):
         offered = [row["setting"] for row in plan(replace(small, **change), MACHINE)["settings"]]
         assert [name for name in offered if "server on" not in name] == expected

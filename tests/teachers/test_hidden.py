@@ -285,6 +285,7 @@ PLAIN = {
     "per_device_train_batch_size": 4,
     "max_steps": 2,
     "teacher_time_limit": 20.0,
+    "normalization": "batch",
 }
 
 

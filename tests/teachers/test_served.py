@@ -329,6 +329,7 @@ PLAIN = {
     "per_device_train_batch_size": 4,
     "record_rollouts": 0,
     "teacher_time_limit": 20.0,
+    "normalization": "batch",
 }
 
 

@@ -292,6 +292,7 @@ def test_tokens_of_images_are_chosen_ahead_of_the_loss_as_inside_it(seeing_pair,
         teacher, (student, local)
     )
     settings = {"selection_rule": rule, "retention": 0.5, "record_rollouts": 0, "num_generations": 1}
+    settings["normalization"] = "batch"
     if teacher == "adapter":
         settings |= {
             "teacher_update": "base",

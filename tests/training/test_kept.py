@@ -374,7 +374,7 @@ def test_the_first_loss_is_the_full_ones_and_the_gradient_is_not(make, normaliza
 
 @pytest.mark.parametrize(
     "settings",
-    [{"normalization": "micro_batch"}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}],
+    [{"normalization": "micro_batch"}, {"normalization": "running"}],
     ids=["chosen in the loss", "chosen ahead"],
 )
 def test_a_kept_position_is_that_before_its_token(make, monkeypatch, settings):
@@ -410,9 +410,11 @@ def test_a_kept_position_is_that_before_its_token(make, monkeypatch, settings):
 @pytest.mark.parametrize(
     ("settings", "read"),
     [
-        ({}, 3),
-        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 12),  # to score, and for the loss
-        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "normalization": "running"}, 8),
+        ({"normalization": "batch"}, 3),
+        # to score, and for the loss
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "normalization": "batch"}, 12),
+        ({}, 4),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 8),
     ],
     ids=str,
 )

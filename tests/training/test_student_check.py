@@ -81,9 +81,8 @@ def test_kept_tokens_and_loss_do_not_depend_on_the_micro_batch(make, kind):
     found = {}
     for size in (4, 2, 1):
         student, teacher = tiny(kind, seed=1, noise=0.2), tiny(kind, seed=2, noise=0.2)
-        trainer = make(
-            student, teacher, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, learning_rate=0.0
-        )
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer = make(student, teacher, **sizes, learning_rate=0.0, normalization="batch")
         found[size] = loss_of(trainer), trainer.batch
     (whole, inside), (expected, other), (loss, batch) = found.values()
     assert torch.equal(batch["completion_ids"], other["completion_ids"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+from ..config import usual_normalization
 from ..documents import parse_yaml, read_yaml
 from ..environments import Limits
 from ..extras import EXTRAS, require
@@ -99,7 +100,7 @@ def setup_of_recipe(
         rule=values.selection_rule,
         retention=values.retention,
         scope=values.selection_scope or resolve_rule(values.selection_rule).scope,
-        normalization=values.normalization,
+        normalization=values.normalization or _usual_normalization(values, place),
         backward=values.backward,
         logs_divergence=values.score_logging_steps > 0,
         scoring_tokens=values.scoring_tokens,
@@ -166,6 +167,11 @@ def _teacher_place(values: Namespace, named: list[NamedTeacher], sharding: str) 
     if values.teacher_offload:
         return "offload"
     return "sharded" if sharding in ("zero3", "fsdp2") else "resident"
+
+
+def _usual_normalization(values: Namespace, place: str) -> str:
+    """That of a recipe which names none, with its teacher where the plan puts it."""
+    return "running" if place in ("resident", "sharded") and usual_normalization(values) == "running" else "batch"
 
 
 def _check_values(values: Namespace, gpus: int) -> None:

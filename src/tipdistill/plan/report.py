@@ -86,14 +86,16 @@ def _at(setup: Setup, machine: Machine, retention: float) -> dict[str, Any]:
 def _settings(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Settings that keep the rule and change what a step computes, the recipe's own first."""
     yield "as the recipe has it", setup
-    running = replace(setup, normalization="running")
+    needs_batch = setup.asks_a_server or setup.teacher_place == "offload"
+    running = setup if needs_batch else replace(setup, normalization="running")
     if running.scores_ahead != setup.scores_ahead:
         yield "normalization: running", running
     if setup.rule == "all":
         return
     if setup.backward == "full" and setup.sharding not in ("zero2", "zero3"):
-        kept = replace(running if setup.teacher_place != "offload" else setup, backward="kept")
-        yield "backward: kept" + (", normalization: running" if kept.normalization == "running" else ""), kept
+        kept = replace(running, backward="kept")
+        is_news = kept.normalization != setup.normalization
+        yield "backward: kept" + (", normalization: running" if is_news else ""), kept
     elif setup.backward == "kept":
         yield "backward: full", replace(setup, backward="full")
 
@@ -150,15 +152,20 @@ def _ways(setup: Setup) -> Iterator[list[tuple[str, Callable[[Setup], Setup]]]]:
     if setup.optimizer == "adamw_torch":
         yield [("optim: adamw_torch_fused", lambda setup: replace(setup, optimizer="adamw_torch_fused"))]
     if setup.teacher_place == "resident" and setup.sharding == "none":
-        yield [("teacher_offload: true", lambda setup: replace(setup, teacher_place="offload"))]
+        yield [("teacher_offload: true", _with_teacher("offload"))]
     if setup.gpus > 1 and setup.sharding in ("none", "zero2"):
         yield [("accelerate_config: zero3, which shards the teacher too", _sharded_over(setup.gpus))]
     if not setup.asks_a_server and setup.teacher_place != "student":
-        yield [("the teacher on a server of its own", lambda setup: replace(setup, teacher_place="server"))]
+        yield [("the teacher on a server of its own", _with_teacher("server"))]
     if setup.student.lora is None:
         yield [("use_peft: true (LoRA)", lambda setup: replace(setup, student=replace(setup.student, lora=(16, None))))]
     more = [2**power for power in range(1, 13) if 2**power > setup.gpus]
     yield [(f"{gpus} GPUs with accelerate_config: zero3", _sharded_over(gpus)) for gpus in more]
+
+
+def _with_teacher(place: str) -> Callable[[Setup], Setup]:
+    """The teacher where it scores ahead of the loss, which `normalization: batch` alone can do."""
+    return lambda setup: replace(setup, teacher_place=place, normalization="batch")
 
 
 def _vllm_over(count: int) -> Callable[[Setup], Setup]:

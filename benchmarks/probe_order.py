@@ -35,6 +35,7 @@ SWEEP = measure.RESULTS / "replication" / "smollm2" / "pruned.json"
 ROOT = Path("runs/smollm2")
 FIGURES = ("descent", "cosine", "divergence_share", "q3_share", "q2_of_kept", "kept")
 DRAWS = 2000
+GRADIENT_BYTES = 8 * 2**30  # which a machine of 24 GiB can hold, and some more while they are formed
 Place = tuple[str, float]  # name and retention of a row
 
 
@@ -118,27 +119,31 @@ def figures_of(
         rows: of the sweep, with rule, retention and the fields of the run that a row changes.
         seed: of the draws.
     """
-    groups: dict[tuple[str | None, float], list[Place]] = {}
-    for (name, retention), row in rows.items():
+    groups: dict[str | None, list[Place]] = {}
+    for place, row in rows.items():
         if row["rule"] != "all":
-            groups.setdefault((row["overrides"].get("selection_scope"), retention), []).append((name, retention))
+            groups.setdefault(row["overrides"].get("selection_scope"), []).append(place)
     values: dict[str, dict[Place, float]] = {figure: {} for figure in FIGURES}
-    for (scope, retention), places in groups.items():
+    for scope, places in groups.items():
         # `random` is the control of every probe, and no rule to ask about
-        rules = [rows[place]["rule"] for place in places if rows[place]["rule"] != "random"]
+        rules = dict.fromkeys(rows[place]["rule"] for place in places if rows[place]["rule"] != "random")
         settings = Settings(
-            rules=rules or ("soft_or",),
-            retentions=(retention,),
+            rules=tuple(rules) or ("soft_or",),
+            # more pairs of a rule and a retention than the sweep has, but the gradients of held-out prompts, which
+            # are most of a probe, are the same for all of them
+            retentions=tuple(sorted({retention for _, retention in places}, reverse=True)),
             scope=scope,
-            random_seeds=2,
+            random_seeds=1,
             seed=seed,
             parameters="all",
             bootstrap=1,
+            gradient_bytes=GRADIENT_BYTES,
         )
-        by_rule = {row["rule"]: row for row in probe(student, teacher, rollouts, scores, settings)["rows"]}
+        asked = probe(student, teacher, rollouts, scores, settings)["rows"]
+        by_rule = {(row["rule"], row["retention"]): row for row in asked}
         for place in [*places, *(place for place, row in rows.items() if row["rule"] == "all")]:
             for figure in FIGURES:
-                values[figure][place] = float(by_rule[rows[place]["rule"]][figure] or 0.0)
+                values[figure][place] = float(by_rule[rows[place]["rule"], place[1]][figure] or 0.0)
     return values
 
 

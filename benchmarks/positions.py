@@ -2,29 +2,32 @@
 
 A forward over a micro-batch has so many positions: its rollouts, times the columns of prompt and completion, padding
 included. Rollouts without a kept token are left out, and columns after the last one. Counted on rollouts of a real
-pair; `python -m tipdistill.tasks smollm2` writes it first.
+pair, and timed: the student's forward, the loss of the kept tokens and the backward, over all positions and over those
+that are left, one after the other. `python -m tipdistill.tasks smollm2` writes the pair first.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from tipdistill.loss import fused_divergence_loss
 from tipdistill.provenance import environment
 from tipdistill.rollout import generate
-from tipdistill.score.models import score_rollouts
+from tipdistill.score.models import head_of, score_rollouts
 from tipdistill.select import resolve_rule, rule_fields, select
 from tipdistill.tasks.instructions import as_chat, heldout_prompts
 from tipdistill.training.scoring import trimmed
 from tipdistill.types import Rollout
 
 from . import measure
+from .smollm2 import MICRO_BATCH, ROOT, completion_states, micro_batches, read_pair
 
-ROOT = Path("runs/smollm2")
-MICRO_BATCH = 8
 # rule, retention, scope; None: the rule's own
 ROWS: tuple[tuple[str, float, str | None], ...] = (
     *(("soft_or", retention, None) for retention in (0.5, 0.2, 0.1)),
@@ -57,17 +60,7 @@ def run_positions(
     Raises:
         ValueError: no models there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = root / "models"
-    if not (folder / "student").is_dir():
-        raise ValueError(f"there is no {folder / 'student'}: run `python -m tipdistill.tasks smollm2` first.")
-    torch.set_num_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(folder / role).eval().requires_grad_(False)
-        for role in ("student", "teacher")
-    )
+    tokenizer, student, teacher = read_pair(root, threads)
     asked = [as_chat(text) for text in heldout_prompts()[:prompts]]
     fields = list(dict.fromkeys(field for rule, *_ in ROWS for field in rule_fields(rule) or ()))
     entries: dict[str, dict[str, Any]] = {}
@@ -77,18 +70,23 @@ def run_positions(
         scores = score_rollouts(student, teacher, rollouts, fields).scores
         lengths = torch.tensor([len(one.completion_ids) for one in rollouts])
         rollout = torch.repeat_interleave(lengths)
+        if not number:  # the first forward and backward allocate what the others find there
+            seconds(student, teacher, *next(micro_batches(rollouts, torch.ones(len(rollout), dtype=torch.bool))))
         for rule, retention, scope in ROWS:
             scope = scope or resolve_rule(rule).scope
             draw = torch.Generator().manual_seed(number)
             kept = select(scores, rule=rule, retention=retention, rollout=rollout, scope=scope, generator=draw).mask
             entry = entries.setdefault(
-                f"{rule} {retention:.0%} {scope}", {"rule": rule, "retention": retention, "scope": scope, "counts": []}
+                f"{rule} {retention:.0%} {scope}",
+                {"rule": rule, "retention": retention, "scope": scope, "counts": [], "timed": []},
             )
             entry["counts"].append(positions(rollouts, kept))
+            entry["timed"] += [seconds(student, teacher, *batch) for batch in micro_batches(rollouts, kept)]
         say(f"batch {number + 1} of {batches}")
     for entry in entries.values():
         every, rows, columns = (sum(values) for values in zip(*entry.pop("counts"), strict=True))
-        entry |= {"without_rollouts": rows / every, "without_columns_too": columns / every}
+        whole, cut = (sum(values) for values in zip(*entry.pop("timed"), strict=True))
+        entry |= {"without_rollouts": rows / every, "without_columns_too": columns / every, "time": cut / whole}
     return {
         "benchmark": "positions",
         "preset": "smollm2",
@@ -98,7 +96,7 @@ def run_positions(
     }
 
 
-def positions(rollouts: Sequence[Rollout], kept: torch.Tensor) -> tuple[int, int, int]:
+def positions(rollouts: Sequence[Rollout], kept: Tensor) -> tuple[int, int, int]:
     """Positions of the forwards of a step: of all rollouts, of those with a kept token, and up to the last of these.
 
     Args:
@@ -111,26 +109,36 @@ def positions(rollouts: Sequence[Rollout], kept: torch.Tensor) -> tuple[int, int
         (10, 5, 3)
     """
     totals = [0, 0, 0]
-    parts = kept.split([len(rollout.completion_ids) for rollout in rollouts])
-    for first in range(0, len(rollouts), MICRO_BATCH):
-        some, own = rollouts[first : first + MICRO_BATCH], parts[first : first + MICRO_BATCH]
-        width = max(len(rollout.completion_ids) for rollout in some)
-        prompt = max(len(rollout.prompt_ids) for rollout in some)
-        masks = {
-            "prompt_mask": torch.stack([torch.arange(prompt).flip(0) < len(rollout.prompt_ids) for rollout in some]),
-            "completion_mask": torch.stack([torch.arange(width) < len(rollout.completion_ids) for rollout in some]),
-        }
-        mask = torch.stack([torch.nn.functional.pad(part, (0, width - len(part))) for part in own])
+    for tokens, mask in micro_batches(rollouts, kept):
         rows = mask.any(1)
         if not rows.any():
             rows[0] = True
-        left = {name: value[rows] for name, value in masks.items()}
-        whole, _ = trimmed(left, left["completion_mask"])
-        cut, _ = trimmed(masks, mask)
-        totals[0] += len(some) * (prompt + width)
-        totals[1] += sum(value.numel() for value in whole.values())
-        totals[2] += sum(value.numel() for value in cut.values())
+        left = {name: value[rows] for name, value in tokens.items()}
+        for index, (batch, asked) in enumerate(
+            ((tokens, tokens["completion_mask"]), (left, left["completion_mask"]), (tokens, mask))
+        ):
+            cut, _ = trimmed(batch, asked)
+            totals[index] += cut["prompt_mask"].numel() + cut["completion_mask"].numel()
     return totals[0], totals[1], totals[2]
+
+
+def seconds(student: Any, teacher: Any, tokens: dict[str, Tensor], kept: Tensor) -> tuple[float, float]:
+    """Time of the student's forward, the loss and the backward, over all positions and over those that are left.
+
+    Args:
+        student, teacher: the teacher's forward, which has scored before, is not timed.
+        tokens, kept: of `micro_batches`.
+    """
+
+    with torch.no_grad():
+        of_teacher = head_of(teacher, completion_states(teacher, tokens)[kept])
+    taken = []
+    for batch, asked in ((tokens, kept), trimmed(tokens, kept)):
+        student.zero_grad()
+        began = time.perf_counter()
+        fused_divergence_loss(head_of(student, completion_states(student, batch)[asked]), of_teacher).backward()
+        taken.append(time.perf_counter() - began)
+    return taken[0], taken[1]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 
 from tipdistill.probe import Settings, probe
 from tipdistill.provenance import environment
@@ -30,9 +29,9 @@ from tipdistill.types import Rollout, TokenScores
 
 from . import measure
 from .probe_agreement import spearman
+from .smollm2 import ROOT, read_pair
 
 SWEEP = measure.RESULTS / "replication" / "smollm2" / "pruned.json"
-ROOT = Path("runs/smollm2")
 FIGURES = ("descent", "cosine", "divergence_share", "q3_share", "q2_of_kept", "kept")
 DRAWS = 2000
 GRADIENT_BYTES = 8 * 2**30  # which a machine of 24 GiB can hold, and some more while they are formed
@@ -62,18 +61,11 @@ def run_probe(
     Raises:
         ValueError: no models, or no sweep there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = root / "models"
-    if not (folder / "student").is_dir():
-        raise ValueError(f"there is no {folder / 'student'}: run `python -m tipdistill.tasks smollm2` first.")
     if not sweep.is_file():
         raise ValueError(f"there is no {sweep}: run the sweep and keep its result (docs/smollm2.md).")
+    tokenizer, student, teacher = read_pair(root, threads)
     result = json.loads(sweep.read_text(encoding="utf-8"))
     rows = {(row["name"], row["retention"]): row for row in result["rows"] if row["tasks"]}
-    torch.set_num_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("student", "teacher"))
     fields = Settings(rules=tuple({row["rule"] for row in rows.values()} - {"all", "random"})).fields()
     asked = []
     for seed in range(probes):

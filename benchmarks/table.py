@@ -437,6 +437,21 @@ def _kept(result: dict[str, Any]) -> str:
     return markdown_table(["rule", "`backward`", "steps", "rate", _measure(result), "seconds", against], rows)
 
 
+def _kept_where(result: dict[str, Any]) -> str:
+    """A row for each set of positions, the cosine of its gradient with the full one, and by thirds of the layers."""
+    rows = [
+        [
+            f"`{row['rule']}`",
+            f"{row['retention']:.0%}".replace("%", " %"),
+            row["differentiated"],
+            *(f"{row[name]:.2f}" for name in ("positions", "norm", "cosine", "first", "middle", "last")),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["rule", "kept", "differentiated", "of all positions", "norm", "cosine", "first third of the layers"]
+    return markdown_table([*header, "middle", "last"], rows)
+
+
 def _measure(result: dict[str, Any]) -> str:
     """What the outcome of a sweep is called over its column: an accuracy, or a divergence, of which less is better."""
     (task,) = result["test"]
@@ -453,11 +468,12 @@ def _positions(result: dict[str, Any]) -> str:
             f"`{entry['rule']}`",
             f"{entry['retention']:.0%}".replace("%", " %"),
             entry["scope"],
-            *(f"{entry[name]:.2f}" for name in ("without_rollouts", "without_columns_too")),
+            *(f"{entry[name]:.2f}" for name in ("without_rollouts", "without_columns_too", "time")),
         ]
         for entry in result["rules"].values()
     ]
-    return markdown_table(["rule", "kept", "of each", "rollouts with a kept token", "up to the last of them"], rows)
+    header = ["rule", "kept", "of each", "rollouts with a kept token", "up to the last of them", "time"]
+    return markdown_table(header, rows)
 
 
 def _gpu_head(result: dict[str, Any]) -> str:
@@ -635,6 +651,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{f"running-{task}": _running for task in (*TASKS, LANGUAGE_MODEL)},
     **{f"ahead-{task}": _ahead for task in (*TASKS, LANGUAGE_MODEL)},
     **{f"kept-{task}": _kept for task in ("modular", LANGUAGE_MODEL)},
+    "kept_where-smollm2": _kept_where,
     "wire-smollm2": _wire,
     "signals-trip": _signals,
     "students-smollm2": _students,

@@ -127,3 +127,6 @@ def test_what_the_documents_say_of_smollm2s_step_is_in_its_file():
     )
     assert f"a step takes {share:.2f} of all tokens' time, and the backward stores {stored:.2f} of" in page
     assert result["variants"]["tip all"]["above_ratio"]["plain"] == pytest.approx(2 / 3, abs=0.02)
+    verdicts = " ".join((ROOT / "docs" / "replication.md").read_text(encoding="utf-8").split())
+    saved = 1 - result["variants"]["tip all"]["above_ratio"]["plain"]
+    assert f"SmolLM2's step saves [{saved:.0%}](smollm2.md#what-a-step-costs)".replace("%", " %") in verdicts

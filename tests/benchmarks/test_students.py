@@ -1,10 +1,13 @@
 """Kinds of students, on a tiny model in the place of SmolLM2."""
 
+import json
+import math
+
 import pytest
 import torch
 from tiny_smollm2 import write_tiny_pair
 
-from benchmarks import students
+from benchmarks import measure, students
 from benchmarks.table import TABLES
 
 
@@ -38,3 +41,11 @@ def test_each_student_is_measured_and_has_its_line(root):
 def test_without_a_teacher_the_command_that_writes_it_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"run `python -m tipdistill\.tasks smollm2` first"):
         students.run_students(tmp_path)
+
+
+def test_what_the_verdicts_say_of_the_teachers_entropy_is_in_its_file():
+    result = json.loads((measure.RESULTS / "students-smollm2.json").read_text(encoding="utf-8"))
+    pruned = result["students"]["without 6 layers"]
+    teacher, student = (pruned[name] / math.log(49_152) for name in ("teacher_entropy", "entropy"))
+    page = " ".join((measure.ROOT / "docs" / "replication.md").read_text(encoding="utf-8").split())
+    assert f"SmolLM2 has plenty ({teacher:.2f}; its pruned student {student:.2f})" in page

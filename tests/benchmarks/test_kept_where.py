@@ -1,0 +1,34 @@
+"""Where the backward through kept positions loses its gradient, on a tiny model in the place of SmolLM2."""
+
+import pytest
+from tiny_smollm2 import write_tiny_pair
+
+from benchmarks import kept_where
+from benchmarks.table import TABLES
+
+
+def test_the_more_is_differentiated_the_nearer_is_the_gradient(tmp_path):
+    write_tiny_pair(tmp_path)
+    result = kept_where.run_where(tmp_path, prompts=8, tokens=10, threads=1, say=lambda line: None)
+    assert len(result["rows"]) == len(kept_where.ROWS) * len(kept_where.DIFFERENTIATED)
+    rows = {(row["rule"], row["retention"], row["differentiated"]): row for row in result["rows"]}
+    for rule, retention, _ in kept_where.ROWS:
+        alone, near, prompt, completion, everything = (
+            rows[rule, retention, name] for name in kept_where.DIFFERENTIATED
+        )
+        # every position is the full gradient, in every layer
+        assert everything["positions"] == 1
+        figures = [everything[name] for name in ("cosine", "norm", *kept_where.THIRDS)]
+        assert figures == pytest.approx([1] * 5, abs=1e-5)
+        for more in (near, prompt, completion):
+            assert alone["positions"] < more["positions"] < 1
+        assert 0 < alone["cosine"] < 1 - 1e-4
+        # the last layer's keys and values alone are cut there, and more than these in the layers before it
+        assert alone["first"] < alone["last"]
+    table = TABLES["kept_where-smollm2"](result)
+    assert table.count("| all positions |") == len(kept_where.ROWS)
+
+
+def test_without_models_the_command_that_writes_them_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"run `python -m tipdistill\.tasks smollm2` first"):
+        kept_where.run_where(tmp_path)

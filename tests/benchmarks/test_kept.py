@@ -4,6 +4,7 @@ from statistics import fmean
 
 from sweeps import result_and_grid
 
+from benchmarks.replication.results import LANGUAGE_MODEL
 from benchmarks.table import TABLES
 
 RESULT, GRID = result_and_grid("kept", "modular")
@@ -27,3 +28,19 @@ def test_a_difference_is_paired_by_seed_with_the_longest_run_on_random_tokens():
         expected = "" if name == "random, full, 80 steps" else f"{mean:+.3f}".replace("-", "−")
         assert cells[-1].partition(" ±")[0] == expected
         assert cells[-2] == f"{row['seconds']:.0f}"
+
+
+def test_at_equal_seconds_it_is_level_with_random_tokens_on_the_language_model():
+    """As the page says: between the two lengths of a row its divergence is taken to fall evenly."""
+    result, grid = result_and_grid("kept", LANGUAGE_MODEL)
+    (task,) = grid["test"]
+    rows = {row["name"]: (row["seconds"], row["tasks"][task]["mean"]) for row in result["rows"]}
+
+    def after(seconds, name):
+        (first, began), (last, ended) = (rows[f"{name}, {steps} steps"] for steps in (20, 30))
+        return began + (seconds - first) / (last - first) * (ended - began)
+
+    seconds, kept = rows["sampling, kept, 30 steps"]
+    assert abs(kept - after(seconds, "random, full")) < 0.01
+    seconds, full = rows["sampling, full, 20 steps"]
+    assert 0.005 < after(seconds, "sampling, kept") - full < 0.03  # "a little behind"

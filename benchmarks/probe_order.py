@@ -2,7 +2,7 @@
 
 `python -m tipdistill.tasks smollm2` writes the pair; benchmarks/replication/smollm2/pruned.yaml is the sweep.
 
-The probe sees prompts to train on and rollouts of its own seeds. Each of its figures is compared with the sweep's
+The probe sees prompts to train on and rollouts of its own seeds, and looks at the gradient as `tipdistill probe` does. Each of its figures is compared with the sweep's
 outcome by Spearman's rank correlation, over the rows. The interval is over what was drawn: the sweep's seeds and
 held-out prompts, and the probe's seeds. The rows themselves stay.
 """
@@ -34,7 +34,6 @@ from .smollm2 import ROOT, read_pair
 SWEEP = measure.RESULTS / "replication" / "smollm2" / "pruned.json"
 FIGURES = ("descent", "cosine", "divergence_share", "q3_share", "q2_of_kept", "kept")
 DRAWS = 2000
-GRADIENT_BYTES = 8 * 2**30  # which a machine of 24 GiB can hold, and some more while they are formed
 Place = tuple[str, float]  # name and retention of a row
 
 
@@ -125,11 +124,9 @@ def figures_of(
             # are most of a probe, are the same for all of them
             retentions=tuple(sorted({retention for _, retention in places}, reverse=True)),
             scope=scope,
-            random_seeds=1,
+            random_seeds=2,
             seed=seed,
-            parameters="all",
             bootstrap=1,
-            gradient_bytes=GRADIENT_BYTES,
         )
         asked = probe(student, teacher, rollouts, scores, settings)["rows"]
         by_rule = {(row["rule"], row["retention"]): row for row in asked}

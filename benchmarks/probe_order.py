@@ -2,9 +2,9 @@
 
 `python -m tipdistill.tasks smollm2` writes the pair; benchmarks/replication/smollm2/pruned.yaml is the sweep.
 
-The probe sees prompts to train on and rollouts of its own seeds, and looks at the gradient as `tipdistill probe` does. Each of its figures is compared with the sweep's
-outcome by Spearman's rank correlation, over the rows. The interval is over what was drawn: the sweep's seeds and
-held-out prompts, and the probe's seeds. The rows themselves stay.
+The probe sees prompts to train on and rollouts of its own seeds, and looks at the gradient as `tipdistill probe` does.
+Each of its figures is compared with the sweep's outcome by Spearman's rank correlation, over the rows. The interval is
+over what was drawn: the sweep's seeds and held-out prompts, and the probe's seeds. The rows themselves stay.
 """
 
 from __future__ import annotations

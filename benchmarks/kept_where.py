@@ -58,7 +58,7 @@ DIFFERENTIATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def run_where(
     root: Path = ROOT,
-    prompts: int = 32,
+    prompts: int = 16,
     tokens: int = 64,
     threads: int = 2,
     say: Callable[[str], None] = print,
@@ -135,7 +135,7 @@ def of_micro_batch(
         figures[name] = {
             "positions": int(through.sum()) / int(mask.sum()),
             "cosine": cosine(own, full, list(full)),
-            "norm": float(torch.cat(list(own.values())).norm() / torch.cat(list(full.values())).norm()),
+            "norm": norm(own) / norm(full),
             **{third: cosine(own, full, names) for third, names in thirds(list(full)).items()},
         }
     return figures
@@ -157,10 +157,15 @@ def thirds(names: list[str]) -> dict[str, list[str]]:
 
 
 def cosine(own: dict[str, Tensor], full: dict[str, Tensor], names: list[str]) -> float:
-    """⟨own, full⟩ / (‖own‖ ‖full‖) over some parameters, in float64."""
-    product = sum(float(own[name].double() @ full[name].double()) for name in names)
-    squares = [sum(float(each[name].double().square().sum()) for name in names) for each in (own, full)]
-    return product / (squares[0] * squares[1]) ** 0.5
+    """⟨own, full⟩ / (‖own‖ ‖full‖) over some parameters."""
+    product = sum(float(own[name] @ full[name]) for name in names)
+    squares = [sum(float(each[name] @ each[name]) for name in names) for each in (own, full)]
+    return float(product / (squares[0] * squares[1]) ** 0.5)
+
+
+def norm(gradient: dict[str, Tensor]) -> float:
+    """‖gradient‖ over all parameters."""
+    return sum(float(part @ part) for part in gradient.values()) ** 0.5
 
 
 def main(argv: list[str] | None = None) -> int:

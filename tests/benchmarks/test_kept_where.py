@@ -1,9 +1,11 @@
 """Where the backward through kept positions loses its gradient, on a tiny model in the place of SmolLM2."""
 
+import json
+
 import pytest
 from tiny_smollm2 import write_tiny_pair
 
-from benchmarks import kept_where
+from benchmarks import kept_where, measure
 from benchmarks.table import TABLES
 
 
@@ -32,3 +34,13 @@ def test_the_more_is_differentiated_the_nearer_is_the_gradient(tmp_path):
 def test_without_models_the_command_that_writes_them_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"run `python -m tipdistill\.tasks smollm2` first"):
         kept_where.run_where(tmp_path)
+
+
+def test_what_the_page_says_of_the_language_model_is_in_its_file():
+    result = json.loads((measure.RESULTS / "kept_where-smollm2.json").read_text(encoding="utf-8"))
+    for first in range(0, len(result["rows"]), len(kept_where.DIFFERENTIATED)):
+        alone, near, prompt, *_ = result["rows"][first : first + len(kept_where.DIFFERENTIATED)]
+        lost = 1 - alone["cosine"]
+        assert 0.4 < (prompt["cosine"] - alone["cosine"]) / lost < 0.7  # "about half"
+        assert (near["cosine"] - alone["cosine"]) / lost > 0.3  # "a third or more"
+        assert alone["last"] > 0.87 > max(alone["first"], alone["middle"])

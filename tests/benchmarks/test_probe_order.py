@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_smollm2 import write_tiny_pair
 
-from benchmarks import probe_order
+from benchmarks import measure, probe_order
 from benchmarks.table import TABLES
 
 ROWS = [
@@ -67,6 +67,21 @@ def test_a_figure_that_orders_as_training_does_has_a_correlation_of_one():
     assert probe_order.correlation([worst], outcomes, draws=50)["mean"] == pytest.approx(-1)
     same = dict.fromkeys(places, 1.0)
     assert probe_order.correlation([same], outcomes, draws=50)["mean"] == 0
+
+
+def test_what_the_page_says_of_the_language_model_is_in_its_file():
+    result = json.loads((measure.RESULTS / "probe_order-smollm2.json").read_text(encoding="utf-8"))
+    assert len(result["rows"]) == 15
+    for figure in ("descent", "cosine", "kept"):  # "order the rows as training does"
+        assert result["correlation"][figure]["mean"] > 0.9
+        assert result["correlation"][figure]["interval"][0] > 0.4
+    share, q3_share = (result["correlation"][figure] for figure in ("divergence_share", "q3_share"))
+    assert q3_share["mean"] < share["mean"] < result["correlation"]["descent"]["mean"]
+    assert q3_share["interval"][0] < 0 < q3_share["interval"][1]  # "next to nothing"
+    tenth = [row for row in result["rows"] if row["retention"] == 0.1]
+    by_descent = [row["name"] for row in sorted(tenth, key=lambda row: -row["descent"])]
+    by_outcome = [row["name"] for row in sorted(tenth, key=lambda row: row["outcome"])]
+    assert (by_descent[0], by_descent[-1]) == (by_outcome[0], by_outcome[-1]) == ("gradient_norm_sampling batch", "q3")
 
 
 def test_what_is_missing_is_named_with_the_command(tmp_path, root):

@@ -223,6 +223,9 @@ class TIPConfig(DistillationConfig):
     )
     eval_tasks_on_start: bool = field(default=True, metadata={"help": "Measure eval_tasks before the first step too."})
 
+    # whether `normalization` follows from the teachers, of which a trainer is told later
+    _names_no_normalization = False
+
     def __post_init__(self) -> None:
         for name in ("teacher_url", "vllm_server_base_url"):
             if getattr(self, name) is not None:
@@ -244,8 +247,9 @@ class TIPConfig(DistillationConfig):
         rule = resolve_rule(self.selection_rule)
         if self.selection_scope is None:
             self.selection_scope = rule.scope
+        self._names_no_normalization = self.normalization is None
         if self.normalization is None:
-            self.normalization = usual_normalization(self)
+            self.normalization = usual_normalization(self, self.teacher_model_name_or_path)
         check_values(self)
         if self.normalization == "running" and (rule.scaled is None or rule.fields is None):
             raise ValueError(
@@ -292,7 +296,7 @@ class TIPConfig(DistillationConfig):
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}.")
 
     def check_teachers(self, teacher_model: Any) -> None:
-        """Refuse teachers that this configuration cannot have, before any is loaded.
+        """Refuse teachers that this configuration cannot have, before any is loaded; the usual normalization is theirs.
 
         Args:
             teacher_model: what the trainer is given, see `TIPTrainer`.
@@ -300,6 +304,8 @@ class TIPConfig(DistillationConfig):
         Raises:
             ValueError: which teacher, and what to change.
         """
+        if self._names_no_normalization:
+            self.normalization = usual_normalization(self, teacher_model)
         for one in named_teachers(teacher_model, self):
             one.args._check_teacher_server()
             if one.args.teacher_url is not None:
@@ -401,7 +407,7 @@ class TIPConfig(DistillationConfig):
         return [name.strip() for name in (self.eval_tasks or "").split(",") if name.strip()]
 
 
-def usual_normalization(values: Any) -> str:
+def usual_normalization(values: Any, teacher_model: Any) -> str:
     """The normalization of a run that names none.
 
     "running", which costs no scoring pass; "batch" where tokens have to be scored before the loss: the teacher is
@@ -409,19 +415,16 @@ def usual_normalization(values: Any) -> str:
 
     Args:
         values: a `TIPConfig`, or what has its fields.
+        teacher_model: what the trainer is given, see `TIPTrainer`.
 
     Example:
         >>> from types import SimpleNamespace
-        >>> one_teacher = {"teachers": None, "teacher_url": None, "teacher_model_name_or_path": "Qwen/Qwen3-8B"}
-        >>> run = SimpleNamespace(selection_rule="soft_or", teacher_offload=False, **one_teacher)
-        >>> usual_normalization(run)
-        'running'
-        >>> run.teacher_offload = True
-        >>> usual_normalization(run)
-        'batch'
+        >>> run = SimpleNamespace(selection_rule="soft_or", teacher_offload=False, teachers=None, teacher_url=None)
+        >>> usual_normalization(run, "Qwen/Qwen3-8B"), usual_normalization(run, "self")
+        ('running', 'batch')
     """
     rule = resolve_rule(values.selection_rule)
-    teachers = named_teachers(values.teacher_model_name_or_path, values)
+    teachers = named_teachers(teacher_model, values)
     ahead = values.teacher_offload or any(one.model == SELF or one.args.teacher_url is not None for one in teachers)
     return "batch" if ahead or rule.scaled is None or rule.fields is None else "running"
 

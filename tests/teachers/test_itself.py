@@ -245,3 +245,11 @@ def test_a_whole_student_in_partitions_is_refused(path):
     trainer = SimpleNamespace(accelerator=accelerator, plain_student=lambda: student)
     with pytest.raises(ValueError, match="give the student's directory as the teacher"):
         teacher_of(trainer, SimpleNamespace(normalization="batch", teacher_offload=False, teacher_update="frozen"))
+
+
+@pytest.mark.parametrize(
+    ("given", "normalization"), [({}, "batch"), ({"normalization": "running"}, "running")], ids=["usual", "named"]
+)
+def test_a_teacher_that_the_trainer_is_told_of_has_its_say_in_the_usual_normalization(make, given, normalization):
+    assert TIPConfig("run", **{**PLAIN, **given}).normalization == "running"
+    assert make(**given).args.normalization == normalization

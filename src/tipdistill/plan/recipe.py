@@ -171,7 +171,8 @@ def _teacher_place(values: Namespace, named: list[NamedTeacher], sharding: str) 
 
 def _usual_normalization(values: Namespace, place: str) -> str:
     """That of a recipe which names none, with its teacher where the plan puts it."""
-    return "running" if place in ("resident", "sharded") and usual_normalization(values) == "running" else "batch"
+    usual = usual_normalization(values, values.teacher_model_name_or_path)
+    return usual if place in ("resident", "sharded") else "batch"
 
 
 def _check_values(values: Namespace, gpus: int) -> None:

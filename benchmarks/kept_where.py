@@ -19,12 +19,12 @@ from tipdistill.loss import fused_divergence_loss
 from tipdistill.provenance import environment
 from tipdistill.rollout import generate
 from tipdistill.score.models import head_of, score_rollouts
-from tipdistill.select import resolve_rule, rule_fields, select
+from tipdistill.select import resolve_rule, rule_fields
 from tipdistill.tasks.instructions import as_chat, heldout_prompts
 from tipdistill.training.kept import kept_states, read
 
 from . import measure
-from .smollm2 import MICRO_BATCH, ROOT, completion_states, micro_batches, read_pair, whole
+from .smollm2 import MICRO_BATCH, ROOT, chosen, completion_states, micro_batches, parser, read_pair, whole
 
 # rule, retention, scope; None: the rule's own
 ROWS: tuple[tuple[str, float, str | None], ...] = (
@@ -80,12 +80,10 @@ def run_where(
     (rollouts,) = generate(student, tokenizer, asked, max_new_tokens=tokens, seed=1, batch_size=len(asked))
     fields = list(dict.fromkeys(field for rule, *_ in ROWS for field in rule_fields(rule) or ()))
     scores = score_rollouts(student, teacher, rollouts, fields).scores
-    rollout = torch.repeat_interleave(torch.tensor([len(one.completion_ids) for one in rollouts]))
     rows = []
     for rule, retention, scope in ROWS:
         scope = scope or resolve_rule(rule).scope
-        draw = torch.Generator().manual_seed(0)
-        weight = select(scores, rule=rule, retention=retention, rollout=rollout, scope=scope, generator=draw).weight
+        weight = chosen(scores, rollouts, rule, retention, scope, seed=0).weight
         compared = [of_micro_batch(student, teacher, *batch) for batch in micro_batches(rollouts, weight)]
         for name in DIFFERENTIATED:
             figures = [each[name] for each in compared if each]
@@ -112,22 +110,22 @@ def of_micro_batch(
         student, teacher: transformers models.
         tokens, weight: of `micro_batches`.
     """
-    chosen = weight > 0
-    if not chosen.any():
+    asked = weight > 0
+    if not asked.any():
         return {}
     ids, mask = whole(tokens)
     prompt = tokens["prompt_ids"].shape[1]
-    kept = pad(chosen, (prompt - 1, 1))  # a position predicts the token after it
+    kept = pad(asked, (prompt - 1, 1))  # a position predicts the token after it
     written = pad(tokens["completion_mask"].bool(), (prompt - 1, 1))
     with torch.no_grad():
-        of_teacher = head_of(teacher, completion_states(teacher, tokens)[chosen])
+        of_teacher = head_of(teacher, completion_states(teacher, tokens)[asked])
 
     def gradient(states: Tensor) -> dict[str, Tensor]:
         student.zero_grad()
-        fused_divergence_loss(head_of(student, states), of_teacher, weight[chosen]).backward()
+        fused_divergence_loss(head_of(student, states), of_teacher, weight[asked]).backward()
         return {name: value.grad.flatten() for name, value in student.named_parameters() if value.grad is not None}
 
-    full = gradient(completion_states(student, tokens)[chosen])
+    full = gradient(completion_states(student, tokens)[asked])
     figures = {}
     for name, differentiated in DIFFERENTIATED.items():
         through = differentiated(kept, written) & mask.bool()
@@ -174,11 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ValueError: no models there.
     """
-    parser = measure.parser("kept_where", __doc__)
-    parser.add_argument("--root", type=Path, help="of `python -m tipdistill.tasks smollm2` (default runs/smollm2)")
-    parser.add_argument("--prompts", type=int, help="held-out ones, each answered once")
-    parser.add_argument("--threads", type=int, help="of torch (default 2)")
-    return measure.run("kept_where", run_where, parser, argv)
+    return measure.run("kept_where", run_where, parser("kept_where", __doc__), argv)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from tipdistill.loss import fused_divergence_loss
 from tipdistill.provenance import environment
 from tipdistill.rollout import generate
 from tipdistill.score.models import head_of, score_rollouts
-from tipdistill.select import resolve_rule, rule_fields, select
+from tipdistill.select import resolve_rule, rule_fields
 from tipdistill.tasks.instructions import as_chat, heldout_prompts
 from tipdistill.training.scoring import trimmed
 from tipdistill.types import Rollout
 
 from . import measure
-from .smollm2 import MICRO_BATCH, ROOT, completion_states, micro_batches, read_pair
+from .smollm2 import MICRO_BATCH, ROOT, chosen, completion_states, micro_batches, parser, read_pair
 
 # rule, retention, scope; None: the rule's own
 ROWS: tuple[tuple[str, float, str | None], ...] = (
@@ -68,14 +68,11 @@ def run_positions(
         generate(student, tokenizer, asked, max_new_tokens=tokens, seed=1, batch_size=len(asked) // batches)
     ):
         scores = score_rollouts(student, teacher, rollouts, fields).scores
-        lengths = torch.tensor([len(one.completion_ids) for one in rollouts])
-        rollout = torch.repeat_interleave(lengths)
         if not number:  # the first forward and backward allocate what the others find there
-            seconds(student, teacher, *next(micro_batches(rollouts, torch.ones(len(rollout), dtype=torch.bool))))
+            seconds(student, teacher, *next(micro_batches(rollouts, torch.ones(len(scores), dtype=torch.bool))))
         for rule, retention, scope in ROWS:
             scope = scope or resolve_rule(rule).scope
-            draw = torch.Generator().manual_seed(number)
-            kept = select(scores, rule=rule, retention=retention, rollout=rollout, scope=scope, generator=draw).mask
+            kept = chosen(scores, rollouts, rule, retention, scope, seed=number).mask
             entry = entries.setdefault(
                 f"{rule} {retention:.0%} {scope}",
                 {"rule": rule, "retention": retention, "scope": scope, "counts": [], "timed": []},
@@ -147,11 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ValueError: no models there.
     """
-    parser = measure.parser("positions", __doc__)
-    parser.add_argument("--root", type=Path, help="of `python -m tipdistill.tasks smollm2` (default runs/smollm2)")
-    parser.add_argument("--prompts", type=int, help="held-out ones, each answered once")
-    parser.add_argument("--threads", type=int, help="of torch (default 2)")
-    return measure.run("positions", run_positions, parser, argv)
+    return measure.run("positions", run_positions, parser("positions", __doc__), argv)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tipdistill.score.forward import last_hidden_states
-from tipdistill.types import Rollout
+from tipdistill.select import select
+from tipdistill.types import Rollout, Selection, TokenScores
+
+from . import measure
 
 ROOT = Path("runs/smollm2")
 MICRO_BATCH = 8
@@ -39,6 +43,24 @@ def read_pair(root: Path, threads: int) -> tuple[Any, Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder / role).eval() for role in ("student", "teacher"))
     return tokenizer, student, teacher.requires_grad_(False)
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    """Of a measurement on the pair: where it is, how many prompts, and threads."""
+    options = measure.parser(module, description)
+    options.add_argument("--root", type=Path, help="of `python -m tipdistill.tasks smollm2` (default runs/smollm2)")
+    options.add_argument("--prompts", type=int, help="each answered once")
+    options.add_argument("--threads", type=int, help="of torch (default 2)")
+    return options
+
+
+def chosen(
+    scores: TokenScores, rollouts: Sequence[Rollout], rule: str, retention: float, scope: str, seed: int
+) -> Selection:
+    """What a rule keeps of the tokens of some rollouts."""
+    rollout = torch.repeat_interleave(torch.tensor([len(one.completion_ids) for one in rollouts]))
+    draw = torch.Generator().manual_seed(seed)
+    return select(scores, rule=rule, retention=retention, rollout=rollout, scope=scope, generator=draw)
 
 
 def micro_batches(rollouts: Sequence[Rollout], weight: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

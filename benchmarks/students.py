@@ -24,8 +24,8 @@ from tipdistill.tasks.instructions import as_chat, heldout_prompts
 from tipdistill.types import TokenScores
 
 from . import measure
+from .smollm2 import ROOT, read_pair
 
-ROOT = Path("runs/smollm2")
 LAYERS = (2, 4, 6)
 # ours, and those at which a lightly pruned student has the paper's shares
 THRESHOLDS = ((ENTROPY_THRESHOLD, DIVERGENCE_THRESHOLD), (0.4, 0.3), (0.6, 0.5), (0.6, 1.0))
@@ -75,15 +75,10 @@ def run_students(
     Raises:
         ValueError: no teacher there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    folder = root / "models"
-    if not (folder / "teacher").is_dir():
-        raise ValueError(f"there is no {folder / 'teacher'}: run `python -m tipdistill.tasks smollm2` first.")
-    torch.set_num_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher", padding_side="left")
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval().requires_grad_(False)
-    influence = json.loads((folder / "student" / "prune.json").read_text(encoding="utf-8"))["influence"]
+    tokenizer, _, teacher = read_pair(root, threads)
+    influence = json.loads((root / "models" / "student" / "prune.json").read_text(encoding="utf-8"))["influence"]
     students: dict[str, Callable[[], Any]] = {"the teacher itself": lambda: teacher}
     for layers in LAYERS:
         numbers = least_influential(influence, layers)

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trl import DistillationConfig
 
@@ -223,8 +223,8 @@ class TIPConfig(DistillationConfig):
     )
     eval_tasks_on_start: bool = field(default=True, metadata={"help": "Measure eval_tasks before the first step too."})
 
-    # whether `normalization` follows from the teachers, of which a trainer is told later
-    _names_no_normalization = False
+    # what `normalization` became where none was named; a trainer may be told of other teachers later
+    _usual_normalization: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         for name in ("teacher_url", "vllm_server_base_url"):
@@ -247,9 +247,9 @@ class TIPConfig(DistillationConfig):
         rule = resolve_rule(self.selection_rule)
         if self.selection_scope is None:
             self.selection_scope = rule.scope
-        self._names_no_normalization = self.normalization is None
         if self.normalization is None:
-            self.normalization = usual_normalization(self, self.teacher_model_name_or_path)
+            usual = usual_normalization(self, self.teacher_model_name_or_path)
+            self.normalization = self._usual_normalization = usual  # type: ignore[misc]
         check_values(self)
         if self.normalization == "running" and (rule.scaled is None or rule.fields is None):
             raise ValueError(
@@ -304,7 +304,7 @@ class TIPConfig(DistillationConfig):
         Raises:
             ValueError: which teacher, and what to change.
         """
-        if self._names_no_normalization:
+        if self.normalization == self._usual_normalization:  # and was not set since
             self.normalization = usual_normalization(self, teacher_model)
         for one in named_teachers(teacher_model, self):
             one.args._check_teacher_server()

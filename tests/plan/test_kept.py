@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.measure import stored_bytes
 from benchmarks.plan import Case
 from tipdistill.plan import MACHINES, memory, plan, read_config, setup_of, step_time
-from tipdistill.plan.report import as_text
+from tipdistill.plan.report import _ways, as_text
 from tipdistill.training.kept import kept_states, read
 
 CASE = Case(width=128, layers=3, vocabulary=4096, teacher_width=128, teacher_layers=1, micro_batch=4, prompt=16)
@@ -82,3 +82,12 @@ def test_a_plan_says_what_other_settings_would_take(small):
     ):
         offered = [row["setting"] for row in plan(replace(small, **change), MACHINE)["settings"]]
         assert [name for name in offered if "server on" not in name] == expected
+
+
+def test_a_teacher_that_is_moved_away_scores_ahead_of_the_loss(small):
+    running = replace(small, normalization="running")
+    moved = {name: change(running) for degrees in _ways(running) for name, change in degrees}
+    for name in ("teacher_offload: true", "the teacher on a server of its own"):
+        assert moved[name].normalization == "batch"
+        assert moved[name].scores_ahead
+    assert moved["use_peft: true (LoRA)"].normalization == "running"

@@ -253,3 +253,9 @@ def test_a_whole_student_in_partitions_is_refused(path):
 def test_a_teacher_that_the_trainer_is_told_of_has_its_say_in_the_usual_normalization(make, given, normalization):
     assert TIPConfig("run", **{**PLAIN, **given}).normalization == "running"
     assert make(**given).args.normalization == normalization
+
+
+def test_a_normalization_that_was_set_after_all_stays(path, dataset, tmp_path):
+    args = TIPConfig(str(tmp_path / "run"), **PLAIN)
+    args.normalization = "micro_batch"
+    assert TIPTrainer(path, "self", args, dataset).args.normalization == "micro_batch"

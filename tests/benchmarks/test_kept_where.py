@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 from tiny_smollm2 import write_tiny_pair
 
 from benchmarks import kept_where, measure
+from benchmarks.smollm2 import micro_batches, read_pair
 from benchmarks.table import TABLES
+from tipdistill.types import Rollout
 
 
 def test_the_more_is_differentiated_the_nearer_is_the_gradient(tmp_path):
@@ -29,6 +32,15 @@ def test_the_more_is_differentiated_the_nearer_is_the_gradient(tmp_path):
         assert alone["first"] < alone["last"]
     table = TABLES["kept_where-smollm2"](result)
     assert table.count("| all positions |") == len(kept_where.ROWS)
+
+
+def test_where_every_token_is_kept_the_completion_adds_no_position(tmp_path):
+    _, student, teacher = read_pair(write_tiny_pair(tmp_path), torch.get_num_threads())
+    rollouts = [Rollout(row, "", (5,) * (1 + row), tuple(range(6, 10 + row)), True) for row in range(3)]
+    (batch,) = micro_batches(rollouts, torch.ones(4 + 5 + 6))
+    figures = kept_where.of_micro_batch(student, teacher, *batch)
+    # each token by the position before it, of all tokens of prompts and completions
+    assert figures["kept positions"]["positions"] == figures["and the completion"]["positions"] == 15 / 21
 
 
 def test_without_models_the_command_that_writes_them_is_named(tmp_path):

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from trl import DistillationConfig
 
@@ -224,7 +224,7 @@ class TIPConfig(DistillationConfig):
     eval_tasks_on_start: bool = field(default=True, metadata={"help": "Measure eval_tasks before the first step too."})
 
     # what `normalization` became where none was named; a trainer may be told of other teachers later
-    _usual_normalization: ClassVar[str | None] = None
+    _usual_normalization = ""
 
     def __post_init__(self) -> None:
         for name in ("teacher_url", "vllm_server_base_url"):
@@ -248,8 +248,8 @@ class TIPConfig(DistillationConfig):
         if self.selection_scope is None:
             self.selection_scope = rule.scope
         if self.normalization is None:
-            usual = usual_normalization(self, self.teacher_model_name_or_path)
-            self.normalization = self._usual_normalization = usual  # type: ignore[misc]
+            self.normalization = usual_normalization(self, self.teacher_model_name_or_path)
+            self._usual_normalization = self.normalization
         check_values(self)
         if self.normalization == "running" and (rule.scaled is None or rule.fields is None):
             raise ValueError(
